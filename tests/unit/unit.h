@@ -1,0 +1,28 @@
+/* unit.h - what every unit test includes first: cmocka with its prerequisites.
+ *
+ * cmocka defines a macro fail(), which would hide fail() of engine/base/error.h; fail_msg
+ * is given again without it.
+ */
+#ifndef LATTE_TESTS_UNIT_H
+#define LATTE_TESTS_UNIT_H
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#undef fail
+#undef fail_msg
+
+/* End the test with a printf-formatted sentence. */
+#define fail_msg(...)                                                                              \
+    do {                                                                                           \
+        print_error("ERROR: " __VA_ARGS__);                                                        \
+        print_error("\n");                                                                         \
+        _fail(__FILE__, __LINE__);                                                                 \
+    } while (0)
+
+#define COUNT_OF(array) (sizeof(array) / sizeof(*(array)))
+
+#endif
