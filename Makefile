@@ -1,0 +1,102 @@
+# latte-server: build, test and serve. `make help` lists the targets.
+#
+#   SAN=address|thread   build with AddressSanitizer + UBSan, or ThreadSanitizer
+#   CUDA=0|1             with the GPU backend (needs nvcc)
+#   OPT=-O2              optimisation flags
+#
+# Objects go to build/<variant>/, so changing a variable never needs a clean.
+
+SAN    ?=
+CUDA   ?= 0
+OPT    ?= -O3
+MODEL  ?= weights/latte-12m
+ARGS   ?=
+
+VARIANT := $(if $(SAN),san-$(SAN),release)$(if $(filter 1,$(CUDA)),-cuda)
+BUILD   := build/$(VARIANT)
+
+SAN_FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=all
+SAN_FLAGS_thread  := -fsanitize=thread
+SAN_FLAGS := $(SAN_FLAGS_$(SAN))
+
+CFLAGS   ?= $(OPT) -g
+CFLAGS   += -std=gnu11 -Wall -Wextra -Wshadow -Werror -Wmissing-prototypes -Wstrict-prototypes \
+            -fno-omit-frame-pointer -pthread $(if $(SAN),-fno-optimize-sibling-calls)
+CPPFLAGS += -I. -D_GNU_SOURCE
+LDFLAGS  += -pthread $(SAN_FLAGS)
+LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lopenblas -lm
+TEST_LIBS := -lcmocka -lcurl -lyaml
+
+# Mains are linked one by one; everything else goes into one archive.
+MAINS    := server/main.c engine/run_main.c tests/bench/bench_main.c
+LIB_SRC  := $(filter-out $(MAINS),$(wildcard engine/base/*.c engine/*.c engine/kernels/*.c weights/*.c server/*.c))
+LIB_OBJ  := $(LIB_SRC:%.c=$(BUILD)/%.o)
+LIB      := $(BUILD)/liblatte.a
+PROGRAMS := $(BUILD)/latte-server $(BUILD)/latte-run $(BUILD)/latte-bench
+
+UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
+HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/http/test_*.c))
+HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/test_*.c),$(wildcard tests/http/*.c)))
+UNIT_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/unit/test_*.c),$(wildcard tests/unit/*.c)))
+BENCH_SRC  := $(wildcard tests/bench/*.c)
+
+.PHONY: all serve test unit-test http-test deps-install bench fuzz deps format clean help
+all: $(PROGRAMS)
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+packages: ## install the Debian packages that are missing (sudo when not root)
+	@sh deploy/packages.sh build
+
+serve: packages ## build and serve the bundled model on 127.0.0.1:8080 (MODEL=dir ARGS="...")
+	@$(MAKE) --no-print-directory -j$$(nproc) all
+	$(BUILD)/latte-server --model $(MODEL) $(ARGS)
+
+test: ## install what is missing, build, and run all tests
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) all unit-tests http-tests
+	@sh tests/run.sh $(BUILD)
+
+unit-tests: $(UNIT_TESTS)
+http-tests: $(HTTP_TESTS) all
+
+$(LIB): $(LIB_OBJ)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/latte-server: $(BUILD)/server/main.o $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+$(BUILD)/latte-run: $(BUILD)/engine/run_main.o $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+$(BUILD)/latte-bench: $(BENCH_SRC:%.c=$(BUILD)/%.o) $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) -lcurl
+
+$(BUILD)/tests/unit/test_%: $(BUILD)/tests/unit/test_%.o $(UNIT_HELP) $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
+
+$(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(SAN_FLAGS) -MMD -MP -c -o $@ $<
+
+bench: all ## print the tables of latte-bench for the bundled model
+	$(BUILD)/latte-bench engine -m $(MODEL)
+	$(BUILD)/latte-bench serve -m $(MODEL)
+
+deps: ## print which layer includes which
+	@grep -rhoE --include='*.[ch]' '^#include "[a-z_/]+' server engine weights --with-filename \
+	  | sed -E 's|/[^/:]*:#include "| -> |' | sort | uniq -c
+
+format: ## clang-format every C file
+	clang-format -i $$(git ls-files '*.c' '*.h')
+
+clean: ## remove build/
+	rm -rf build
+
+.SECONDARY:
+-include $(shell find build -name '*.d' 2>/dev/null)

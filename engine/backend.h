@@ -1,0 +1,195 @@
+/* backend.h - the operations a forward pass is made of, over opaque device memory.
+ *
+ * model.c is written once against this table. backend_ref.c is the oracle (plain loops, one
+ * thread, f32 accumulated in the obvious order), backend_cpu.c the fast CPU implementation;
+ * a GPU implementation fills the same table. Letters: R rows of the step, D hidden size,
+ * H heads, KV kv heads, d head width, M latents per head, L = H*M, w ring rows, K conv taps,
+ * B RG-LRU blocks, F mlp width, V vocabulary. Activations are row-major f32.
+ *
+ * Threads: one thread at a time calls a backend (the engine thread, once it runs); the CPU
+ *          backend spreads an op over its own pool and returns when the op is done, a device
+ *          backend may queue it.
+ * Memory:  buffers belong to the backend and are released by buffer_close; no op allocates.
+ * Errors:  opening, reading, writing and sync return a status. Ops return nothing: a device
+ *          failure is remembered, later ops do nothing, and the next sync reports it.
+ *
+ * Exactness: what an op computes for a row depends only on that row, on its own sequence and
+ * on the number of rows that sequence brings to the step, never on other sequences of the
+ * batch or on the number of threads.
+ */
+#ifndef LATTE_ENGINE_BACKEND_H
+#define LATTE_ENGINE_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine/base/error.h"
+#include "weights/checkpoint.h"
+
+struct backend;
+struct buffer; /* device memory; its bytes are not for the host to touch */
+
+/* One step: rows of several sequences. Rows of a sequence are adjacent and in order of
+ * position. Arrays are host memory, borrowed until the sync that ends the step. */
+struct step {
+    int n_rows;
+    int n_seqs;
+    const int32_t *tokens;     /* [n_rows], each in 0..V-1 */
+    const int64_t *positions;  /* [n_rows] position of each row in its session, from 0 */
+    const int32_t *seq_slot;   /* [n_seqs] slot of each sequence, all different */
+    const int32_t *seq_start;  /* [n_seqs + 1] first row of each sequence; the last is n_rows */
+    int n_logit_rows;
+    const int32_t *logit_rows; /* [n_logit_rows] ascending rows whose logits are wanted */
+};
+
+/* Which rows an op works on: all rows of the step, or the n_logit_rows gathered ones. */
+enum row_set { ROWS_STEP, ROWS_LOGITS };
+
+/* A weight matrix [n_out, n_in] with optional bias [n_out] f32, as the backend stores it. */
+struct linear {
+    struct buffer *weight; /* NULL: the linear does not exist */
+    struct buffer *bias;   /* f32, or NULL */
+    int n_out, n_in;
+    enum dtype dtype;      /* F32 or BF16 */
+};
+
+struct norm {
+    struct buffer *weight; /* [n] f32 with norm_offset already added; NULL: does not exist */
+    struct buffer *bias;   /* [n] f32 or NULL */
+    enum norm_type type;
+    float eps;
+};
+
+/* A slot's state tensor is one row of a slab [n_slots, row_values] f32. */
+struct slab {
+    struct buffer *buffer;
+    int64_t row_values;
+};
+
+struct latent_shape {
+    int n_heads, n_latents; /* H, M per head */
+    int head_dim;           /* d */
+    int n_kv_heads;         /* KV; head a reads v of kv head a / (H/KV) */
+    bool gated_window;      /* g has M+1 columns a head; index 0 is the window's */
+};
+
+struct window_shape {
+    int n_heads, n_kv_heads, head_dim;
+    int64_t ring_rows;   /* w: attends to positions t-w+1..t */
+    float scale;         /* of the scores */
+    float softcap;       /* 0 for none: score = c tanh(score / c) */
+};
+
+struct backend_ops {
+    const char *name; /* "ref", "cpu" */
+    void (*close)(struct backend *b);
+
+    /* Memory. buffer_open zeroes. write, read and copy move n_bytes and are complete, as far
+     * as the caller can see, when they return. */
+    enum status (*buffer_open)(struct backend *b, struct buffer **out, size_t n_bytes,
+                               struct error *err);
+    void (*buffer_close)(struct backend *b, struct buffer *buffer); /* accepts NULL */
+    enum status (*write)(struct backend *b, struct buffer *dst, size_t offset, const void *src,
+                         size_t n_bytes, struct error *err);
+    enum status (*read)(struct backend *b, void *dst, const struct buffer *src, size_t offset,
+                        size_t n_bytes, struct error *err);
+    enum status (*copy)(struct backend *b, struct buffer *dst, size_t dst_offset,
+                        const struct buffer *src, size_t src_offset, size_t n_bytes,
+                        struct error *err);
+
+    /* Upload a weight matrix [n_out, n_in] held in file memory (src_dtype, any alignment) as
+     * out->dtype, which the caller sets with n_out and n_in before; fills out->weight. */
+    enum status (*linear_open)(struct backend *b, struct linear *out, const void *src,
+                               enum dtype src_dtype, struct error *err);
+    void (*linear_close)(struct backend *b, struct linear *l);
+
+    /* A step begins here; ops until sync refer to it. */
+    void (*begin)(struct backend *b, const struct step *step);
+    /* Wait for the step's ops; DEVICE when one of them failed. */
+    enum status (*sync)(struct backend *b, struct error *err);
+    /* Host view of the first n_bytes of a buffer after sync, valid until the next begin. */
+    const void *(*map)(struct backend *b, const struct buffer *buffer, size_t n_bytes);
+
+    /* out[R, D] = scale * table[token] (+ sinusoidal position, LATTE 1.4, when asked). */
+    void (*embed)(struct backend *b, struct buffer *out, const struct linear *table, float scale,
+                  bool sinusoidal);
+    /* out[n, dim] = norm(in) row by row; in place allowed. */
+    void (*norm)(struct backend *b, struct buffer *out, const struct buffer *in,
+                 const struct norm *w, int dim, enum row_set rows);
+    /* RMSNorm of each of n_heads groups of d values, in place (q_norm, k_norm). */
+    void (*head_norm)(struct backend *b, struct buffer *x, const struct norm *w, int n_heads,
+                      int head_dim);
+    /* out[n, n_out] = in[n, n_in] W^T + bias. out and in differ. */
+    void (*linear)(struct backend *b, struct buffer *out, const struct buffer *in,
+                   const struct linear *w, enum row_set rows);
+    /* x[R, dim] += y */
+    void (*add)(struct backend *b, struct buffer *x, const struct buffer *y, int dim);
+    /* out[R, F] = act(gate) * up, or act(up) when gate is NULL; out may be gate or up. */
+    void (*activate)(struct backend *b, struct buffer *out, const struct buffer *gate,
+                     const struct buffer *up, enum activation act, int dim);
+    /* out[n_logit_rows, dim] = in[logit_rows] */
+    void (*gather)(struct backend *b, struct buffer *out, const struct buffer *in, int dim);
+    /* x = cap * tanh(x / cap) over the n_logit_rows rows of dim values. */
+    void (*softcap)(struct backend *b, struct buffer *x, float cap, int dim);
+
+    /* u_t = sum_i w_i * h_{t-i} (+ bias), P(eq 15). weight [D, K] f32, bias [D] or NULL.
+     * state row [K-1, D]: the last K-1 rows of h, oldest first; zero before position 0. */
+    void (*conv)(struct backend *b, struct buffer *out, const struct buffer *in,
+                 const struct buffer *weight, const struct buffer *bias,
+                 const struct slab *state, int dim, int n_taps);
+    /* RG-LRU (Griffin). gates: pre-activations r, i [R, D] (the block-diagonal products with
+     * bias); lambda [D]; in h [R, D]; out z [R, D]; state row [D]. Position 0: z = i * h. */
+    void (*rglru)(struct backend *b, struct buffer *out, const struct buffer *in,
+                  const struct buffer *recurrence, const struct buffer *input,
+                  const struct buffer *lambda, const struct slab *state, int dim);
+    /* out[R, D] = block-diagonal product: weight [n_blocks, D/n_blocks, D/n_blocks] f32 as
+     * [block, out, in], bias [D] or NULL. */
+    void (*block_linear)(struct backend *b, struct buffer *out, const struct buffer *in,
+                         const struct buffer *weight, const struct buffer *bias, int dim,
+                         int n_blocks);
+    /* Rotate pairs (i, i + d/2) of each head by position * frequency, in place;
+     * frequencies [d/2] f64 (host side scaling already applied), reduced mod 2 pi in double. */
+    void (*rope)(struct backend *b, struct buffer *x, const struct buffer *frequencies,
+                 int n_heads, int head_dim);
+    /* VAPOR, P(eq 20): rotate each head's pairs by sign * position * theta[head, i];
+     * theta [H, d/2] f32. out may be x. With n_x_heads < n_heads (grouped kv), x has n_x_heads
+     * heads and out gets n_heads, head a from x's head a / (n_heads / n_x_heads). */
+    void (*vapor)(struct backend *b, struct buffer *out, const struct buffer *x,
+                  const struct buffer *theta, int n_heads, int n_x_heads, int head_dim,
+                  int sign);
+    /* Causal Latte, P(eq 8-12, 19). theta [R, H*M], g [R, H*M or H*(M+1)], v [R, KV*d].
+     * State rows m [H*M], alpha [H*M], s [H*M, d] f32; a sequence whose first row has position
+     * 0 starts from m = -inf, alpha = 0, s = 0 whatever the slot holds.
+     * out [R, H*d] = sum_l p(l|t) s_l / alpha_l; p0 [R, H] = p(0|t), untouched without window. */
+    void (*latent)(struct backend *b, struct buffer *out, struct buffer *p0,
+                   const struct buffer *theta, const struct buffer *g, const struct buffer *v,
+                   const struct slab *m, const struct slab *alpha, const struct slab *s,
+                   const struct latent_shape *shape);
+    /* Sliding-window attention over the ring and this step's rows, P(eq 13-14).
+     * q [R, H*d], k, v [R, KV*d] after rope. Ring rows [KV, w, d], row = position mod w; rows
+     * of positions before 0 take no part. p0 [R, H] given: out += p0 * local, else out = local.
+     * vapor_theta (or NULL): v_s is rotated by (t - s) * theta when read [H, d/2]. */
+    void (*window)(struct backend *b, struct buffer *out, const struct buffer *p0,
+                   const struct buffer *q, const struct buffer *k, const struct buffer *v,
+                   const struct slab *ring_k, const struct slab *ring_v,
+                   const struct buffer *vapor_theta, const struct window_shape *shape);
+};
+
+struct backend {
+    const struct backend_ops *ops;
+};
+
+struct backend_options {
+    int n_threads;  /* threads of the CPU pool, at least 1; the caller's is one of them */
+    int max_rows;   /* most rows of a step: scratch is sized by it */
+    int max_seqs;
+    int max_dim;    /* widest row an op will see (max of D, H*d, F, H*(M+1), L), V excluded */
+};
+
+enum status backend_ref_open(struct backend **out, const struct backend_options *options,
+                             struct error *err);
+enum status backend_cpu_open(struct backend **out, const struct backend_options *options,
+                             struct error *err);
+
+#endif

@@ -1,0 +1,97 @@
+/* job.h - one generation: what the front end and the engine thread share.
+ *
+ * Life: job_new -> engine_submit -> tokens appear in its ring -> finished -> both sides release.
+ * The reader (io thread, or latte-run's main) takes tokens with job_read. When nothing is
+ * there it parks with job_park; the engine puts parked jobs that grew, or finished, on its
+ * ready list and wakes the reader once per step.
+ *
+ * Threads: job_read, job_park, job_cancel by the reader; job_put, job_finish by the engine
+ *          thread; the lock guards the fields listed in the .c. job_release by any holder.
+ * Memory:  the job owns copies of prompt and parameters. Counted references: the reader's, the
+ *          engine's, and the ready list's while the job is on it; the last release frees.
+ */
+#ifndef LATTE_ENGINE_JOB_H
+#define LATTE_ENGINE_JOB_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine/base/error.h"
+#include "engine/sampler.h"
+
+struct job;
+
+struct job_request {
+    const int32_t *prompt;  /* [n_prompt], at least 1 token, each in 0..V-1; copied */
+    size_t n_prompt;
+    int64_t max_tokens;     /* output tokens, 0 or more (0: only process and score the prompt) */
+    int64_t deadline_ms;    /* from submission; 0 for none */
+    int prompt_logprobs;    /* -1: none; k: score each prompt token, with the top k */
+    struct sampling_params sampling; /* copied, logit_bias too */
+    void *user;             /* the reader's own pointer, see job_user */
+};
+
+enum job_finish {
+    FINISH_NONE,      /* still running */
+    FINISH_STOP,      /* eos or a stop token, which is the last token in the ring */
+    FINISH_LENGTH,    /* max_tokens, or the model's position limit */
+    FINISH_CANCELLED,
+    FINISH_ERROR,     /* job_snapshot's error tells; TIMEOUT for a deadline */
+};
+
+/* One entry of the ring. Prompt scores come first, in order, then outputs. */
+struct job_token {
+    int32_t token;
+    bool is_prompt;   /* a scored prompt token; its first has logprob NAN */
+    float logprob;    /* when asked for, else NAN */
+    int n_top;
+    struct token_logprob top[SAMPLER_MAX_TOP_LOGPROBS];
+};
+
+/* A consistent copy of a job's progress. Times are CLOCK_MONOTONIC nanoseconds, 0 if not yet. */
+struct job_snapshot {
+    enum job_finish finish;
+    struct error error;     /* filled for FINISH_ERROR */
+    size_t n_prompt_done;   /* prompt tokens processed */
+    size_t n_output;        /* tokens generated, also those not read yet */
+    bool stopped_by_token;  /* FINISH_STOP: the last output token is the stop token */
+    int64_t submitted_ns, admitted_ns, first_token_ns, finished_ns;
+};
+
+enum status job_new(struct job **out, const struct job_request *request, struct error *err);
+void job_hold(struct job *job);
+void job_release(struct job *job); /* accepts NULL */
+
+/* Reader side. */
+/* Copy up to max tokens out of the ring, in order; returns how many. */
+size_t job_read(struct job *job, struct job_token *out, size_t max);
+/* True: the ring is empty and the job unfinished, and the reader will be woken when that
+ * changes (through the ready list). False: there is something to read, or it has finished. */
+bool job_park(struct job *job);
+void job_snapshot(struct job *job, struct job_snapshot *out);
+/* Ask to stop; takes effect before the next step. Harmless when finished. */
+void job_cancel(struct job *job);
+/* Block until there is something to read or the job has finished (programs without a loop). */
+void job_wait(struct job *job);
+void *job_user(const struct job *job);
+void job_set_user(struct job *job, void *user);
+
+/* Engine side. */
+const struct job_request *job_request(const struct job *job);
+bool job_is_cancelled(struct job *job);
+size_t job_room(struct job *job);  /* free places in the ring */
+/* Append a token (room must be there). Returns true when the reader was parked: the caller
+ * then puts the job on the ready list; it is not parked any more. */
+bool job_put(struct job *job, const struct job_token *token);
+bool job_finish(struct job *job, enum job_finish how, const struct error *err); /* likewise */
+void job_mark_admitted(struct job *job);
+void job_mark_prompt_done(struct job *job, size_t n_prompt_done);
+
+/* Intrusive links, each with one owner: the scheduler's queue, and the ready list. */
+struct job_links {
+    struct job *queue_next, *ready_next;
+};
+struct job_links *job_links(struct job *job);
+
+#endif

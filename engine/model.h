@@ -1,0 +1,93 @@
+/* model.h - a causal Latte language model: one forward step for rows of many sessions.
+ *
+ * A slot is a row of every state slab; it holds one session's whole state: position and the
+ * tensors of LATTE's layers. A decode row and a chunk of a prompt are the same thing.
+ *
+ * Threads: open and close by one thread; everything else by the engine thread only.
+ * Memory:  all device memory is taken in model_open; a step allocates nothing. The checkpoint
+ *          may be closed after model_open.
+ * Errors:  enum status; never exits, never logs. After DEVICE the model may only be closed.
+ */
+#ifndef LATTE_ENGINE_MODEL_H
+#define LATTE_ENGINE_MODEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine/backend.h"
+#include "engine/base/error.h"
+#include "weights/checkpoint.h"
+
+struct model;
+
+struct model_options {
+    int n_slots;            /* sessions whose state is resident, at least 1 */
+    int max_rows;           /* most rows of one step */
+    int max_logit_rows;     /* most rows whose logits one step returns; 0 means max_rows */
+    enum dtype weight_dtype; /* DTYPE_F32 or DTYPE_BF16: how matrices are kept */
+};
+
+enum logits_wanted { LOGITS_NONE, LOGITS_LAST, LOGITS_ALL };
+
+/* The rows one sequence brings to a step. */
+struct model_seq {
+    int slot;
+    int n_rows; /* at least 1 */
+    enum logits_wanted logits;
+};
+
+/* Build the model on a backend, which it then owns (also when opening fails). Only causal
+ * language models: others are UNSUPPORTED. progress as in checkpoint_open, may be NULL. */
+enum status model_open(struct model **out, const struct checkpoint *checkpoint,
+                       struct backend *backend, const struct model_options *options,
+                       progress_fn *progress, void *context, struct error *err);
+void model_close(struct model *m); /* accepts NULL */
+
+/* Scratch sizes a backend needs for this configuration; n_threads is left to the caller. */
+void model_backend_options(const struct model_config *config, const struct model_options *options,
+                           struct backend_options *out);
+
+/* Advance the sequences' slots by their rows.
+ *   tokens [sum of n_rows]  host, in sequence order, each in 0..V-1 (asserted)
+ *   seqs   [n_seqs]         each slot at most once
+ *   logits                  set to host memory [n_logit_rows, V] f32, rows in order of the
+ *                           sequences (LOGITS_LAST gives one row, LOGITS_ALL n_rows), valid
+ *                           until the next step
+ * A slot must not pass model_max_position (asserted). */
+enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
+                       int n_seqs, const float **logits, struct error *err);
+
+/* Tokens the slot's state has seen. */
+uint64_t model_position(const struct model *m, int slot);
+
+/* Forget a slot: position 0, the state before any token. */
+void model_reset(struct model *m, int slot);
+
+/* Make dst's state a bit-equal copy of src's. */
+enum status model_copy(struct model *m, int dst, int src, struct error *err);
+
+/* Set the position of a warmed-up state, for measurements at positions nobody waits for. */
+void model_set_position(struct model *m, int slot, uint64_t position);
+
+/* The state of a slot as named tensors, for snapshots, tests and moves between machines. */
+struct state_tensor {
+    char name[64]; /* "layers.3.latent_m" | latent_alpha | latent_s | ring_k | ring_v | conv | rglru */
+    int n_dims;
+    int64_t shape[3];
+    int64_t n_values; /* f32 */
+};
+int model_n_state_tensors(const struct model *m);
+const struct state_tensor *model_state_tensor(const struct model *m, int i);
+enum status model_state_read(struct model *m, int slot, int i, float *out, struct error *err);
+enum status model_state_write(struct model *m, int slot, int i, const float *in,
+                              struct error *err);
+
+/* Facts. */
+const struct model_config *model_config(const struct model *m);
+int64_t model_max_position(const struct model *m); /* 0: no limit (no full_attention layer) */
+size_t model_state_bytes(const struct model *m);   /* of one slot */
+size_t model_weight_bytes(const struct model *m);  /* as the backend keeps them */
+const char *model_backend_name(const struct model *m);
+
+#endif

@@ -1,0 +1,50 @@
+/* metrics.h - counters, gauges and histograms in Prometheus' text format.
+ *
+ * All metrics are named in the .c's one table with help texts, by the conventions of the
+ * field: prefix latte_, base units (seconds, bytes), _total for counters.
+ *
+ * Threads: any (atomics). Memory: static. Errors: none.
+ */
+#ifndef LATTE_SERVER_METRICS_H
+#define LATTE_SERVER_METRICS_H
+
+#include <stdint.h>
+
+#include "engine/base/bytes.h"
+#include "engine/engine.h"
+
+enum metric_counter {
+    METRIC_PROMPT_TOKENS,        /* latte_prompt_tokens_total: tokens of admitted prompts */
+    METRIC_GENERATION_TOKENS,    /* latte_generation_tokens_total: tokens delivered */
+    METRIC_UNKNOWN_FIELDS,       /* latte_unknown_request_fields_total */
+    METRIC_CLIENT_DISCONNECTS,   /* latte_client_disconnects_total */
+    METRIC_QUEUE_REJECTIONS,     /* latte_queue_rejections_total */
+    METRIC_CONNECTIONS,          /* latte_connections_total: accepted */
+    METRIC_COUNTER_COUNT
+};
+
+enum metric_histogram {
+    METRIC_TIME_TO_FIRST_TOKEN,  /* latte_time_to_first_token_seconds */
+    METRIC_TIME_PER_TOKEN,       /* latte_time_per_output_token_seconds: mean over a request */
+    METRIC_E2E_LATENCY,          /* latte_e2e_request_latency_seconds */
+    METRIC_QUEUE_TIME,           /* latte_request_queue_time_seconds */
+    METRIC_PROMPT_LENGTH,        /* latte_request_prompt_tokens */
+    METRIC_OUTPUT_LENGTH,        /* latte_request_generation_tokens */
+    METRIC_HISTOGRAM_COUNT
+};
+
+void metrics_add(enum metric_counter counter, uint64_t n);
+void metrics_observe(enum metric_histogram histogram, double value);
+
+/* latte_http_requests_total{method, route, code}: route is the pattern of routes.c ("other"
+ * for what matched none); at most a fixed number of series. */
+void metrics_count_request(const char *method, const char *route, int code);
+
+/* latte_request_success_total{finish_reason} */
+void metrics_count_finish(const char *finish_reason);
+
+/* Everything in the text exposition format, with the engine's gauges (NULL while loading) and
+ * the number of open connections. */
+void metrics_write(struct bytes *out, const struct engine *engine, int n_connections);
+
+#endif

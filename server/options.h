@@ -1,0 +1,92 @@
+/* options.h - every knob of the server: flag, environment variable, range, default, help.
+ *
+ * One table gives all five. Precedence: command line, then LATTE_<NAME> in the environment
+ * (flag name in capitals, '-' as '_'), then the default.
+ *
+ * Threads: filled once by main; read-only afterwards.
+ * Memory:  strings are borrowed from argv, the environment, or the table.
+ */
+#ifndef LATTE_SERVER_OPTIONS_H
+#define LATTE_SERVER_OPTIONS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine/base/error.h"
+
+/* X(field, kind, flag, default, minimum, maximum, value name, help)
+ * kinds: STRING (char const *; default a string or NULL), INT (int64_t), FLAG (bool).
+ * A STRING option whose help ends in "(repeatable)" is kept as a list of at most 64. */
+#define OPTION_LIST(X)                                                                             \
+    X(model, STRING, "model", NULL, 0, 0, "DIR", "model directory to serve (required)")            \
+    X(served_model_name, STRING, "served-model-name", NULL, 0, 0, "NAME",                          \
+      "id of the model in the API (default: the directory's name)")                                \
+    X(host, STRING, "host", "127.0.0.1", 0, 0, "ADDR", "address to listen on; IPv6 as ::1 or ::")  \
+    X(port, INT, "port", "8080", 0, 65535, "N", "TCP port; 0 picks a free one and prints it")      \
+    X(unix_socket, STRING, "unix-socket", NULL, 0, 0, "PATH", "listen on this socket instead")     \
+    X(device, STRING, "device", "auto", 0, 0, "NAME", "auto, cpu or ref")                          \
+    X(weight_dtype, STRING, "weight-dtype", "auto", 0, 0, "TYPE", "auto, f32 or bf16")             \
+    X(threads, INT, "threads", "0", 0, 1024, "N", "compute threads; 0: one per usable core")       \
+    X(max_slots, INT, "max-slots", "64", 1, 4096, "N", "sequences decoded together")               \
+    X(max_queue, INT, "max-queue", "1024", 1, 1000000, "N",                                        \
+      "jobs waiting for a slot; beyond it requests get 429")                                       \
+    X(step_tokens, INT, "step-tokens", "512", 1, 65536, "N", "rows of one engine step at most")    \
+    X(chunk_tokens, INT, "chunk-tokens", "128", 1, 65536, "N",                                     \
+      "prompt tokens of one request processed in a step at most")                                  \
+    X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
+      "longest prompt accepted")                                                                   \
+    X(default_max_tokens, INT, "default-max-tokens", "4096", 1, 1000000000, "N",                   \
+      "output limit of a chat request that names none (completions: OpenAI's 16)")                 \
+    X(max_tokens_limit, INT, "max-tokens-limit", "1000000", 1, 1000000000, "N",                    \
+      "largest max_tokens a request may ask for")                                                  \
+    X(max_choices, INT, "max-choices", "128", 1, 1024, "N",                                        \
+      "most sequences (prompts x best_of) one request may ask for")                                \
+    X(request_timeout, INT, "request-timeout", "0", 0, 86400, "SECONDS",                           \
+      "deadline of a request from its arrival; 0: none")                                           \
+    X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \
+    X(max_connections, INT, "max-connections", "4096", 1, 65536, "N", "open connections")          \
+    X(header_timeout, INT, "header-timeout", "10", 1, 3600, "SECONDS",                             \
+      "time a client has to send a request's headers")                                             \
+    X(idle_timeout, INT, "idle-timeout", "75", 1, 3600, "SECONDS",                                 \
+      "a connection without traffic is closed after this")                                         \
+    X(drain_timeout, INT, "drain-timeout", "30", 0, 3600, "SECONDS",                               \
+      "after SIGTERM, time running requests have to finish")                                       \
+    X(keepalive_interval, INT, "keepalive-interval", "15", 1, 3600, "SECONDS",                     \
+      "a comment is sent on a stream that was silent this long")                                   \
+    X(workers, INT, "workers", "2", 1, 64, "N", "threads that parse and tokenize large bodies")    \
+    X(api_key_file, STRING, "api-key-file", NULL, 0, 0, "FILE",                                    \
+      "one API key per line; without it the API is open")                                          \
+    X(cors_origin, STRING, "cors-origin", NULL, 0, 0, "ORIGIN",                                    \
+      "send CORS headers for this origin, or * for any")                                           \
+    X(strict_fields, FLAG, "strict-fields", "0", 0, 1, NULL,                                       \
+      "refuse requests with unknown fields instead of ignoring them")                              \
+    X(openapi, STRING, "openapi", NULL, 0, 0, "FILE",                                              \
+      "serve this file at /openapi.yaml instead of the built-in copy")                             \
+    X(log_level, STRING, "log-level", "info", 0, 0, "LEVEL", "debug, info, warn or error")         \
+    X(access_log, FLAG, "access-log", "1", 0, 1, NULL, "log one JSON line per request")            \
+    X(help, FLAG, "help", "0", 0, 1, NULL, "print this help")                                      \
+    X(version, FLAG, "version", "0", 0, 1, NULL, "print the version")
+
+#define OPTION_TYPE_STRING const char *
+#define OPTION_TYPE_INT int64_t
+#define OPTION_TYPE_FLAG bool
+
+struct options {
+#define X(field, kind, ...) OPTION_TYPE_##kind field;
+    OPTION_LIST(X)
+#undef X
+};
+
+/* Fill *out from argv and the environment. INVALID names the flag or variable, what was
+ * expected and found. Flags: --name VALUE, --name=VALUE, --flag, --no-flag. */
+enum status options_parse(struct options *out, int argc, char **argv, struct error *err);
+
+/* Write the help text to a stream. */
+#include <stdio.h>
+void options_print_help(FILE *out);
+
+/* The version of this build, "0.1.0". */
+extern const char latte_version[];
+
+#endif
