@@ -6,7 +6,7 @@
  *
  * Threads: open and close by one thread; an open checkpoint is read-only.
  * Memory:  owns the mappings; all tensor pointers are borrowed from it until close.
- * Errors:  INVALID, IO, NOMEM.
+ * Errors:  NOT_FOUND, INVALID (err->field is the key or tensor), TOO_LARGE, IO, NOMEM.
  */
 #ifndef LATTE_WEIGHTS_CHECKPOINT_H
 #define LATTE_WEIGHTS_CHECKPOINT_H
@@ -42,8 +42,8 @@ struct layer_config {
 
 struct model_config {
     enum model_head head;
-    int32_t vocab_size;        /* V */
-    int32_t hidden_size;       /* D */
+    int32_t vocab_size;  /* V */
+    int32_t hidden_size; /* D */
     int32_t n_layers;
     int32_t intermediate_size; /* F, mlp width */
     int32_t n_heads;           /* H */
@@ -51,10 +51,10 @@ struct model_config {
     int32_t head_dim;          /* d */
     int32_t n_latents;         /* L, all heads together, divisible by H; 0 for none */
     enum latent_input latent_input;
-    int32_t conv_kernel;       /* K */
-    int32_t rglru_blocks;      /* B, divides D */
-    int32_t sliding_window;    /* w */
-    double attention_scale;    /* 1/sqrt(d), or 1/sqrt(query_pre_attn_scalar) */
+    int32_t conv_kernel;            /* K */
+    int32_t rglru_blocks;           /* B, divides D */
+    int32_t sliding_window;         /* w */
+    double attention_scale;         /* 1/sqrt(d), or 1/sqrt(query_pre_attn_scalar) */
     double attn_logit_softcapping;  /* 0 for none */
     double final_logit_softcapping; /* 0 for none */
     enum position_embedding position_embedding;
@@ -89,14 +89,14 @@ struct rglru_tensors {
 
 /* Shapes as in weights/README.md; entries a configuration does not use are NULL. */
 struct layer_tensors {
-    struct weight norm1, norm2;          /* [D] */
-    struct weight latent_q, latent_k;    /* [L or H*(M+1), D], [L, D] */
+    struct weight norm1, norm2;       /* [D] */
+    struct weight latent_q, latent_k; /* [L or H*(M+1), D], [L, D] */
     struct weight v_proj, q_proj, k_proj, o_proj;
     const struct tensor *q_norm, *k_norm; /* [d], optional */
     struct weight conv;                   /* [D, K] | [D] */
     struct rglru_tensors rglru, rglru_backward;
-    const struct tensor *rglru_norm;      /* [D] */
-    const struct tensor *vapor_theta;     /* [H, d/2] */
+    const struct tensor *rglru_norm;  /* [D] */
+    const struct tensor *vapor_theta; /* [H, d/2] */
     const struct tensor *post_norm1, *post_norm2;
     struct weight gate_proj, up_proj, down_proj;
 };
@@ -117,7 +117,9 @@ struct checkpoint {
     struct weight lm_head;             /* [V, D]; the embedding's tensor when tied */
     struct weight score;               /* [labels, D], classifiers */
     int64_t n_parameters;              /* values of all tensors, tied ones once */
-    char fingerprint[33];              /* XXH3-128 in hex over config and tensors, see the .c */
+    char fingerprint[33];              /* XXH3-128 in hex, see fingerprint.h */
+    char *ignored_keys;                /* unknown keys of config.json, quoted and comma-separated,
+                                          for one line of log; NULL when there are none; owned */
     struct safetensors *tensors;       /* owned */
 };
 

@@ -2,11 +2,14 @@
  *
  * A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape,
  * data_offsets}} and raw little-endian data. Every field is checked, with overflow guards,
- * before it is used: a truncated, corrupt or hostile file is an error, never a crash.
+ * before it is used: a truncated, corrupt or hostile file is an error, never a crash. A file
+ * that shrinks while it is mapped is not guarded against (SIGBUS): replace model files by
+ * renaming new ones into place, as every downloader does.
  *
  * Threads: open and close by one thread; a set that is open may be read by any number.
  * Memory:  the set owns the mappings; tensors and their names are borrowed until close.
- * Errors:  INVALID (malformed), IO, NOMEM; texts name file, tensor, expected and found.
+ * Errors:  NOT_FOUND, INVALID (malformed), TOO_LARGE, IO, NOMEM; texts name file, tensor, expected
+ * and found.
  */
 #ifndef LATTE_WEIGHTS_SAFETENSORS_H
 #define LATTE_WEIGHTS_SAFETENSORS_H
@@ -15,8 +18,7 @@
 #include <stdint.h>
 
 #include "engine/base/error.h"
-
-enum dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_OTHER };
+#include "weights/dtype.h"
 
 enum { TENSOR_MAX_DIMS = 8 };
 
@@ -34,7 +36,8 @@ struct tensor {
 
 struct safetensors;
 
-/* Open DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names. */
+/* Open DIR/model.safetensors, or else the shards that DIR/model.safetensors.index.json names:
+ * plain file names in DIR only, and exactly the tensors it lists. */
 enum status safetensors_open(struct safetensors **out, const char *dir, struct error *err);
 void safetensors_close(struct safetensors *s); /* accepts NULL */
 
@@ -46,12 +49,5 @@ const struct tensor *safetensors_get(const struct safetensors *s, size_t i);
 
 /* The tensor of that name, or NULL. O(log n). */
 const struct tensor *safetensors_find(const struct safetensors *s, const char *name);
-
-/* "F32", "F16", "BF16" or "other". */
-const char *dtype_name(enum dtype dtype);
-size_t dtype_bytes(enum dtype dtype); /* 4, 2, 2; 0 for other */
-
-/* Convert n values at src (dtype, any alignment) to float. dtype is not OTHER. */
-void dtype_to_f32(float *out, const void *src, enum dtype dtype, size_t n);
 
 #endif

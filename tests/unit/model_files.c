@@ -10,6 +10,54 @@
 #include <string.h>
 #include <unistd.h>
 
+/* ---- configurations ---- */
+
+#define SIZES                                                                                      \
+    "\"model_type\":\"latte\",\"architectures\":[\"LatteForCausalLM\"],\"vocab_size\":61,"         \
+    "\"hidden_size\":32,\"num_hidden_layers\":2,\"intermediate_size\":48,"                         \
+    "\"num_attention_heads\":4,\"eos_token_id\":0,\"tie_word_embeddings\":true,"
+#define PLAIN SIZES "\"norm\":\"layernorm\",\"mlp\":\"plain\",\"hidden_act\":\"gelu\","
+#define PLUS SIZES "\"norm\":\"rmsnorm\",\"mlp\":\"gated\","
+#define LATENTS "\"num_latents\":16,"
+#define LATTE "\"layer_type\":\"latte\","
+#define MACCHIATO "\"layer_type\":\"macchiato\",\"sliding_window\":5,"
+#define CONV "\"latent_input\":\"conv\",\"conv_kernel\":3"
+#define RGLRU "\"latent_input\":\"rglru\",\"rglru_blocks\":2"
+#define ENCODER                                                                                    \
+    "{\"vocab_size\":61,\"hidden_size\":32,\"num_hidden_layers\":2,\"intermediate_size\":48,"      \
+    "\"num_attention_heads\":4,\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"bidirectional\":true,"
+
+const struct test_model test_models[] = {
+    {"latte", "{" PLAIN LATENTS LATTE "\"position_embedding\":\"sinusoidal\"}"},
+    {"latte-vapor", "{" PLAIN LATENTS LATTE "\"position_embedding\":\"vapor\"}"},
+    {"latte++", "{" PLUS LATENTS LATTE "\"position_embedding\":\"vapor\"}"},
+    {"latte-conv++", "{" PLUS LATENTS LATTE CONV "}"},
+    {"latte-conv-swa++", "{" PLUS LATENTS MACCHIATO CONV "}"},
+    {"latte-rglru++", "{" PLUS LATENTS LATTE RGLRU "}"},
+    {"latte-rglru-swa++", "{" PLUS LATENTS MACCHIATO RGLRU "}"},
+    {"rglru-swa++", "{" PLUS MACCHIATO RGLRU "}"},
+    {"transformer++", "{" PLUS "\"layer_type\":\"full_attention\",\"position_embedding\":\"rope\","
+                      "\"max_position_embeddings\":64}"},
+    {"gemma-macchiato",
+     "{" PLUS LATENTS MACCHIATO RGLRU ",\"post_norms\":true,\"embedding_scale\":5.65,"
+     "\"norm_offset\":1.0,\"num_key_value_heads\":2,\"head_dim\":16,"
+     "\"query_pre_attn_scalar\":20,\"attn_logit_softcapping\":50.0,"
+     "\"final_logit_softcapping\":30.0,\"position_embedding\":\"rope\","
+     "\"hidden_act\":\"gelu_tanh\"}"},
+    {"mixed-layers",
+     "{" PLUS LATENTS RGLRU ",\"layer_types\":[\"macchiato\",\"full_attention\"],"
+     "\"sliding_window\":4,\"position_embedding\":\"vapor\",\"rope_theta\":[10000,500000],"
+     "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,"
+     "\"high_freq_factor\":4.0,\"original_max_position_embeddings\":32}}"},
+    {"classifier", ENCODER LATENTS MACCHIATO RGLRU
+     ",\"architectures\":[\"LatteForSequenceClassification\"],"
+     "\"id2label\":{\"0\":\"bad\",\"1\":\"fair\",\"2\":\"good\"},\"pooling\":\"last\"}"},
+    {"embedder",
+     ENCODER LATENTS LATTE CONV ",\"architectures\":[\"LatteModel\"],\"final_norm\":false}"},
+};
+
+const size_t n_test_models = sizeof(test_models) / sizeof(*test_models);
+
 /* ---- random values ---- */
 
 static uint64_t next_random(uint64_t *state)

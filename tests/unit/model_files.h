@@ -37,6 +37,13 @@ struct model_files_options {
     double theta;      /* factor on latent_k.weight, to widen the latents' logits; 0 for 1 */
 };
 
+/* Small configurations of every kind of model in the paper, and of the options beyond it. */
+struct test_model {
+    const char *name, *config_json;
+};
+extern const struct test_model test_models[];
+extern const size_t n_test_models;
+
 /* Write DIR/config.json (the text as given) and the tensors it asks for. options may be NULL. */
 int model_files_write(const char *dir, const char *config_json, uint64_t seed,
                       const struct model_files_options *options);
