@@ -17,7 +17,7 @@
 
 /* X(field, kind, flag, default, minimum, maximum, value name, help)
  * kinds: STRING (char const *; default a string or NULL), INT (int64_t), FLAG (bool).
- * A STRING option whose help ends in "(repeatable)" is kept as a list of at most 64. */
+ * A STRING whose value name is a list "a|b|c" takes one of those words only. */
 #define OPTION_LIST(X)                                                                             \
     X(model, STRING, "model", NULL, 0, 0, "DIR", "model directory to serve (required)")            \
     X(served_model_name, STRING, "served-model-name", NULL, 0, 0, "NAME",                          \
@@ -25,8 +25,9 @@
     X(host, STRING, "host", "127.0.0.1", 0, 0, "ADDR", "address to listen on; IPv6 as ::1 or ::")  \
     X(port, INT, "port", "8080", 0, 65535, "N", "TCP port; 0 picks a free one and prints it")      \
     X(unix_socket, STRING, "unix-socket", NULL, 0, 0, "PATH", "listen on this socket instead")     \
-    X(device, STRING, "device", "auto", 0, 0, "NAME", "auto, cpu or ref")                          \
-    X(weight_dtype, STRING, "weight-dtype", "auto", 0, 0, "TYPE", "auto, f32 or bf16")             \
+    X(device, STRING, "device", "auto", 0, 0, "auto|cpu|ref", "what computes")                     \
+    X(weight_dtype, STRING, "weight-dtype", "auto", 0, 0, "auto|f32|bf16",                         \
+      "how weights are held; auto: as the file has them")                                          \
     X(threads, INT, "threads", "0", 0, 1024, "N", "compute threads; 0: one per usable core")       \
     X(max_slots, INT, "max-slots", "64", 1, 4096, "N", "sequences decoded together")               \
     X(max_queue, INT, "max-queue", "1024", 1, 1000000, "N",                                        \
@@ -45,6 +46,8 @@
     X(request_timeout, INT, "request-timeout", "0", 0, 86400, "SECONDS",                           \
       "deadline of a request from its arrival; 0: none")                                           \
     X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \
+    X(max_buffered_mb, INT, "max-buffered-mb", "256", 1, 1048576, "MB",                            \
+      "memory for all request bodies being received together; beyond it 503")                      \
     X(max_connections, INT, "max-connections", "4096", 1, 65536, "N", "open connections")          \
     X(header_timeout, INT, "header-timeout", "10", 1, 3600, "SECONDS",                             \
       "time a client has to send a request's headers")                                             \
@@ -63,7 +66,8 @@
       "refuse requests with unknown fields instead of ignoring them")                              \
     X(openapi, STRING, "openapi", NULL, 0, 0, "FILE",                                              \
       "serve this file at /openapi.yaml instead of the built-in copy")                             \
-    X(log_level, STRING, "log-level", "info", 0, 0, "LEVEL", "debug, info, warn or error")         \
+    X(log_level, STRING, "log-level", "info", 0, 0, "debug|info|warn|error",                       \
+      "least severe lines to log")                                                                 \
     X(access_log, FLAG, "access-log", "1", 0, 1, NULL, "log one JSON line per request")            \
     X(help, FLAG, "help", "0", 0, 1, NULL, "print this help")                                      \
     X(version, FLAG, "version", "0", 0, 1, NULL, "print the version")

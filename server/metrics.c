@@ -1,0 +1,321 @@
+/* metrics.c - see metrics.h */
+#include "server/metrics.h"
+
+#include <dirent.h>
+#include <inttypes.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "server/options.h"
+
+enum { MAX_BUCKETS = 20, MAX_SERIES = 256, MAX_FINISHES = 8, MAX_LABEL = 64 };
+
+struct counter_row {
+    const char *name, *help;
+};
+
+static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
+    [METRIC_PROMPT_TOKENS] = {"latte_prompt_tokens_total", "Tokens of admitted prompts."},
+    [METRIC_GENERATION_TOKENS] = {"latte_generation_tokens_total", "Tokens delivered."},
+    [METRIC_UNKNOWN_FIELDS] = {"latte_unknown_request_fields_total",
+                               "Request fields that are not known and were ignored or refused."},
+    [METRIC_CLIENT_DISCONNECTS] = {"latte_client_disconnects_total",
+                                   "Requests whose client left before the end."},
+    [METRIC_QUEUE_REJECTIONS] = {"latte_queue_rejections_total",
+                                 "Requests refused because the queue was full."},
+    [METRIC_CONNECTIONS] = {"latte_connections_total", "Connections accepted."},
+};
+
+struct histogram_row {
+    const char *name, *help;
+    double bounds[MAX_BUCKETS]; /* rising, ends at the first 0; +Inf follows by itself */
+};
+
+static const struct histogram_row histogram_rows[METRIC_HISTOGRAM_COUNT] = {
+    [METRIC_TIME_TO_FIRST_TOKEN] = {"latte_time_to_first_token_seconds",
+                                    "From a request's arrival to its first token.",
+                                    {0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5,
+                                     10, 20, 40, 80}},
+    [METRIC_TIME_PER_TOKEN] = {"latte_time_per_output_token_seconds",
+                               "Mean time between the tokens of a request.",
+                               {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
+                                0.1, 0.25, 0.5, 1, 2.5}},
+    [METRIC_E2E_LATENCY] = {"latte_e2e_request_latency_seconds",
+                            "From a request's arrival to the end of its answer.",
+                            {0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320,
+                             640}},
+    [METRIC_QUEUE_TIME] = {"latte_request_queue_time_seconds",
+                           "From submission to a slot.",
+                           {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
+                            30, 60, 120}},
+    [METRIC_PROMPT_LENGTH] = {"latte_request_prompt_tokens",
+                              "Tokens of a request's prompt.",
+                              {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
+    [METRIC_OUTPUT_LENGTH] = {"latte_request_generation_tokens",
+                              "Tokens of a request's answer.",
+                              {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
+};
+
+struct histogram {
+    _Atomic uint64_t counts[MAX_BUCKETS + 1]; /* by bucket, not cumulative; the last is +Inf */
+    _Atomic uint64_t sum_bits;                /* the sum, a double's bits */
+};
+
+struct request_series {
+    char method[16], route[MAX_LABEL];
+    int code;
+    uint64_t n;
+};
+
+struct finish_series {
+    char reason[16];
+    uint64_t n;
+};
+
+static _Atomic uint64_t counters[METRIC_COUNTER_COUNT];
+static struct histogram histograms[METRIC_HISTOGRAM_COUNT];
+
+static pthread_mutex_t series_lock = PTHREAD_MUTEX_INITIALIZER; /* guards the four below */
+static struct request_series requests[MAX_SERIES];
+static int n_requests;
+static struct finish_series finishes[MAX_FINISHES];
+static int n_finishes;
+
+void metrics_add(enum metric_counter counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(&counters[counter], n, memory_order_relaxed);
+}
+
+static double as_double(uint64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+static uint64_t as_bits(double value)
+{
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+void metrics_observe(enum metric_histogram histogram, double value)
+{
+    if (!isfinite(value))
+        return;
+    struct histogram *h = &histograms[histogram];
+    const double *bounds = histogram_rows[histogram].bounds;
+    int bucket = 0;
+    while (bucket < MAX_BUCKETS && bounds[bucket] > 0 && value > bounds[bucket])
+        bucket++;
+    if (bucket < MAX_BUCKETS && bounds[bucket] <= 0)
+        bucket = MAX_BUCKETS;
+    atomic_fetch_add_explicit(&h->counts[bucket], 1, memory_order_relaxed);
+    uint64_t old = atomic_load_explicit(&h->sum_bits, memory_order_relaxed);
+    while (!atomic_compare_exchange_weak(&h->sum_bits, &old, as_bits(as_double(old) + value)))
+        continue;
+}
+
+/* Methods are the client's to choose: what is not usual counts as "other". */
+static const char *known_method(const char *method)
+{
+    static const char *const known[] = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"};
+    for (size_t i = 0; i < sizeof(known) / sizeof(*known); i++) {
+        if (!strcmp(method, known[i]))
+            return method;
+    }
+    return "other";
+}
+
+static struct request_series *find_series(const char *method, const char *route, int code)
+{
+    for (int i = 0; i < n_requests; i++) {
+        struct request_series *s = &requests[i];
+        if (s->code == code && !strcmp(s->method, method) && !strcmp(s->route, route))
+            return s;
+    }
+    if (n_requests == MAX_SERIES)
+        return NULL;
+    struct request_series *s = &requests[n_requests++];
+    s->code = code;
+    snprintf(s->method, sizeof(s->method), "%s", method);
+    snprintf(s->route, sizeof(s->route), "%s", route);
+    return s;
+}
+
+void metrics_count_request(const char *method, const char *route, int code)
+{
+    pthread_mutex_lock(&series_lock);
+    struct request_series *s = find_series(known_method(method), route, code);
+    if (s)
+        s->n++;
+    pthread_mutex_unlock(&series_lock);
+}
+
+void metrics_count_finish(const char *finish_reason)
+{
+    pthread_mutex_lock(&series_lock);
+    int i = 0;
+    while (i < n_finishes && strcmp(finishes[i].reason, finish_reason))
+        i++;
+    if (i == n_finishes && n_finishes < MAX_FINISHES) {
+        snprintf(finishes[i].reason, sizeof(finishes[i].reason), "%s", finish_reason);
+        n_finishes++;
+    }
+    if (i < n_finishes)
+        finishes[i].n++;
+    pthread_mutex_unlock(&series_lock);
+}
+
+/* The text format. */
+
+static void write_head(struct bytes *out, const char *name, const char *type, const char *help)
+{
+    bytes_format(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+}
+
+static void write_value(struct bytes *out, const char *name, const char *type, const char *help,
+                        double value)
+{
+    write_head(out, name, type, help);
+    bytes_format(out, "%s %.15g\n", name, value);
+}
+
+static void write_histogram(struct bytes *out, enum metric_histogram which)
+{
+    const struct histogram_row *row = &histogram_rows[which];
+    struct histogram *h = &histograms[which];
+    write_head(out, row->name, "histogram", row->help);
+    uint64_t total = 0;
+    for (int i = 0; i < MAX_BUCKETS && row->bounds[i] > 0; i++) {
+        total += atomic_load_explicit(&h->counts[i], memory_order_relaxed);
+        bytes_format(out, "%s_bucket{le=\"%g\"} %" PRIu64 "\n", row->name, row->bounds[i], total);
+    }
+    total += atomic_load_explicit(&h->counts[MAX_BUCKETS], memory_order_relaxed);
+    bytes_format(out, "%s_bucket{le=\"+Inf\"} %" PRIu64 "\n%s_sum %.15g\n%s_count %" PRIu64 "\n",
+                 row->name, total, row->name,
+                 as_double(atomic_load_explicit(&h->sum_bits, memory_order_relaxed)), row->name,
+                 total);
+}
+
+static void write_series(struct bytes *out)
+{
+    pthread_mutex_lock(&series_lock);
+    write_head(out, "latte_http_requests_total", "counter", "HTTP requests by answer.");
+    for (int i = 0; i < n_requests; i++)
+        bytes_format(
+            out, "latte_http_requests_total{method=\"%s\",route=\"%s\",code=\"%d\"} %" PRIu64 "\n",
+            requests[i].method, requests[i].route, requests[i].code, requests[i].n);
+    write_head(out, "latte_request_success_total", "counter", "Generations by their end.");
+    for (int i = 0; i < n_finishes; i++)
+        bytes_format(out, "latte_request_success_total{finish_reason=\"%s\"} %" PRIu64 "\n",
+                     finishes[i].reason, finishes[i].n);
+    pthread_mutex_unlock(&series_lock);
+}
+
+static void write_engine(struct bytes *out, const struct engine *engine)
+{
+    struct engine_stats stats;
+    struct engine_info info;
+    engine_stats(engine, &stats);
+    engine_info(engine, &info);
+    write_value(out, "latte_requests_running", "gauge", "Jobs in a slot.", stats.n_running);
+    write_value(out, "latte_requests_waiting", "gauge", "Jobs queued for a slot.", stats.n_waiting);
+    write_value(out, "latte_slots", "gauge", "Sequences that can be decoded together.",
+                stats.n_slots);
+    write_value(out, "latte_slots_used", "gauge", "Slots that hold a sequence.", stats.n_running);
+    write_value(out, "latte_engine_steps_total", "counter", "Steps of the model.",
+                (double)stats.n_steps);
+    write_value(out, "latte_engine_step_seconds_total", "counter", "Time spent in steps.",
+                (double)stats.step_ns * 1e-9);
+    write_value(out, "latte_engine_failed", "gauge", "1 when the device has failed.", stats.failed);
+    write_value(out, "latte_weight_bytes", "gauge", "Memory of the weights.",
+                (double)info.weight_bytes);
+    write_value(out, "latte_state_bytes_per_slot", "gauge", "Memory of one sequence's state.",
+                (double)info.state_bytes);
+    write_head(out, "latte_model_info", "gauge", "What is served; always 1.");
+    bytes_format(out, "latte_model_info{fingerprint=\"%s\",backend=\"%s\",weight_dtype=\"%s\"} 1\n",
+                 info.fingerprint, info.backend, info.weight_dtype);
+}
+
+static int count_open_fds(void)
+{
+    DIR *dir = opendir("/proc/self/fd");
+    if (!dir)
+        return -1;
+    int n = -1; /* the directory's own */
+    for (const struct dirent *entry; (entry = readdir(dir));)
+        n += entry->d_name[0] != '.';
+    closedir(dir);
+    return n;
+}
+
+/* /proc/self/stat fields by the numbers of proc(5): 22 start time in ticks, 23 virtual bytes,
+ * 24 resident pages. */
+static void read_stat(double *start_s, double *virtual_bytes, double *resident_bytes)
+{
+    char text[1024];
+    unsigned long long ticks = 0, virtual = 0;
+    long pages = 0;
+    FILE *f = fopen("/proc/self/stat", "re");
+    size_t n = f ? fread(text, 1, sizeof(text) - 1, f) : 0;
+    if (f)
+        fclose(f);
+    text[n] = '\0';
+    const char *after_name = strrchr(text, ')');
+    if (after_name)
+        sscanf(after_name + 1,
+               " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d"
+               " %llu %llu %ld",
+               &ticks, &virtual, &pages);
+    struct timespec now, since_boot;
+    clock_gettime(CLOCK_REALTIME, &now);
+    clock_gettime(CLOCK_BOOTTIME, &since_boot);
+    *start_s =
+        (double)(now.tv_sec - since_boot.tv_sec) + (double)ticks / (double)sysconf(_SC_CLK_TCK);
+    *virtual_bytes = (double)virtual;
+    *resident_bytes = (double)pages * (double)sysconf(_SC_PAGESIZE);
+}
+
+static void write_process(struct bytes *out)
+{
+    struct rusage use;
+    struct rlimit files;
+    double start_s, virtual_bytes, resident_bytes;
+    getrusage(RUSAGE_SELF, &use);
+    getrlimit(RLIMIT_NOFILE, &files);
+    read_stat(&start_s, &virtual_bytes, &resident_bytes);
+    double cpu_s = (double)(use.ru_utime.tv_sec + use.ru_stime.tv_sec) +
+                   (double)(use.ru_utime.tv_usec + use.ru_stime.tv_usec) * 1e-6;
+    write_value(out, "process_cpu_seconds_total", "counter", "User and system time.", cpu_s);
+    write_value(out, "process_resident_memory_bytes", "gauge", "Resident memory.", resident_bytes);
+    write_value(out, "process_virtual_memory_bytes", "gauge", "Virtual memory.", virtual_bytes);
+    write_value(out, "process_open_fds", "gauge", "Open file descriptors.", count_open_fds());
+    write_value(out, "process_max_fds", "gauge", "Limit of open file descriptors.",
+                (double)files.rlim_cur);
+    write_value(out, "process_start_time_seconds", "gauge", "Start, in Unix time.", start_s);
+}
+
+void metrics_write(struct bytes *out, const struct engine *engine, int n_connections)
+{
+    for (int i = 0; i < METRIC_COUNTER_COUNT; i++)
+        write_value(out, counter_rows[i].name, "counter", counter_rows[i].help,
+                    (double)atomic_load_explicit(&counters[i], memory_order_relaxed));
+    write_series(out);
+    for (int i = 0; i < METRIC_HISTOGRAM_COUNT; i++)
+        write_histogram(out, i);
+    write_value(out, "latte_connections", "gauge", "Open connections.", n_connections);
+    if (engine)
+        write_engine(out, engine);
+    write_process(out);
+    write_head(out, "latte_build_info", "gauge", "This build; always 1.");
+    bytes_format(out, "latte_build_info{version=\"%s\"} 1\n", latte_version);
+}
