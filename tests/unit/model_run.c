@@ -1,0 +1,141 @@
+/* model_run.c - see model_run.h */
+#include "tests/unit/unit.h"
+
+#include "tests/unit/model_run.h"
+
+#include <dirent.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MODELS "tests/golden/models"
+
+const char *const run_backends[] = {"ref", "cpu", NULL};
+
+enum status run_try_backend(struct backend **out, const char *name,
+                            const struct backend_options *options, struct error *err)
+{
+    if (!strcmp(name, "ref"))
+        return backend_ref_open(out, options, err);
+    return backend_cpu_open(out, options, err);
+}
+
+void run_open(struct run *r, const char *dir, const struct run_options *options)
+{
+    struct error err;
+    struct checkpoint *c = NULL;
+    struct backend *backend = NULL;
+    const struct model_options mo = {
+        .n_slots = options->n_slots, .max_rows = RUN_MAX_ROWS, .weight_dtype = options->dtype};
+    struct backend_options bo = {.n_threads = options->n_threads};
+    enum status st = checkpoint_open(&c, dir, NULL, NULL, &err);
+    if (!st) {
+        model_backend_options(&c->config, &mo, &bo);
+        st = run_try_backend(&backend, options->backend, &bo, &err);
+    }
+    if (!st)
+        st = model_open(&r->model, c, backend, &mo, NULL, NULL, &err);
+    if (st)
+        fail_msg("%s: %s", dir, err.text);
+    r->vocab_size = c->config.vocab_size;
+    snprintf(r->label, sizeof(r->label), "%s (%s, %s, %d threads)", dir, options->backend,
+             dtype_name(options->dtype), options->n_threads);
+    checkpoint_close(c);
+}
+
+void run_close(struct run *r)
+{
+    model_close(r->model);
+}
+
+static int compare_dirs(const void *a, const void *b)
+{
+    return strcmp(a, b);
+}
+
+void run_list_models(struct run_models *out)
+{
+    out->n = 0;
+    DIR *dir = opendir(MODELS);
+    if (!dir)
+        fail_msg("%s: not found; tests run in the root of the repository", MODELS);
+    for (struct dirent *e; (e = readdir(dir)) && out->n < RUN_MAX_MODELS;) {
+        char config[300];
+        snprintf(config, sizeof(config), "%s/%s/config.json", MODELS, e->d_name);
+        if (access(config, R_OK) == 0)
+            snprintf(out->dirs[out->n++], sizeof(out->dirs[0]), "%s/%.100s", MODELS, e->d_name);
+    }
+    closedir(dir);
+    qsort(out->dirs, (size_t)out->n, sizeof(out->dirs[0]), compare_dirs);
+}
+
+void run_feed(struct run *r, int slot, const int32_t *tokens, int n, enum logits_wanted wanted,
+              float *out)
+{
+    const struct model_seq seq = {slot, n, wanted};
+    const float *logits = NULL;
+    struct error err;
+    if (model_step(r->model, tokens, &seq, 1, &logits, &err))
+        fail_msg("%s: %s", r->label, err.text);
+    size_t n_rows = wanted == LOGITS_ALL ? (size_t)n : wanted == LOGITS_LAST;
+    if (n_rows && out)
+        memcpy(out, logits, n_rows * (size_t)r->vocab_size * sizeof(float));
+}
+
+double run_difference(const float *a, const float *b, size_t n)
+{
+    double worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        double difference = fabs((double)a[i] - b[i]);
+        if (!isfinite(difference))
+            return INFINITY;
+        worst = fmax(worst, difference);
+    }
+    return worst;
+}
+
+float *run_state(struct run *r, int slot, size_t *n)
+{
+    struct error err;
+    *n = 0;
+    for (int i = 0; i < model_n_state_tensors(r->model); i++)
+        *n += (size_t)model_state_tensor(r->model, i)->n_values;
+    float *state = calloc(*n + 1, sizeof(*state)), *at = state;
+    assert_non_null(state);
+    for (int i = 0; i < model_n_state_tensors(r->model); i++) {
+        if (model_state_read(r->model, slot, i, at, &err))
+            fail_msg("%s: %s", r->label, err.text);
+        at += model_state_tensor(r->model, i)->n_values;
+    }
+    return state;
+}
+
+static double excess(double a, double b, double tolerance)
+{
+    if (a == b)
+        return 0;
+    double difference = fabs(a - b);
+    return isfinite(difference) ? difference / (tolerance * (1 + fabs(b))) : INFINITY;
+}
+
+double run_state_excess(struct run *r, const float *a, const float *b, double tolerance)
+{
+    double worst = 0;
+    const float *m_a = NULL, *m_b = NULL; /* maxima of the layer at hand, which come first */
+    for (int i = 0; i < model_n_state_tensors(r->model); i++) {
+        const struct state_tensor *t = model_state_tensor(r->model, i);
+        int64_t width = t->n_dims == 3 ? t->shape[2] : 1;
+        bool sums = strstr(t->name, "latent_alpha") || strstr(t->name, "latent_s");
+        if (strstr(t->name, "latent_m"))
+            m_a = a, m_b = b;
+        for (int64_t j = 0; j < t->n_values; j++) {
+            double scale = sums ? exp((double)m_a[j / width] - m_b[j / width]) : 1;
+            worst = fmax(worst, excess(a[j] * scale, b[j], tolerance));
+        }
+        a += t->n_values;
+        b += t->n_values;
+    }
+    return worst;
+}
