@@ -13,6 +13,7 @@
 #include "engine/base/file.h"
 #include "weights/config.h"
 #include "weights/fingerprint.h"
+#include "weights/generation.h"
 
 enum { NAME_BYTES = 128, SHAPE_BYTES = 200 };
 

@@ -1,20 +1,19 @@
 /* config.c - see config.h
  *
- * Most keys are rows of one table. Those with a form of their own (lists, objects, defaults
- * that lean on other keys) have a function each; what only the whole configuration can tell
- * is checked last.
+ * Most keys are rows of one table; those with a form of their own are in config_parts.c; what
+ * only the whole configuration can tell is checked last.
  */
 #include "weights/config.h"
 
-#include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "weights/config_parts.h"
 #include "weights/tree.h"
 
-enum { MAX_FILE = 4 << 20, MAX_JSON_DEPTH = 16, MAX_CHOICES = 4, MAX_LABELS = 1 << 16 };
+enum { MAX_CHOICES = 4 };
 
 /* ---- the table ---- */
 
@@ -30,85 +29,53 @@ struct key {
     const char *choices[MAX_CHOICES]; /* in the order of the enum */
 };
 
-#define FIELD(field) offsetof(struct model_config, field)
-#define SIZE(name, field, min, max)                                                                \
-    {                                                                                              \
-        name, KEY_INT32, true, FIELD(field), min, max, 0,                                          \
-        {                                                                                          \
-            0                                                                                      \
-        }                                                                                          \
-    }
-#define WHOLE(name, field, min, max, otherwise)                                                    \
-    {                                                                                              \
-        name, KEY_INT32, false, FIELD(field), min, max, otherwise,                                 \
-        {                                                                                          \
-            0                                                                                      \
-        }                                                                                          \
-    }
-#define NUMBER(name, field, min, max, otherwise)                                                   \
-    {                                                                                              \
-        name, KEY_NUMBER, false, FIELD(field), min, max, otherwise,                                \
-        {                                                                                          \
-            0                                                                                      \
-        }                                                                                          \
-    }
-#define FLAG(name, field, otherwise)                                                               \
-    {                                                                                              \
-        name, KEY_BOOL, false, FIELD(field), 0, 0, otherwise,                                      \
-        {                                                                                          \
-            0                                                                                      \
-        }                                                                                          \
-    }
-#define CHOICE(name, field, required, otherwise, ...)                                              \
-    {                                                                                              \
-        name, KEY_CHOICE, required, FIELD(field), 0, 0, otherwise,                                 \
-        {                                                                                          \
-            __VA_ARGS__                                                                            \
-        }                                                                                          \
-    }
+#define ROW(key, type, field)                                                                      \
+    .name = key, .kind = type, .offset = offsetof(struct model_config, field)
+#define SIZE(key, field, lo, hi) ROW(key, KEY_INT32, field), .required = true, .min = lo, .max = hi
+#define WHOLE(key, field, lo, hi, value)                                                           \
+    ROW(key, KEY_INT32, field), .min = lo, .max = hi, .otherwise = value
+#define LONG(key, field, lo, hi, value)                                                            \
+    ROW(key, KEY_INT64, field), .min = lo, .max = hi, .otherwise = value
+#define NUMBER(key, field, lo, hi, value)                                                          \
+    ROW(key, KEY_NUMBER, field), .min = lo, .max = hi, .otherwise = value
+#define FLAG(key, field, value) ROW(key, KEY_BOOL, field), .otherwise = value
+#define CHOICE(key, field, value) ROW(key, KEY_CHOICE, field), .otherwise = value
 
 /* A default of 0 outside min..max stands for "none", or for what a later function fills in. */
 static const struct key keys[] = {
-    SIZE("vocab_size", vocab_size, 1, 1 << 24),
-    SIZE("hidden_size", hidden_size, 1, 1 << 16),
-    SIZE("num_hidden_layers", n_layers, 1, 1024),
-    SIZE("intermediate_size", intermediate_size, 1, 1 << 20),
-    SIZE("num_attention_heads", n_heads, 1, 1024),
-    WHOLE("num_key_value_heads", n_kv_heads, 1, 1024, 0),
-    WHOLE("head_dim", head_dim, 1, 8192, 0),
-    WHOLE("num_latents", n_latents, 0, 1 << 20, 0),
-    CHOICE("latent_input", latent_input, false, LATENT_INPUT_NONE, "none", "conv", "rglru"),
-    WHOLE("conv_kernel", conv_kernel, 1, 64, 3),
-    WHOLE("rglru_blocks", rglru_blocks, 1, 1 << 16, 1),
-    WHOLE("sliding_window", sliding_window, 1, 1 << 20, 128),
-    NUMBER("attn_logit_softcapping", attn_logit_softcapping, 1e-3, 1e6, 0),
-    NUMBER("final_logit_softcapping", final_logit_softcapping, 1e-3, 1e6, 0),
-    CHOICE("position_embedding", position_embedding, false, POSITION_NONE, "none", "sinusoidal",
-           "vapor", "rope"),
-    FLAG("bidirectional", bidirectional, false),
-    CHOICE("norm", norm, true, 0, "rmsnorm", "layernorm"),
-    NUMBER("norm_eps", norm_eps, 1e-20, 1, 1e-6),
-    NUMBER("norm_offset", norm_offset, -16, 16, 0),
-    FLAG("final_norm", final_norm, true),
-    CHOICE("mlp", mlp, true, 0, "gated", "plain"),
-    CHOICE("hidden_act", hidden_act, false, ACTIVATION_SILU, "silu", "gelu", "gelu_tanh"),
-    FLAG("post_norms", post_norms, false),
-    NUMBER("embedding_scale", embedding_scale, 1e-6, 1e6, 1),
-    FLAG("tie_word_embeddings", tie_word_embeddings, false),
-    {"max_position_embeddings",
-     KEY_INT64,
-     false,
-     FIELD(max_position_embeddings),
-     1,
-     INT32_MAX,
-     4096,
-     {0}},
-    CHOICE("pooling", pooling, false, POOLING_MEAN, "mean", "last"),
+    {SIZE("vocab_size", vocab_size, 1, 1 << 24)},
+    {SIZE("hidden_size", hidden_size, 1, 1 << 16)},
+    {SIZE("num_hidden_layers", n_layers, 1, 1024)},
+    {SIZE("intermediate_size", intermediate_size, 1, 1 << 20)},
+    {SIZE("num_attention_heads", n_heads, 1, 1024)},
+    {WHOLE("num_key_value_heads", n_kv_heads, 1, 1024, 0)},
+    {WHOLE("head_dim", head_dim, 1, 8192, 0)},
+    {WHOLE("num_latents", n_latents, 0, 1 << 20, 0)},
+    {CHOICE("latent_input", latent_input, LATENT_INPUT_NONE), .choices = {"none", "conv", "rglru"}},
+    {WHOLE("conv_kernel", conv_kernel, 1, 64, 3)},
+    {WHOLE("rglru_blocks", rglru_blocks, 1, 1 << 16, 1)},
+    {WHOLE("sliding_window", sliding_window, 1, 1 << 20, 128)},
+    {NUMBER("attn_logit_softcapping", attn_logit_softcapping, 1e-3, 1e6, 0)},
+    {NUMBER("final_logit_softcapping", final_logit_softcapping, 1e-3, 1e6, 0)},
+    {CHOICE("position_embedding", position_embedding, POSITION_NONE),
+     .choices = {"none", "sinusoidal", "vapor", "rope"}},
+    {FLAG("bidirectional", bidirectional, false)},
+    {CHOICE("norm", norm, NORM_RMS), .required = true, .choices = {"rmsnorm", "layernorm"}},
+    {NUMBER("norm_eps", norm_eps, 1e-20, 1, 1e-6)},
+    {NUMBER("norm_offset", norm_offset, -16, 16, 0)},
+    {FLAG("final_norm", final_norm, true)},
+    {CHOICE("mlp", mlp, MLP_GATED), .required = true, .choices = {"gated", "plain"}},
+    {CHOICE("hidden_act", hidden_act, ACTIVATION_SILU), .choices = {"silu", "gelu", "gelu_tanh"}},
+    {FLAG("post_norms", post_norms, false)},
+    {NUMBER("embedding_scale", embedding_scale, 1e-6, 1e6, 1)},
+    {FLAG("tie_word_embeddings", tie_word_embeddings, false)},
+    {LONG("max_position_embeddings", max_position_embeddings, 1, INT32_MAX, 4096)},
+    {CHOICE("pooling", pooling, POOLING_MEAN), .choices = {"mean", "last"}},
 };
 
 enum { N_KEYS = sizeof(keys) / sizeof(*keys) };
 
-/* Read elsewhere in this file. */
+/* Read in config_parts.c. */
 static const char *const special_keys[] = {
     "model_type",   "architectures", "layer_type",   "layer_types", "query_pre_attn_scalar",
     "rope_theta",   "rope_scaling",  "bos_token_id", "num_labels",  "id2label",
@@ -121,21 +88,6 @@ static const char *const harmless_keys[] = {
     "license",       "pad_token_id", "problem_type", "torch_dtype",       "transformers_version",
     "unk_token_id",  "use_cache",
 };
-
-/* ---- errors ---- */
-
-static enum status wrong(struct error *err, const char *key, const char *expected,
-                         const cJSON *item)
-{
-    char shown[64];
-    return fail_field(err, STATUS_INVALID, key, "%s: expected %s, found %s", key, expected,
-                      tree_show(item, shown));
-}
-
-static enum status out_of_memory(struct error *err)
-{
-    return fail(err, STATUS_NOMEM, "out of memory");
-}
 
 /* ---- rows of the table ---- */
 
@@ -171,7 +123,7 @@ static enum status read_choice(struct model_config *c, const struct key *k, cons
         size_t n = strlen(expected);
         snprintf(expected + n, sizeof(expected) - n, "%s \"%s\"", i ? "," : "", k->choices[i]);
     }
-    return wrong(err, k->name, expected, item);
+    return config_wrong(err, k->name, expected, item);
 }
 
 static enum status read_key(struct model_config *c, const struct key *k, const cJSON *item,
@@ -183,7 +135,7 @@ static enum status read_key(struct model_config *c, const struct key *k, const c
         return read_choice(c, k, item, err);
     if (k->kind == KEY_BOOL) {
         if (!cJSON_IsBool(item))
-            return wrong(err, k->name, "true or false", item);
+            return config_wrong(err, k->name, "true or false", item);
         set_number(c, k, cJSON_IsTrue(item));
         return STATUS_OK;
     }
@@ -194,7 +146,7 @@ static enum status read_key(struct model_config *c, const struct key *k, const c
     if (!good) {
         snprintf(expected, sizeof(expected), "a %snumber of %.10g to %.10g",
                  is_number ? "" : "whole ", k->min, k->max);
-        return wrong(err, k->name, expected, item);
+        return config_wrong(err, k->name, expected, item);
     }
     set_number(c, k, item->valuedouble);
     return STATUS_OK;
@@ -223,236 +175,6 @@ static enum status read_table(struct model_config *c, const cJSON *root, struct 
     }
     if ((int)c->position_embedding == POSITION_VAPOR + 1) /* "rope": the windows always have it */
         c->position_embedding = POSITION_NONE;
-    return STATUS_OK;
-}
-
-/* ---- keys with a form of their own ---- */
-
-static enum status read_architecture(struct model_config *c, const cJSON *root, struct error *err)
-{
-    static const char *const names[] = {"LatteForCausalLM", "LatteForSequenceClassification",
-                                        "LatteModel"};
-    const cJSON *type = tree_find(root, "model_type");
-    if (type && (!cJSON_IsString(type) || strcmp(type->valuestring, "latte")))
-        return wrong(err, "model_type", "\"latte\"", type);
-    const cJSON *list = tree_find(root, "architectures");
-    c->head = HEAD_CAUSAL_LM;
-    if (!list)
-        return STATUS_OK;
-    const cJSON *name = cJSON_IsArray(list) && cJSON_GetArraySize(list) == 1 ? list->child : NULL;
-    for (int i = 0; i < 3; i++)
-        if (cJSON_IsString(name) && !strcmp(name->valuestring, names[i])) {
-            c->head = (enum model_head)i;
-            return STATUS_OK;
-        }
-    return wrong(err, "architectures",
-                 "a list of one of LatteForCausalLM, LatteForSequenceClassification, LatteModel",
-                 name ? name : list);
-}
-
-static enum status read_layer_type(enum layer_type *out, const char *key, const cJSON *item,
-                                   struct error *err)
-{
-    static const char *const names[] = {"latte", "macchiato", "full_attention"};
-    for (int i = 0; i < 3; i++)
-        if (cJSON_IsString(item) && !strcmp(item->valuestring, names[i])) {
-            *out = (enum layer_type)i;
-            return STATUS_OK;
-        }
-    return wrong(err, key, "\"latte\", \"macchiato\" or \"full_attention\"", item);
-}
-
-/* A list for a key must have one item a layer. */
-static enum status check_length(const struct model_config *c, const char *key, const cJSON *list,
-                                struct error *err)
-{
-    int n = cJSON_GetArraySize(list);
-    if (n == c->n_layers)
-        return STATUS_OK;
-    return fail_field(err, STATUS_INVALID, key, "%s: expected %d items, one a layer, found %d", key,
-                      c->n_layers, n);
-}
-
-static enum status read_layer_types(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *one = tree_find(root, "layer_type"), *many = tree_find(root, "layer_types");
-    if (!one == !many)
-        return fail_field(err, STATUS_INVALID, "layer_type",
-                          "layer_type: expected either layer_type or layer_types, found %s",
-                          one ? "both" : "neither");
-    if (many && !cJSON_IsArray(many))
-        return wrong(err, "layer_types", "a list", many);
-    enum status st = many ? check_length(c, "layer_types", many, err) : STATUS_OK;
-    const cJSON *item = many ? many->child : one;
-    for (int i = 0; !st && i < c->n_layers; i++) {
-        st = read_layer_type(&c->layers[i].type, many ? "layer_types" : "layer_type", item, err);
-        item = many ? item->next : one;
-    }
-    return st;
-}
-
-static enum status read_positive(double *out, const char *key, const cJSON *item, double min,
-                                 double max, struct error *err)
-{
-    char expected[80];
-    if (cJSON_IsNumber(item) && item->valuedouble >= min && item->valuedouble <= max) {
-        *out = item->valuedouble;
-        return STATUS_OK;
-    }
-    snprintf(expected, sizeof(expected), "a number of %g to %g", min, max);
-    return wrong(err, key, expected, item);
-}
-
-static enum status read_rope_theta(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *item = tree_find(root, "rope_theta");
-    bool list = cJSON_IsArray(item);
-    enum status st = list ? check_length(c, "rope_theta", item, err) : STATUS_OK;
-    const cJSON *value = list ? item->child : item;
-    for (int i = 0; !st && i < c->n_layers; i++) {
-        c->layers[i].rope_theta = 10000;
-        if (value)
-            st = read_positive(&c->layers[i].rope_theta, "rope_theta", value, 1, 1e15, err);
-        value = list ? value->next : item;
-    }
-    return st;
-}
-
-/* One number of the rope_scaling object; `used` counts the keys that were understood. */
-static enum status read_scaling(double *out, const cJSON *object, const char *key, double max,
-                                int *used, struct error *err)
-{
-    char name[64];
-    snprintf(name, sizeof(name), "rope_scaling.%s", key);
-    ++*used;
-    return read_positive(out, name, tree_find(object, key), 1e-3, max, err);
-}
-
-static enum status read_llama3_scaling(struct rope_scaling *s, const cJSON *object, int *used,
-                                       struct error *err)
-{
-    double length = 0;
-    enum status st = read_scaling(&s->low_freq_factor, object, "low_freq_factor", 1e6, used, err);
-    if (!st)
-        st = read_scaling(&s->high_freq_factor, object, "high_freq_factor", 1e6, used, err);
-    if (!st)
-        st = read_scaling(&length, object, "original_max_position_embeddings", 1e9, used, err);
-    if (!st && s->low_freq_factor >= s->high_freq_factor)
-        st = fail_field(err, STATUS_INVALID, "rope_scaling",
-                        "rope_scaling: expected low_freq_factor below high_freq_factor, found %g "
-                        "and %g",
-                        s->low_freq_factor, s->high_freq_factor);
-    if (!st && (length < 1 || length != floor(length)))
-        st = wrong(err, "rope_scaling.original_max_position_embeddings", "a whole number above 0",
-                   tree_find(object, "original_max_position_embeddings"));
-    s->original_max_position_embeddings = (int64_t)length;
-    return st;
-}
-
-static enum status read_rope_scaling(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *object = tree_find(root, "rope_scaling");
-    struct rope_scaling *s = &c->rope_scaling;
-    if (!object)
-        return STATUS_OK;
-    if (!cJSON_IsObject(object))
-        return wrong(err, "rope_scaling", "an object", object);
-    const cJSON *type = tree_find(object, "rope_type");
-    int used = (type != NULL) + (tree_find(object, "type") != NULL);
-    if (!type)
-        type = tree_find(object, "type");
-    const char *name = cJSON_IsString(type) ? type->valuestring : "";
-    enum status st = STATUS_OK;
-    if (!strcmp(name, "linear"))
-        s->type = ROPE_SCALING_LINEAR;
-    else if (!strcmp(name, "llama3"))
-        s->type = ROPE_SCALING_LLAMA3;
-    else if (strcmp(name, "default"))
-        return wrong(err, "rope_scaling.rope_type", "\"linear\", \"llama3\" or \"default\"", type);
-    if (s->type != ROPE_SCALING_NONE)
-        st = read_scaling(&s->factor, object, "factor", 1e6, &used, err);
-    if (!st && s->type == ROPE_SCALING_LLAMA3)
-        st = read_llama3_scaling(s, object, &used, err);
-    if (!st && cJSON_GetArraySize(object) != used)
-        st = fail_field(err, STATUS_INVALID, "rope_scaling",
-                        "rope_scaling: expected %d keys for \"%s\", found %d", used, name,
-                        cJSON_GetArraySize(object));
-    return st;
-}
-
-static enum status read_scale(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *item = tree_find(root, "query_pre_attn_scalar");
-    double scalar = c->head_dim;
-    enum status st = STATUS_OK;
-    if (item)
-        st = read_positive(&scalar, "query_pre_attn_scalar", item, 1e-6, 1e9, err);
-    c->attention_scale = 1 / sqrt(scalar);
-    return st;
-}
-
-static enum status add_eos(struct model_config *c, const cJSON *item, struct error *err)
-{
-    int64_t id;
-    if (!tree_whole(item, 0, c->vocab_size - 1, &id))
-        return wrong(err, "eos_token_id", "token ids below vocab_size", item);
-    for (int i = 0; i < c->n_eos; i++)
-        if (c->eos_token_id[i] == id)
-            return STATUS_OK;
-    if (c->n_eos == MODEL_MAX_EOS)
-        return fail_field(err, STATUS_INVALID, "eos_token_id",
-                          "eos_token_id: expected at most %d ids", MODEL_MAX_EOS);
-    c->eos_token_id[c->n_eos++] = (int32_t)id;
-    return STATUS_OK;
-}
-
-/* A number or a list, added to those that are there. */
-static enum status read_eos(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *item = tree_find(root, "eos_token_id");
-    if (!item)
-        return STATUS_OK;
-    if (!cJSON_IsArray(item))
-        return add_eos(c, item, err);
-    enum status st = STATUS_OK;
-    for (const cJSON *id = item->child; !st && id; id = id->next)
-        st = add_eos(c, id, err);
-    return st;
-}
-
-static enum status read_bos(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *item = tree_find(root, "bos_token_id");
-    int64_t id = -1;
-    if (item && !tree_whole(item, 0, c->vocab_size - 1, &id))
-        return wrong(err, "bos_token_id", "a token id below vocab_size", item);
-    c->bos_token_id = (int32_t)id;
-    return STATUS_OK;
-}
-
-/* id2label is {"0": name, "1": name, ...}; its length is the default of num_labels. */
-static enum status read_labels(struct model_config *c, const cJSON *root, struct error *err)
-{
-    const cJSON *count = tree_find(root, "num_labels"), *names = tree_find(root, "id2label");
-    int64_t n = names ? cJSON_GetArraySize(names) : 2;
-    char key[16];
-    if (names && !cJSON_IsObject(names))
-        return wrong(err, "id2label", "an object", names);
-    if (count && !tree_whole(count, 1, MAX_LABELS, &n))
-        return wrong(err, "num_labels", "a whole number of 1 to 65536", count);
-    if (names && (n != cJSON_GetArraySize(names) || n < 1 || n > MAX_LABELS))
-        return fail_field(err, STATUS_INVALID, "id2label",
-                          "id2label: expected %lld entries (num_labels), found %d", (long long)n,
-                          cJSON_GetArraySize(names));
-    const cJSON *item = names ? names->child : NULL;
-    for (int i = 0; item; i++, item = item->next) {
-        snprintf(key, sizeof(key), "%d", i);
-        if (!cJSON_IsString(item) || strcmp(item->string, key))
-            return fail_field(err, STATUS_INVALID, "id2label",
-                              "id2label: expected \"%s\" and a name, found \"%.40s\" and %s", key,
-                              item->string, tree_kind(item));
-    }
-    c->num_labels = c->head == HEAD_SEQUENCE_CLASSIFICATION ? (int32_t)n : 0;
     return STATUS_OK;
 }
 
@@ -567,29 +289,20 @@ static enum status note_unknown(struct bytes *ignored, const cJSON *root, struct
             bytes_text(ignored, ", ");
         bytes_json_string(ignored, item->string, strlen(item->string));
     }
-    return ignored->failed ? out_of_memory(err) : STATUS_OK;
+    return ignored->failed ? fail(err, STATUS_NOMEM, "out of memory") : STATUS_OK;
 }
 
 static enum status read_root(struct model_config *c, const cJSON *root, struct error *err)
 {
     if (!cJSON_IsObject(root))
         return fail(err, STATUS_INVALID, "expected an object, found %s", tree_kind(root));
-    static enum status (*const steps[])(struct model_config *, const cJSON *, struct error *) = {
-        read_layer_types, read_rope_theta, read_rope_scaling, read_scale,
-        read_bos,         read_eos,        read_labels,
-    };
-    enum status st = read_architecture(c, root, err);
+    enum status st = config_read_architecture(c, root, err);
     if (!st)
         st = read_table(c, root, err);
     if (!st)
         st = check_heads(c, err);
-    if (st)
-        return st;
-    c->layers = calloc((size_t)c->n_layers, sizeof(*c->layers));
-    if (!c->layers)
-        return out_of_memory(err);
-    for (size_t i = 0; !st && i < sizeof(steps) / sizeof(*steps); i++)
-        st = steps[i](c, root, err);
+    if (!st)
+        st = config_read_parts(c, root, err);
     return st ? st : check_whole(c, err);
 }
 
@@ -598,7 +311,7 @@ enum status config_read(struct model_config *out, struct bytes *ignored, const c
 {
     cJSON *root = NULL;
     struct model_config c = {0};
-    enum status st = tree_read(&root, path, MAX_FILE, MAX_JSON_DEPTH, err);
+    enum status st = tree_read(&root, path, CONFIG_MAX_BYTES, CONFIG_MAX_DEPTH, err);
     if (st)
         return st;
     st = read_root(&c, root, err);
@@ -618,84 +331,6 @@ void config_free(struct model_config *config)
 {
     free(config->layers);
     config->layers = NULL;
-}
-
-/* ---- generation_config.json ---- */
-
-static enum status read_default(double *out, const cJSON *root, const char *key, double min,
-                                double max, struct error *err)
-{
-    const cJSON *item = tree_find(root, key);
-    return item ? read_positive(out, key, item, min, max, err) : STATUS_OK;
-}
-
-static enum status read_default_int(int32_t *out, const cJSON *root, const char *key, int64_t min,
-                                    struct error *err)
-{
-    const cJSON *item = tree_find(root, key);
-    int64_t value;
-    if (!item)
-        return STATUS_OK;
-    if (!tree_whole(item, min, INT32_MAX, &value))
-        return wrong(err, key, min ? "a whole number above 0" : "a whole number of 0 or more",
-                     item);
-    *out = (int32_t)value;
-    return STATUS_OK;
-}
-
-/* do_sample false means greedy, whatever the temperature says. */
-static enum status read_do_sample(struct generation_defaults *g, const cJSON *root,
-                                  struct error *err)
-{
-    const cJSON *item = tree_find(root, "do_sample");
-    if (item && !cJSON_IsBool(item))
-        return wrong(err, "do_sample", "true or false", item);
-    if (cJSON_IsFalse(item))
-        g->temperature = 0;
-    return STATUS_OK;
-}
-
-static enum status read_defaults(struct generation_defaults *g, const cJSON *root,
-                                 struct error *err)
-{
-    if (!cJSON_IsObject(root))
-        return fail(err, STATUS_INVALID, "expected an object, found %s", tree_kind(root));
-    enum status st = read_default(&g->temperature, root, "temperature", 0, 100, err);
-    if (!st)
-        st = read_default(&g->top_p, root, "top_p", 0, 1, err);
-    if (!st)
-        st = read_default(&g->min_p, root, "min_p", 0, 1, err);
-    if (!st)
-        st = read_default(&g->typical_p, root, "typical_p", 0, 1, err);
-    if (!st)
-        st = read_default(&g->repetition_penalty, root, "repetition_penalty", 1e-2, 100, err);
-    if (!st)
-        st = read_default_int(&g->top_k, root, "top_k", 0, err);
-    if (!st)
-        st = read_default_int(&g->max_new_tokens, root, "max_new_tokens", 1, err);
-    return st ? st : read_do_sample(g, root, err);
-}
-
-enum status generation_read(struct generation_defaults *out, struct model_config *config,
-                            const char *path, struct error *err)
-{
-    struct generation_defaults g = {NAN, NAN, NAN, NAN, NAN, -1, -1};
-    cJSON *root = NULL;
-    enum status st = tree_read(&root, path, MAX_FILE, MAX_JSON_DEPTH, err);
-    if (st && st != STATUS_NOT_FOUND)
-        return st;
-    if (!st) {
-        st = read_defaults(&g, root, err);
-        if (!st)
-            st = read_eos(config, root, err);
-        cJSON_Delete(root);
-        if (st) {
-            fail_context(err, "%s", path);
-            return st;
-        }
-    }
-    *out = g;
-    return STATUS_OK;
 }
 
 /* ---- the canonical text ---- */

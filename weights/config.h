@@ -1,4 +1,4 @@
-/* config.h - config.json and generation_config.json, checked key by key.
+/* config.h - config.json, checked key by key.
  *
  * Part of the checkpoint: other code includes checkpoint.h alone. Every key is listed in
  * weights/README.md; a wrong type or range is an error that names the key, what was expected
@@ -20,11 +20,6 @@
 enum status config_read(struct model_config *out, struct bytes *ignored, const char *path,
                         struct error *err);
 void config_free(struct model_config *config);
-
-/* Read DIR/generation_config.json; a file that is not there is not an error. Its eos_token_id
- * is added to the config's. */
-enum status generation_read(struct generation_defaults *out, struct model_config *config,
-                            const char *path, struct error *err);
 
 /* Append the canonical text of the keys that change what the model computes, defaults filled
  * in and unused keys left out: "key=value\n" in a fixed order. */
