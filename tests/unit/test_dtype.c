@@ -38,7 +38,7 @@ static void check_all(enum dtype dtype, double (*by_definition)(unsigned))
         double expected = by_definition(bits);
         dtype_to_f32(&got, &stored, dtype, 1);
         if (isnan(expected) ? !isnan(got)
-                            : (double)got != expected || signbit(got) != signbit(expected))
+                            : (double)got != expected || !signbit(got) != !signbit(expected))
             fail_msg("0x%04x: %a, expected %a", bits, (double)got, expected);
     }
 }

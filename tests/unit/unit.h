@@ -23,6 +23,15 @@
         _fail(__FILE__, __LINE__);                                                                 \
     } while (0)
 
+/* A repeatable sequence (xorshift32); *state starts as anything but 0. */
+static inline uint32_t test_random(uint32_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 17;
+    *state ^= *state << 5;
+    return *state;
+}
+
 #define COUNT_OF(array) (sizeof(array) / sizeof(*(array)))
 
 #endif
