@@ -67,10 +67,13 @@ void model_reset(struct model *m, int slot);
 /* Make dst's state a bit-equal copy of src's. */
 enum status model_copy(struct model *m, int dst, int src, struct error *err);
 
-/* Set the position of a warmed-up state, for measurements at positions nobody waits for. */
+/* Set the position of a slot: after its tensors were written, or of a warmed-up state for
+ * measurements at positions nobody waits for. Below INT64_MAX (asserted). */
 void model_set_position(struct model *m, int slot, uint64_t position);
 
-/* The state of a slot as named tensors, for snapshots, tests and moves between machines. */
+/* The state of a slot as named tensors, for snapshots, tests and moves between machines; shapes
+ * are listed in state.h. Reading shows what the slot's own tokens left and nothing of an earlier
+ * session. To restore a state write every tensor, then set the position. */
 struct state_tensor {
     char name[64]; /* "layers.3.latent_m" | latent_alpha | latent_s | ring_k | ring_v | conv | rglru */
     int n_dims;
