@@ -92,7 +92,7 @@ MODELS = {
                                                 "num_key_value_heads": 2},
                      Make("BF16", biases=True, far="past float's integers")),
     "vapor-window-only": (CLASSIC | WINDOW | {"position_embedding": "vapor"}, Make("BF16")),
-    "window-conv": (PLUS | WINDOW | CONV | LINEAR | {"num_key_value_heads": 1, "conv_kernel": 2,
+    "window-conv": (PLUS | WINDOW | CONV | LINEAR | {"num_key_value_heads": 1, "conv_kernel": 1,
                                                      "hidden_act": "gelu"},
                     Make("BF16", qk_norms=True, shards=2)),
     "macchiato-linear": (CLASSIC | MACCHIATO | LINEAR | {"norm_eps": 0.01, "sliding_window": 5,

@@ -318,7 +318,7 @@ class Model:
                 rows = self.c["max_position_embeddings" if full else "sliding_window"]
                 out |= {p + "ring_k": self.ring(s["keys"], rows),
                         p + "ring_v": self.ring(s["values"], rows)}
-            if self.c["latent_input"] == "conv" and not full:
+            if s["conv"] and self.c["latent_input"] == "conv" and not full:
                 out[p + "conv"] = torch.stack(s["conv"])
             if self.c["latent_input"] == "rglru" and not full:
                 out[p + "rglru"] = s["rglru"]
