@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/state.h"
 #include "tests/unit/model_files.h"
 #include "tests/unit/model_run.h"
 
@@ -565,6 +566,38 @@ static void test_every_allocation_may_fail(void **state)
     checkpoint_close(c);
 }
 
+/* Products that leave int64 (the shape) or size_t (the bytes of all slots) are refused before
+ * anything is allocated. */
+static void test_sizes_that_overflow(void **state)
+{
+    (void)state;
+    static const struct {
+        int64_t ring_rows;
+        const char *says;
+    } cases[] = {
+        {INT64_MAX / 16, "the shape of layers.0.ring_k overflows"},
+        {(int64_t)1 << 50, "1024 slots of layers.0.ring_k"},
+    };
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        struct layer_config layer = {.type = LAYER_FULL_ATTENTION};
+        const struct model_config config = {.n_layers = 1,
+                                            .n_heads = 4,
+                                            .n_kv_heads = 4,
+                                            .head_dim = 8,
+                                            .max_position_embeddings = cases[i].ring_rows,
+                                            .layers = &layer};
+        struct backend *backend = NULL;
+        struct state *slots = NULL;
+        struct error err;
+        const struct backend_options bo = {.n_threads = 1, .max_rows = 1, .max_seqs = 1};
+        assert_int_equal(backend_ref_open(&backend, &bo, &err), STATUS_OK);
+        assert_int_equal(state_open(&slots, &config, backend, 1024, &err), STATUS_NOMEM);
+        assert_non_null(strstr(err.text, cases[i].says));
+        assert_null(slots);
+        backend->ops->close(backend);
+    }
+}
+
 struct progress {
     uint64_t done, total;
     int n_calls;
@@ -612,6 +645,7 @@ int main(void)
         cmocka_unit_test(test_no_logits_wanted),
         cmocka_unit_test(test_encoders_are_refused),
         cmocka_unit_test(test_every_allocation_may_fail),
+        cmocka_unit_test(test_sizes_that_overflow),
         cmocka_unit_test(test_progress_reaches_the_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
