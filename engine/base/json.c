@@ -219,7 +219,7 @@ static enum status check_number(struct parser *p)
     double value = strtod(text, NULL);
     if (!isfinite(value))
         return wrong(p, start, "the number %s is out of range", text);
-    if (is_integer && fabs(value) >= 0x1p53) {
+    if (is_integer && !p->limits.any_integer && fabs(value) >= 0x1p53) {
         snprintf(exact, sizeof(exact), "%.0f", value);
         if (strcmp(exact, text))
             return wrong(p, start, "the integer %s cannot be read without rounding", text);
@@ -381,4 +381,35 @@ enum status json_check(const char *text, size_t n, const struct json_limits *lim
     }
     free(p.keys);
     return st;
+}
+
+const char *json_member(const char *text, size_t n, const char *key, size_t *n_value)
+{
+    struct json_limits limits = {.max_depth = MAX_DEPTH, .any_integer = true};
+    struct parser p = {.text = text, .n = n, .limits = limits};
+    const char *found_at = NULL;
+    skip_space(&p);
+    bool more = peek(&p) == '{';
+    while (more && !found_at) {
+        p.at++;
+        skip_space(&p);
+        struct key name = {p.text + p.at + 1, 0}, wanted = {key, strlen(key)};
+        if (peek(&p) != '"' || check_string(&p))
+            break;
+        name.n = (size_t)(p.text + p.at - 1 - name.text);
+        skip_space(&p);
+        p.at++;
+        skip_space(&p);
+        size_t start = p.at;
+        if (check_value(&p))
+            break;
+        if (!compare_keys(&name, &wanted)) {
+            found_at = text + start;
+            *n_value = p.at - start;
+        }
+        skip_space(&p);
+        more = peek(&p) == ',';
+    }
+    free(p.keys);
+    return found_at;
 }

@@ -11,6 +11,7 @@
 #ifndef LATTE_BASE_JSON_H
 #define LATTE_BASE_JSON_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "engine/base/error.h"
@@ -18,6 +19,7 @@
 struct json_limits {
     int max_depth;     /* nested arrays and objects, 1..1000 (asserted) */
     size_t max_values; /* values of all kinds, 0 for no limit */
+    bool any_integer;  /* let integers pass that a double rounds: json_member finds their digits */
 };
 
 /* Check text[n] (needs no terminator). Refused, naming line, column (in bytes) and what is wrong:
@@ -28,5 +30,9 @@ struct json_limits {
  * unescaping), more than max_depth levels or max_values values. Runs in O(n log n). */
 enum status json_check(const char *text, size_t n, const struct json_limits *limits,
                        struct error *err);
+
+/* The text of the value of a member of the outermost object of text[n], which json_check has
+ * passed; sets *n_value. NULL when text is no object or has no such key. key is plain ASCII. */
+const char *json_member(const char *text, size_t n, const char *key, size_t *n_value);
 
 #endif

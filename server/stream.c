@@ -1,0 +1,476 @@
+/* stream.c - see stream.h */
+#include "server/stream.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "server/http.h"
+#include "server/metrics.h"
+
+/* Tokens read from a job at once, and the size at which lists are sent without any text. */
+enum { READ_TOKENS = 16, LIST_BYTES = 64 << 10 };
+
+/* One job and the choice it becomes. */
+struct sequence {
+    struct job *job; /* NULL once it is over */
+    struct output output;
+    const struct stream_prompt *prompt;
+    int64_t index;      /* of the choice */
+    const char *finish; /* OpenAI's finish_reason once it is over */
+    bool role_sent, prompt_sent, finish_sent;
+};
+
+struct generation {
+    struct generation_setup setup;
+    struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
+    size_t n_sequences, n_running;
+    struct codec_usage usage;
+    struct bytes events; /* framed, not sent yet */
+    size_t n_sent;       /* bytes of events that were read */
+    bool open, ended;    /* all jobs were submitted; the last event is framed */
+    bool failed;
+    struct error error;
+};
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* ---- jobs ---------------------------------------------------------------------------------- */
+
+/* What the engine samples by. Rankings of best_of need every token's logprob. */
+static void fill_sampling(struct sampling_params *p, const struct codec_request *q, uint32_t choice)
+{
+    sampling_params_init(p);
+    p->temperature = (float)q->temperature;
+    p->top_k = (int)q->top_k;
+    p->top_p = q->top_p > 0 ? (float)q->top_p : 1e-9f; /* 0: the most likely token alone */
+    p->min_p = (float)q->min_p;
+    p->typical_p = (float)q->typical_p;
+    p->repetition_penalty = (float)q->repetition_penalty;
+    p->presence_penalty = (float)q->presence_penalty;
+    p->frequency_penalty = (float)q->frequency_penalty;
+    p->seed = q->seed;
+    p->choice = choice;
+    p->min_tokens = (int)q->min_tokens;
+    p->ignore_eos = q->ignore_eos;
+    p->n_logprobs = (int)q->n_logprobs;
+    if (p->n_logprobs < 0 && q->best_of > q->n)
+        p->n_logprobs = 0;
+    p->n_stop_tokens = q->n_stop_tokens;
+    memcpy(p->stop_tokens, q->stop_tokens, sizeof(q->stop_tokens));
+    p->n_logit_bias = q->n_logit_bias;
+    p->logit_bias = q->logit_bias;
+}
+
+static enum status start_job(struct generation *g, struct sequence *s, uint32_t choice,
+                             struct error *err)
+{
+    const struct codec_request *q = g->setup.request;
+    struct job_request request = {
+        .prompt = s->prompt->ids,
+        .n_prompt = s->prompt->n,
+        .max_tokens = q->max_tokens,
+        .deadline_ms = g->setup.deadline_ms,
+        .prompt_logprobs = q->echo ? (int)q->n_logprobs : -1,
+        .user = g->setup.owner,
+    };
+    fill_sampling(&request.sampling, q, choice);
+    enum status st = job_new(&s->job, &request, err);
+    if (st)
+        return st;
+    g->n_running++;
+    return g->setup.submit(g->setup.submit_context, s->job, err);
+}
+
+/* The reader's side of a job is over. */
+static void drop_job(struct generation *g, struct sequence *s)
+{
+    if (!s->job)
+        return;
+    job_cancel(s->job);
+    job_set_user(s->job, NULL);
+    job_release(s->job);
+    s->job = NULL;
+    g->n_running--;
+}
+
+static double seconds_between(int64_t from_ns, int64_t to_ns)
+{
+    return (double)(to_ns - from_ns) / 1e9;
+}
+
+static void observe(const struct generation *g, const struct sequence *s,
+                    const struct job_snapshot *snapshot)
+{
+    int64_t end = snapshot->finished_ns ? snapshot->finished_ns : now_ns();
+    int64_t n_output = s->output.n_tokens, arrival = g->setup.arrival_ns;
+    metrics_observe(METRIC_E2E_LATENCY, seconds_between(arrival, end));
+    if (snapshot->admitted_ns)
+        metrics_observe(METRIC_QUEUE_TIME,
+                        seconds_between(snapshot->submitted_ns, snapshot->admitted_ns));
+    if (snapshot->first_token_ns)
+        metrics_observe(METRIC_TIME_TO_FIRST_TOKEN,
+                        seconds_between(arrival, snapshot->first_token_ns));
+    if (snapshot->first_token_ns && n_output > 1)
+        metrics_observe(METRIC_TIME_PER_TOKEN,
+                        seconds_between(snapshot->first_token_ns, end) / (double)(n_output - 1));
+    metrics_observe(METRIC_PROMPT_LENGTH, (double)s->prompt->n);
+    metrics_observe(METRIC_OUTPUT_LENGTH, (double)n_output);
+    metrics_count_finish(s->finish);
+}
+
+/* A sequence has come to its end in good order. */
+static void finish_sequence(struct generation *g, struct sequence *s, const char *reason)
+{
+    struct job_snapshot snapshot;
+    job_snapshot(s->job, &snapshot);
+    s->finish = reason;
+    observe(g, s, &snapshot);
+    drop_job(g, s);
+}
+
+static void end_with_error(struct generation *g, const struct error *err)
+{
+    g->error = *err;
+    g->failed = true;
+    for (size_t i = 0; i < g->n_sequences; i++)
+        drop_job(g, &g->sequences[i]);
+    metrics_count_finish("error");
+}
+
+static void push_tokens(struct generation *g, struct sequence *s, const struct job_token *tokens,
+                        size_t n)
+{
+    int64_t before = s->output.n_tokens;
+    for (size_t i = 0; i < n && !s->output.stopped; i++) {
+        if (tokens[i].is_prompt)
+            output_push_prompt(&s->output, &tokens[i]);
+        else
+            output_push(&s->output, &tokens[i]);
+    }
+    int64_t n_new = s->output.n_tokens - before;
+    g->usage.completion_tokens += n_new;
+    metrics_add(METRIC_GENERATION_TOKENS, (uint64_t)n_new);
+}
+
+/* The ring is drained and the job has finished. */
+static void end_sequence(struct generation *g, struct sequence *s,
+                         const struct job_snapshot *snapshot)
+{
+    if (snapshot->finish == FINISH_ERROR) {
+        end_with_error(g, &snapshot->error);
+        return;
+    }
+    output_finish(&s->output, snapshot->finish == FINISH_STOP && snapshot->stopped_by_token);
+    bool length = snapshot->finish == FINISH_LENGTH && !s->output.stopped;
+    finish_sequence(g, s, length ? "length" : "stop");
+}
+
+/* Take what a job has. True when anything came of it. */
+static bool advance_sequence(struct generation *g, struct sequence *s)
+{
+    struct job_token tokens[READ_TOKENS];
+    struct job_snapshot snapshot;
+    job_snapshot(s->job, &snapshot); /* before the ring: what finished has put all its tokens */
+    size_t n = job_read(s->job, tokens, READ_TOKENS);
+    push_tokens(g, s, tokens, n);
+    if (output_failed(&s->output)) {
+        struct error err;
+        fail(&err, STATUS_TOO_LARGE,
+             "the reply does not fit the server's buffers; ask for less, or stream it");
+        end_with_error(g, &err);
+    } else if (s->output.stopped) {
+        finish_sequence(g, s, "stop");
+    } else if (n < READ_TOKENS && snapshot.finish != FINISH_NONE) {
+        end_sequence(g, s, &snapshot);
+        return true;
+    }
+    return n > 0;
+}
+
+/* ---- events -------------------------------------------------------------------------------- */
+
+struct codec_usage generation_usage(const struct generation *g)
+{
+    return g->usage;
+}
+
+/* One event with one choice. Chat names the prompt's ids at the top of the first event. */
+static void write_event(struct generation *g, struct sequence *s, struct codec_choice *c)
+{
+    const struct codec_request *q = g->setup.request;
+    bool ids_now = q->return_token_ids && !s->prompt_sent;
+    bool chat = q->api == CODEC_CHAT;
+    if (ids_now && !chat) {
+        c->prompt_ids = s->prompt->ids;
+        c->n_prompt_ids = s->prompt->n;
+    }
+    c->index = s->index;
+    c->lists = &s->output.lists;
+    c->logprobs = q->n_logprobs >= 0 && !c->role;
+    c->ids = q->return_token_ids;
+    bytes_text(&g->events, "data: ");
+    codec_write_head(&g->events, &g->setup.reply, ids_now && chat ? s->prompt->ids : NULL,
+                     s->prompt->n);
+    codec_write_choice(&g->events, &g->setup.reply, c, true);
+    codec_write_tail(&g->events, &g->setup.reply,
+                     q->include_usage && q->continuous_usage ? &g->usage : NULL);
+    bytes_text(&g->events, "\n\n");
+    s->prompt_sent = true;
+}
+
+static size_t list_bytes(const struct output *o)
+{
+    return o->lists.logprobs[0].n + o->lists.ids.n;
+}
+
+/* Frame what a choice has to say, if anything. Chat gives the role first and the finish_reason
+ * in a last event of its own; completions put it beside the last text. */
+static void write_events(struct generation *g, struct sequence *s)
+{
+    bool chat = g->setup.request->api == CODEC_CHAT;
+    struct output *o = &s->output;
+    bool end = s->finish && !s->finish_sent;
+    bool any = o->ready || (s->finish ? list_bytes(o) > 0 : list_bytes(o) > LIST_BYTES);
+    if (!any && !end)
+        return;
+    if (chat && !s->role_sent) {
+        write_event(g, s, &(struct codec_choice){.role = true});
+        s->role_sent = true;
+    }
+    if (any || !chat) {
+        struct codec_choice c = {.text = {o->text.data, o->ready}};
+        c.finish = chat ? NULL : s->finish;
+        write_event(g, s, &c);
+        output_take(o);
+    }
+    if (end && chat)
+        write_event(g, s, &(struct codec_choice){.finish = s->finish});
+    s->finish_sent |= end;
+}
+
+static void write_last_events(struct generation *g)
+{
+    if (g->setup.request->include_usage) {
+        bytes_text(&g->events, "data: ");
+        codec_write_head(&g->events, &g->setup.reply, NULL, 0);
+        codec_write_tail(&g->events, &g->setup.reply, &g->usage);
+        bytes_text(&g->events, "\n\n");
+    }
+    bytes_text(&g->events, "data: [DONE]\n\n");
+    g->ended = true;
+}
+
+static void write_error_event(struct generation *g)
+{
+    bytes_text(&g->events, "data: ");
+    http_error_json(&g->events, http_status_of(g->error.status), g->error.text,
+                    *g->error.field ? g->error.field : NULL, NULL);
+    bytes_text(&g->events, "\n\n");
+    g->ended = true;
+}
+
+/* ---- progress ------------------------------------------------------------------------------ */
+
+/* One round over the jobs. True when anything happened. */
+static bool advance_all(struct generation *g)
+{
+    bool any = false;
+    for (size_t i = 0; i < g->n_sequences && !g->failed; i++)
+        if (g->sequences[i].job)
+            any |= advance_sequence(g, &g->sequences[i]);
+    if (g->failed || !g->setup.request->stream)
+        return any;
+    for (size_t i = 0; i < g->n_sequences; i++)
+        write_events(g, &g->sequences[i]);
+    if (!g->n_running && !g->ended)
+        write_last_events(g);
+    return any;
+}
+
+static bool park_all(struct generation *g)
+{
+    for (size_t i = 0; i < g->n_sequences; i++)
+        if (g->sequences[i].job && !job_park(g->sequences[i].job))
+            return false;
+    return true;
+}
+
+/* Go on until there are events, the end, a failure, or nothing to do but wait. */
+static void progress(struct generation *g)
+{
+    while (!g->failed && g->n_running && g->n_sent == g->events.n) {
+        if (!advance_all(g) && g->n_running && g->n_sent == g->events.n && park_all(g))
+            return;
+    }
+    if (!g->failed && g->events.failed) {
+        struct error err;
+        fail(&err, STATUS_NOMEM, "out of memory while writing the reply");
+        end_with_error(g, &err);
+    }
+}
+
+enum generation_state generation_poll(struct generation *g)
+{
+    progress(g);
+    if (g->failed)
+        return GENERATION_FAILED;
+    if (g->events.n > g->n_sent)
+        return GENERATION_READY;
+    return g->n_running ? GENERATION_WAITING : GENERATION_DONE;
+}
+
+const struct error *generation_error(const struct generation *g)
+{
+    return &g->error;
+}
+
+ssize_t generation_read(void *context, char *out, size_t max)
+{
+    struct generation *g = context;
+    if (g->n_sent == g->events.n) {
+        g->events.n = g->n_sent = 0;
+        if (!g->ended)
+            progress(g);
+        if (g->events.failed)
+            return HTTP_SOURCE_ABORT;
+        if (g->failed && !g->ended)
+            write_error_event(g);
+    }
+    size_t left = g->events.n - g->n_sent;
+    if (!left)
+        return g->ended ? HTTP_SOURCE_END : HTTP_SOURCE_PARK;
+    size_t n = left < max ? left : max;
+    memcpy(out, g->events.data + g->n_sent, n);
+    g->n_sent += n;
+    return (ssize_t)n;
+}
+
+/* ---- whole replies ------------------------------------------------------------------------- */
+
+static double mean_logprob(const struct sequence *s)
+{
+    return s->output.n_tokens ? s->output.sum_logprob / (double)s->output.n_tokens : -INFINITY;
+}
+
+/* Put the likeliest sequences of one prompt first; equal ones stay in order. */
+static void rank(struct sequence *sequences, size_t n)
+{
+    for (size_t i = 1; i < n; i++) {
+        struct sequence s = sequences[i];
+        size_t j = i;
+        for (; j && mean_logprob(&sequences[j - 1]) < mean_logprob(&s); j--)
+            sequences[j] = sequences[j - 1];
+        sequences[j] = s;
+    }
+}
+
+static void write_whole_choice(struct generation *g, struct sequence *s, int64_t index,
+                               struct bytes *out)
+{
+    const struct codec_request *q = g->setup.request;
+    struct codec_choice c = {
+        .index = index,
+        .text = {s->output.text.data, s->output.ready},
+        .lists = &s->output.lists,
+        .logprobs = q->n_logprobs >= 0,
+        .ids = q->return_token_ids,
+        .finish = s->finish,
+    };
+    if (q->return_token_ids && q->api == CODEC_COMPLETIONS) {
+        c.prompt_ids = s->prompt->ids;
+        c.n_prompt_ids = s->prompt->n;
+    }
+    codec_write_choice(out, &g->setup.reply, &c, index == 0);
+}
+
+void generation_write(struct generation *g, struct bytes *out)
+{
+    const struct codec_request *q = g->setup.request;
+    size_t best_of = (size_t)q->best_of, n = (size_t)q->n;
+    bool ids = q->return_token_ids && q->api == CODEC_CHAT;
+    const struct stream_prompt *first = g->setup.prompts;
+    codec_write_head(out, &g->setup.reply, ids ? first->ids : NULL, first->n);
+    for (size_t p = 0; p < g->setup.n_prompts; p++) {
+        struct sequence *of_prompt = g->sequences + p * best_of;
+        if (best_of > n)
+            rank(of_prompt, best_of);
+        for (size_t i = 0; i < n; i++)
+            write_whole_choice(g, &of_prompt[i], (int64_t)(p * n + i), out);
+    }
+    codec_write_tail(out, &g->setup.reply, &g->usage);
+}
+
+/* ---- life ---------------------------------------------------------------------------------- */
+
+static void init_sequence(struct generation *g, size_t i)
+{
+    const struct generation_setup *setup = &g->setup;
+    const struct codec_request *q = setup->request;
+    struct sequence *s = &g->sequences[i];
+    struct output_options options = {
+        .api = q->api,
+        .tokenizer = setup->tokenizer,
+        .rules = setup->rules,
+        .skip_special = q->skip_special_tokens,
+        .ids = q->return_token_ids,
+        .n_logprobs = q->n_logprobs,
+    };
+    s->index = (int64_t)i;
+    s->prompt = &setup->prompts[i / (size_t)q->best_of];
+    output_init(&s->output, &options, s->prompt->ids, s->prompt->n);
+    if (q->echo)
+        output_echo(&s->output, s->prompt->echo);
+}
+
+enum status generation_open(struct generation **out, const struct generation_setup *setup,
+                            struct error *err)
+{
+    struct generation *g = calloc(1, sizeof(*g));
+    size_t best_of = (size_t)setup->request->best_of, n = setup->n_prompts * best_of;
+    if (g)
+        g->sequences = calloc(n, sizeof(*g->sequences));
+    if (!g || !g->sequences) {
+        free(g);
+        return fail(err, STATUS_NOMEM, "out of memory for the choices of a request");
+    }
+    g->setup = *setup;
+    g->n_sequences = n;
+    for (size_t i = 0; i < n; i++)
+        init_sequence(g, i);
+    for (size_t i = 0; i < setup->n_prompts; i++)
+        g->usage.prompt_tokens += (int64_t)setup->prompts[i].n;
+    enum status st = STATUS_OK;
+    for (size_t i = 0; i < n && !st; i++)
+        st = start_job(g, &g->sequences[i], (uint32_t)(i % best_of), err);
+    if (st) {
+        generation_close(g);
+        return st;
+    }
+    g->open = true;
+    metrics_add(METRIC_PROMPT_TOKENS, (uint64_t)g->usage.prompt_tokens);
+    *out = g;
+    return STATUS_OK;
+}
+
+void generation_close(struct generation *g)
+{
+    if (!g)
+        return;
+    if (g->open && g->n_running)
+        metrics_count_finish("abort");
+    for (size_t i = 0; i < g->n_sequences; i++) {
+        drop_job(g, &g->sequences[i]);
+        output_free(&g->sequences[i].output);
+    }
+    bytes_free(&g->events);
+    free(g->sequences);
+    free(g);
+}

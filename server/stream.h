@@ -1,0 +1,79 @@
+/* stream.h - one request's generation: its jobs, its choices, and the reply under construction,
+ * streamed as server-sent events or collected as a whole.
+ *
+ * A whole reply is what a stream would have sent, gathered: both come out of the same code.
+ * When nothing is there to read, every running job is parked; the engine's ready list then
+ * names a job of this generation (job_user gives the owner), and its owner polls again.
+ *
+ * Threads: the io thread only.
+ * Memory:  owns its jobs' references and all buffers; request, rules, prompts, tokenizer and
+ *          the texts of reply are borrowed until generation_close.
+ * Errors:  the first job that fails ends the generation with that job's error; NOMEM and
+ *          TOO_LARGE (a reply beyond the buffers' limit) end it as well.
+ */
+#ifndef LATTE_SERVER_STREAM_H
+#define LATTE_SERVER_STREAM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "engine/base/bytes.h"
+#include "engine/base/error.h"
+#include "engine/job.h"
+#include "server/codec.h"
+#include "server/output.h"
+
+struct generation;
+
+/* A prompt as the engine gets it. */
+struct stream_prompt {
+    const int32_t *ids; /* [n], at least one */
+    size_t n;
+    struct codec_text echo; /* its text, when the request wants it back */
+};
+
+struct generation_setup {
+    const struct codec_request *request; /* completions or chat */
+    const struct tokenizer *tokenizer;
+    const struct stop_rules *rules;
+    const struct stream_prompt *prompts; /* [n_prompts] */
+    size_t n_prompts;
+    struct codec_reply reply;
+    int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */
+    int64_t deadline_ms; /* for the jobs; 0: none */
+    void *owner;         /* what job_user of the jobs gives */
+    /* Hand a job to the engine (which takes its own reference). */
+    enum status (*submit)(void *context, struct job *job, struct error *err);
+    void *submit_context;
+};
+
+/* Make and submit all jobs. When one is refused the others are cancelled, and nothing is left. */
+enum status generation_open(struct generation **out, const struct generation_setup *setup,
+                            struct error *err);
+/* Cancel what still runs and release everything. Accepts NULL. */
+void generation_close(struct generation *g);
+
+enum generation_state {
+    GENERATION_WAITING, /* all jobs are parked, nothing to send yet */
+    GENERATION_READY,   /* events are there to be read (streams only) */
+    GENERATION_DONE,    /* a whole reply is complete (streams: READY until all is read) */
+    GENERATION_FAILED,  /* nothing was sent; see generation_error */
+};
+
+/* Take what the jobs have. Before a stream begins, and for whole replies. */
+enum generation_state generation_poll(struct generation *g);
+const struct error *generation_error(const struct generation *g);
+
+/* The whole reply's JSON, after DONE. */
+void generation_write(struct generation *g, struct bytes *out);
+
+/* A stream's source, see http_stream: events, whole ones whenever it parks. An error after the
+ * beginning becomes an event of its own, and the end. context: struct generation. */
+ssize_t generation_read(void *context, char *out, size_t max);
+
+/* Tokens of the prompts, each once, and of all outputs so far. */
+struct codec_usage generation_usage(const struct generation *g);
+
+#endif
