@@ -3,12 +3,15 @@
  * Life: job_new -> engine_submit -> tokens appear in its ring -> finished -> both sides release.
  * The reader (io thread, or latte-run's main) takes tokens with job_read. When nothing is
  * there it parks with job_park; the engine puts parked jobs that grew, or finished, on its
- * ready list and wakes the reader once per step.
+ * ready list and wakes the reader once per step. When the ring is full the job waits its turn
+ * and job_read rings the engine's bell; so does job_cancel.
  *
  * Threads: job_read, job_park, job_cancel by the reader; job_put, job_finish by the engine
  *          thread; the lock guards the fields listed in the .c. job_release by any holder.
  * Memory:  the job owns copies of prompt and parameters. Counted references: the reader's, the
  *          engine's, and the ready list's while the job is on it; the last release frees.
+ *          A job outlives the engine if its reader still holds it.
+ * Errors:  job_new: INVALID, NOMEM. Nothing else can fail.
  */
 #ifndef LATTE_ENGINE_JOB_H
 #define LATTE_ENGINE_JOB_H
@@ -23,28 +26,28 @@
 struct job;
 
 struct job_request {
-    const int32_t *prompt;  /* [n_prompt], at least 1 token, each in 0..V-1; copied */
+    const int32_t *prompt; /* [n_prompt], at least 1 token, each in 0..V-1; copied */
     size_t n_prompt;
-    int64_t max_tokens;     /* output tokens, 0 or more (0: only process and score the prompt) */
-    int64_t deadline_ms;    /* from submission; 0 for none */
-    int prompt_logprobs;    /* -1: none; k: score each prompt token, with the top k */
+    int64_t max_tokens;  /* output tokens, 0 or more (0: only process and score the prompt) */
+    int64_t deadline_ms; /* from submission; 0 for none */
+    int prompt_logprobs; /* -1: none; k: score each prompt token, with the top k */
     struct sampling_params sampling; /* copied, logit_bias too */
-    void *user;             /* the reader's own pointer, see job_user */
+    void *user;                      /* the reader's own pointer, see job_user */
 };
 
 enum job_finish {
-    FINISH_NONE,      /* still running */
-    FINISH_STOP,      /* eos or a stop token, which is the last token in the ring */
-    FINISH_LENGTH,    /* max_tokens, or the model's position limit */
+    FINISH_NONE,   /* still running */
+    FINISH_STOP,   /* eos or a stop token, which is the last token in the ring */
+    FINISH_LENGTH, /* max_tokens, or the model's position limit */
     FINISH_CANCELLED,
-    FINISH_ERROR,     /* job_snapshot's error tells; TIMEOUT for a deadline */
+    FINISH_ERROR, /* job_snapshot's error tells; TIMEOUT for a deadline */
 };
 
 /* One entry of the ring. Prompt scores come first, in order, then outputs. */
 struct job_token {
     int32_t token;
-    bool is_prompt;   /* a scored prompt token; its first has logprob NAN */
-    float logprob;    /* when asked for, else NAN */
+    bool is_prompt; /* a scored prompt token; its first has logprob NAN */
+    float logprob;  /* when asked for, else NAN */
     int n_top;
     struct token_logprob top[SAMPLER_MAX_TOP_LOGPROBS];
 };
@@ -52,10 +55,10 @@ struct job_token {
 /* A consistent copy of a job's progress. Times are CLOCK_MONOTONIC nanoseconds, 0 if not yet. */
 struct job_snapshot {
     enum job_finish finish;
-    struct error error;     /* filled for FINISH_ERROR */
-    size_t n_prompt_done;   /* prompt tokens processed */
-    size_t n_output;        /* tokens generated, also those not read yet */
-    bool stopped_by_token;  /* FINISH_STOP: the last output token is the stop token */
+    struct error error;    /* filled for FINISH_ERROR */
+    size_t n_prompt_done;  /* prompt tokens processed */
+    size_t n_output;       /* tokens generated, also those not read yet */
+    bool stopped_by_token; /* FINISH_STOP: the last output token is the stop token */
     int64_t submitted_ns, admitted_ns, first_token_ns, finished_ns;
 };
 
@@ -79,8 +82,19 @@ void job_set_user(struct job *job, void *user);
 
 /* Engine side. */
 const struct job_request *job_request(const struct job *job);
-bool job_is_cancelled(struct job *job);
-size_t job_room(struct job *job);  /* free places in the ring */
+/* The job was accepted now: its times and deadline count from here. ring(context) is called, at
+ * times under the job's lock, when a cancelled job or room in a full ring wants the engine's
+ * attention; it must not block or take a lock. Until job_finish, which ends its use. */
+void job_attach(struct job *job, void (*ring)(void *context), void *context);
+/* It was refused after all: as before job_attach. */
+void job_detach(struct job *job);
+/* CLOCK_MONOTONIC nanoseconds; 0 for none. Valid after job_attach. */
+int64_t job_deadline_ns(const struct job *job);
+bool job_is_cancelled(const struct job *job); /* takes no lock */
+/* Places in the ring, all together: a step may put at most so many tokens at once. */
+size_t job_ring_size(const struct job *job);
+/* Whether n places (1..job_ring_size) are free. If not, the bell rings when they are. */
+bool job_has_room(struct job *job, size_t n);
 /* Append a token (room must be there). Returns true when the reader was parked: the caller
  * then puts the job on the ready list; it is not parked any more. */
 bool job_put(struct job *job, const struct job_token *token);
@@ -88,9 +102,13 @@ bool job_finish(struct job *job, enum job_finish how, const struct error *err); 
 void job_mark_admitted(struct job *job);
 void job_mark_prompt_done(struct job *job, size_t n_prompt_done);
 
-/* Intrusive links, each with one owner: the scheduler's queue, and the ready list. */
+/* CLOCK_MONOTONIC now, in nanoseconds. */
+int64_t job_clock_ns(void);
+
+/* Intrusive links, guarded by the scheduler's lock. */
 struct job_links {
     struct job *queue_next, *ready_next;
+    bool on_ready_list;
 };
 struct job_links *job_links(struct job *job);
 
