@@ -1,0 +1,52 @@
+/* scheduler.h - which rows the next step takes: queue, slots, batches, deadlines.
+ *
+ * A job waits in a bounded queue (first in, first out) until one of n_slots slots is free.
+ * Every step takes one row of every decoding slot, then chunks of prompts, in turns, while the
+ * step has room. Chunks begin at multiples of chunk_tokens from the job's first token and are
+ * taken whole, so which rows share a chunk does not depend on the load. Before each step,
+ * cancelled and overdue jobs end, those in the queue too. A job whose ring has no room misses
+ * steps until its reader makes some. With nothing to do the thread sleeps.
+ *
+ * Threads: open, drain and close by one thread; submit, take_ready and stats by any. The
+ *          engine thread, started by open, runs the model and the samplers.
+ * Memory:  all taken in scheduler_open; the engine thread allocates nothing.
+ * Errors:  as in engine.h. Whatever fails in a step is a DEVICE error and sticky: all jobs end
+ *          with it, and later ones are refused.
+ */
+#ifndef LATTE_ENGINE_SCHEDULER_H
+#define LATTE_ENGINE_SCHEDULER_H
+
+#include <stddef.h>
+
+#include "engine/base/error.h"
+#include "engine/engine.h"
+#include "engine/job.h"
+#include "engine/model.h"
+
+struct scheduler;
+
+struct scheduler_options {
+    int n_slots, max_queue;
+    int step_tokens, chunk_tokens; /* as in engine.h */
+    size_t max_prompt_tokens;      /* 0: no limit */
+    void (*wake)(void *context);
+    void *wake_context;
+};
+
+/* The max_rows and max_logit_rows that the model must be opened with. max_rows is step_tokens,
+ * or more where n_slots - 1 decoding rows and one chunk would not fit. */
+void scheduler_limits(const struct scheduler_options *options, int *max_rows, int *max_logit_rows);
+
+/* Start serving jobs with a model, borrowed until scheduler_close; nobody else may use it. */
+enum status scheduler_open(struct scheduler **out, struct model *model,
+                           const struct scheduler_options *options, struct error *err);
+/* Ends queued and running jobs with SHUTDOWN and joins the thread. Accepts NULL. */
+void scheduler_close(struct scheduler *s);
+
+/* As the engine_ functions of the same names. */
+enum status scheduler_submit(struct scheduler *s, struct job *job, struct error *err);
+struct job *scheduler_take_ready(struct scheduler *s);
+void scheduler_drain(struct scheduler *s);
+void scheduler_stats(struct scheduler *s, struct engine_stats *out);
+
+#endif

@@ -1,0 +1,1167 @@
+/* test_scheduler.c - the scheduler over a model that is trivially right.
+ *
+ * This file stands in for model.c: its "state" is a hash of all tokens a slot has seen and of
+ * the places where prompts were cut in chunks, its logits are a function of that hash. So a
+ * job's exact output can be computed without a scheduler, and any token applied twice, lost,
+ * reordered, taken from a neighbour or cut at another place changes it.
+ *
+ * Steps can be held at a gate, which makes "within one step" a fact and not a race.
+ */
+#include "unit.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "engine/scheduler.h"
+
+enum { V = 97, EOS = 5, MAX_SLOTS = 64, MAX_LOG = 4096 };
+
+/* ---- The model ---- */
+
+struct fake_slot {
+    uint64_t hash;
+    uint64_t position;
+};
+
+struct log_entry {
+    int step, slot, n_rows;
+    uint64_t position; /* before the rows */
+};
+
+static struct fake {
+    struct model_config config;
+    int64_t max_position;
+    int max_rows, max_logit_rows;
+    struct fake_slot slots[MAX_SLOTS];
+    float *logits; /* [max_logit_rows, V] */
+
+    pthread_mutex_t lock; /* guards all that follows */
+    pthread_cond_t changed;
+    int n_allowed; /* steps that may pass the gate, -1: all */
+    int n_arrived; /* steps that reached the gate */
+    int n_steps;
+    int fail_at; /* step that fails, -1: none */
+    struct log_entry log[MAX_LOG];
+    int n_log;
+} fake;
+
+static uint64_t mix(uint64_t h)
+{
+    h = (h ^ h >> 31) * 0x9E3779B97F4A7C15;
+    return (h ^ h >> 29) * 0xBF58476D1CE4E5B9;
+}
+
+static uint64_t feed(uint64_t hash, int32_t token)
+{
+    return mix(hash * 31 + (uint64_t)token + 1);
+}
+
+/* Marks where a sequence's rows of one step begin: a different cut is a different state. */
+static uint64_t cut(uint64_t hash, int n_rows)
+{
+    return n_rows > 1 ? mix(hash + 0x1234567) : hash;
+}
+
+static void logits_of(uint64_t hash, float *logits)
+{
+    for (int t = 0; t < V; t++)
+        logits[t] = (float)(mix(hash + (uint64_t)t * 77) >> 40) * 0x1p-22f; /* 0..4 */
+}
+
+/* The functions of model.h that the scheduler calls; the archive's model.o is not linked. */
+enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
+                       int n_seqs, const float **logits, struct error *err)
+{
+    (void)m;
+    pthread_mutex_lock(&fake.lock);
+    fake.n_arrived++;
+    pthread_cond_broadcast(&fake.changed);
+    while (fake.n_allowed == 0)
+        pthread_cond_wait(&fake.changed, &fake.lock);
+    if (fake.n_allowed > 0)
+        fake.n_allowed--;
+    int step = fake.n_steps++, n_rows = 0, n_logit_rows = 0;
+    bool used[MAX_SLOTS] = {false};
+    for (int k = 0; k < n_seqs; k++) {
+        const struct model_seq *seq = &seqs[k];
+        struct fake_slot *slot = &fake.slots[seq->slot];
+        CHECK(!used[seq->slot] && seq->n_rows > 0);
+        used[seq->slot] = true;
+        if (fake.n_log < MAX_LOG)
+            fake.log[fake.n_log++] =
+                (struct log_entry){step, seq->slot, seq->n_rows, slot->position};
+        slot->hash = cut(slot->hash, seq->n_rows);
+        for (int i = 0; i < seq->n_rows; i++) {
+            int32_t token = tokens[n_rows++];
+            CHECK(token >= 0 && token < V);
+            slot->hash = feed(slot->hash, token);
+            slot->position++;
+            bool last = i == seq->n_rows - 1;
+            if (seq->logits == LOGITS_ALL || (last && seq->logits == LOGITS_LAST)) {
+                CHECK(n_logit_rows < fake.max_logit_rows);
+                logits_of(slot->hash, fake.logits + n_logit_rows++ * V);
+            }
+        }
+        CHECK(!fake.max_position || slot->position <= (uint64_t)fake.max_position);
+    }
+    CHECK(n_rows <= fake.max_rows);
+    bool fails = step == fake.fail_at;
+    pthread_mutex_unlock(&fake.lock);
+    *logits = fake.logits;
+    return fails ? fail(err, STATUS_DEVICE, "broken at step %d", step) : STATUS_OK;
+}
+
+void model_reset(struct model *m, int slot)
+{
+    (void)m;
+    fake.slots[slot] = (struct fake_slot){.hash = 99};
+}
+
+const struct model_config *model_config(const struct model *m)
+{
+    (void)m;
+    return &fake.config;
+}
+
+int64_t model_max_position(const struct model *m)
+{
+    (void)m;
+    return fake.max_position;
+}
+
+/* ---- Running it ---- */
+
+static atomic_int n_wakes;
+
+static void count_wake(void *context)
+{
+    (void)context;
+    atomic_fetch_add(&n_wakes, 1);
+}
+
+static struct scheduler_options small_options(void)
+{
+    return (struct scheduler_options){
+        .n_slots = 4,
+        .max_queue = 100,
+        .step_tokens = 24,
+        .chunk_tokens = 8,
+        .wake = count_wake,
+    };
+}
+
+static struct scheduler *start_with(const struct scheduler_options *options, int n_allowed,
+                                    int64_t max_position)
+{
+    memset(&fake, 0, sizeof(fake));
+    fake.config = (struct model_config){.vocab_size = V, .n_eos = 1, .eos_token_id = {EOS}};
+    fake.max_position = max_position;
+    fake.n_allowed = n_allowed;
+    fake.fail_at = -1;
+    pthread_mutex_init(&fake.lock, NULL);
+    pthread_cond_init(&fake.changed, NULL);
+    scheduler_limits(options, &fake.max_rows, &fake.max_logit_rows);
+    fake.logits = calloc((size_t)fake.max_logit_rows * V, sizeof(float));
+    atomic_store(&n_wakes, 0);
+    struct scheduler *s = NULL;
+    struct error err;
+    if (scheduler_open(&s, NULL, options, &err))
+        fail_msg("%s", err.text);
+    return s;
+}
+
+static struct scheduler *start(int n_allowed)
+{
+    struct scheduler_options options = small_options();
+    return start_with(&options, n_allowed, 0);
+}
+
+static void stop(struct scheduler *s)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.n_allowed = -1;
+    pthread_cond_broadcast(&fake.changed);
+    pthread_mutex_unlock(&fake.lock);
+    scheduler_close(s);
+    free(fake.logits);
+    pthread_cond_destroy(&fake.changed);
+    pthread_mutex_destroy(&fake.lock);
+}
+
+/* Let n more steps pass (-1: all from now on), and wait for the next to arrive at the gate. */
+static void allow(int n)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.n_allowed = n;
+    pthread_cond_broadcast(&fake.changed);
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static void wait_at_gate(int n_before)
+{
+    pthread_mutex_lock(&fake.lock);
+    while (fake.n_arrived <= n_before || fake.n_allowed != 0)
+        pthread_cond_wait(&fake.changed, &fake.lock);
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static int steps_done(void)
+{
+    pthread_mutex_lock(&fake.lock);
+    int n = fake.n_steps;
+    pthread_mutex_unlock(&fake.lock);
+    return n;
+}
+
+static void pass_steps(int n)
+{
+    int done = steps_done();
+    allow(n);
+    wait_at_gate(done + n);
+}
+
+struct spec {
+    int n_prompt, max_tokens, prompt_logprobs, n_logprobs, deadline_ms;
+    uint64_t seed;
+    float temperature, repetition_penalty;
+    bool stops; /* eos ends it */
+};
+
+static const struct spec plain = {.n_prompt = 5,
+                                  .max_tokens = 10,
+                                  .prompt_logprobs = -1,
+                                  .n_logprobs = -1,
+                                  .temperature = 1,
+                                  .repetition_penalty = 1};
+
+static int32_t prompt_token(const struct spec *spec, int i)
+{
+    return (int32_t)(mix(spec->seed * 1000 + (uint64_t)i) % V);
+}
+
+static struct job *make_job(const struct spec *spec)
+{
+    int32_t prompt[2000];
+    assert_true(spec->n_prompt <= 2000);
+    for (int i = 0; i < spec->n_prompt; i++)
+        prompt[i] = prompt_token(spec, i);
+    struct job_request request = {
+        .prompt = prompt,
+        .n_prompt = (size_t)spec->n_prompt,
+        .max_tokens = spec->max_tokens,
+        .prompt_logprobs = spec->prompt_logprobs,
+        .deadline_ms = spec->deadline_ms,
+    };
+    sampling_params_init(&request.sampling);
+    request.sampling.seed = spec->seed;
+    request.sampling.temperature = spec->temperature;
+    request.sampling.repetition_penalty = spec->repetition_penalty;
+    request.sampling.n_logprobs = spec->n_logprobs;
+    request.sampling.ignore_eos = !spec->stops;
+    struct job *job = NULL;
+    struct error err;
+    if (job_new(&job, &request, &err))
+        fail_msg("%s", err.text);
+    return job;
+}
+
+static struct job *submit(struct scheduler *s, const struct spec *spec)
+{
+    struct job *job = make_job(spec);
+    struct error err;
+    if (scheduler_submit(s, job, &err))
+        fail_msg("%s", err.text);
+    return job;
+}
+
+/* What the job must give, without any scheduler: tokens[n], and how it ends. */
+static int expect(const struct spec *spec, int chunk, int64_t max_position, int32_t *tokens,
+                  enum job_finish *finish)
+{
+    uint64_t hash = 99;
+    float logits[V];
+    struct sampler *sampler = NULL;
+    const int32_t eos = EOS;
+    assert_int_equal(sampler_open(&sampler, 1, V, &eos, 1, NULL), STATUS_OK);
+    for (int i = 0; i < spec->n_prompt; i++) {
+        int rest = spec->n_prompt - i;
+        if (i % chunk == 0)
+            hash = cut(hash, rest < chunk ? rest : chunk);
+        hash = feed(hash, prompt_token(spec, i));
+        sampler_note(sampler, 0, prompt_token(spec, i), false);
+    }
+    struct sampling_params params;
+    sampling_params_init(&params);
+    params.seed = spec->seed;
+    params.temperature = spec->temperature;
+    params.repetition_penalty = spec->repetition_penalty;
+    params.ignore_eos = !spec->stops;
+    int n = 0;
+    *finish = FINISH_LENGTH;
+    while (n < spec->max_tokens && !(max_position && spec->n_prompt + n >= max_position)) {
+        struct sampled sampled;
+        logits_of(hash, logits);
+        sampler_draw(sampler, 0, logits, &params, (uint64_t)(spec->n_prompt + n), n, &sampled);
+        tokens[n++] = sampled.token;
+        if (spec->stops && sampled.token == EOS) {
+            *finish = FINISH_STOP;
+            break;
+        }
+        hash = feed(hash, sampled.token);
+        sampler_note(sampler, 0, sampled.token, true);
+    }
+    sampler_close(sampler);
+    return n;
+}
+
+/* Read a job to its end. Returns its outputs; scores, if given, gets the prompt entries. */
+static int read_all(struct job *job, int32_t *tokens, struct job_token *scores, int *n_scores)
+{
+    int n = 0, n_prompt = 0;
+    struct job_snapshot snapshot;
+    for (;;) {
+        struct job_token batch[16];
+        job_wait(job);
+        size_t got = job_read(job, batch, COUNT_OF(batch));
+        for (size_t i = 0; i < got; i++)
+            if (!batch[i].is_prompt)
+                tokens[n++] = batch[i].token;
+            else if (scores)
+                scores[n_prompt++] = batch[i];
+        job_snapshot(job, &snapshot);
+        if (!got && snapshot.finish != FINISH_NONE)
+            break;
+    }
+    if (n_scores)
+        *n_scores = n_prompt;
+    assert_int_equal(snapshot.n_output, n);
+    return n;
+}
+
+static enum job_finish finish_of(struct job *job, enum status *status)
+{
+    struct job_snapshot snapshot;
+    do {
+        job_wait(job);
+        job_snapshot(job, &snapshot);
+        struct job_token token;
+        job_read(job, &token, 1);
+    } while (snapshot.finish == FINISH_NONE);
+    if (status)
+        *status = snapshot.error.status;
+    return snapshot.finish;
+}
+
+static void check_output(struct job *job, const struct spec *spec, int chunk, int64_t max_position)
+{
+    static _Thread_local int32_t found[5000], expected[5000];
+    enum job_finish finish;
+    int n_expected = expect(spec, chunk, max_position, expected, &finish);
+    int n = read_all(job, found, NULL, NULL);
+    if (n != n_expected)
+        fail_msg("%d tokens, expected %d", n, n_expected);
+    for (int i = 0; i < n; i++)
+        if (found[i] != expected[i])
+            fail_msg("output %d of prompt %d, seed %llu is %d, expected %d", i, spec->n_prompt,
+                     (unsigned long long)spec->seed, found[i], expected[i]);
+    assert_int_equal(finish_of(job, NULL), finish);
+    struct job_snapshot snapshot;
+    job_snapshot(job, &snapshot);
+    assert_int_equal(snapshot.n_prompt_done, spec->n_prompt);
+    assert_int_equal(snapshot.stopped_by_token, finish == FINISH_STOP);
+}
+
+/* ---- Outputs ---- */
+
+static void test_outputs_alone(void **state)
+{
+    (void)state;
+    static const int lengths[] = {1, 2, 7, 8, 9, 16, 17, 100};
+    struct scheduler *s = start(-1);
+    for (size_t i = 0; i < COUNT_OF(lengths); i++)
+        for (uint64_t seed = 0; seed < 6; seed++) {
+            struct spec spec = plain;
+            spec.n_prompt = lengths[i];
+            spec.seed = seed;
+            spec.max_tokens = seed == 5 ? 300 : 20;
+            spec.stops = seed % 2;
+            spec.temperature = seed == 2 ? 0 : 1;
+            spec.repetition_penalty = seed == 3 ? 1.5f : 1;
+            struct job *job = submit(s, &spec);
+            check_output(job, &spec, 8, 0);
+            job_release(job);
+        }
+    stop(s);
+}
+
+static void test_outputs_together(void **state)
+{
+    (void)state;
+    enum { N = 80 };
+    struct scheduler *s = start(-1);
+    struct spec specs[N];
+    struct job *jobs[N];
+    for (int i = 0; i < N; i++) {
+        specs[i] = plain;
+        specs[i].seed = (uint64_t)i;
+        specs[i].n_prompt = 1 + (int)(mix((uint64_t)i) % 60);
+        specs[i].max_tokens = (int)(mix((uint64_t)i + 500) % 100);
+        specs[i].stops = i % 3 == 0;
+        specs[i].repetition_penalty = i % 4 ? 1 : 1.3f;
+        jobs[i] = submit(s, &specs[i]);
+    }
+    for (int i = N - 1; i >= 0; i--) {
+        check_output(jobs[i], &specs[i], 8, 0);
+        job_release(jobs[i]);
+    }
+    struct engine_stats stats;
+    scheduler_stats(s, &stats);
+    assert_true(stats.n_running == 0 && stats.n_waiting == 0);
+    uint64_t n_prompt = 0;
+    for (int i = 0; i < N; i++)
+        n_prompt += (uint64_t)specs[i].n_prompt;
+    assert_int_equal(stats.n_prompt_tokens, n_prompt);
+    stop(s);
+}
+
+static void test_position_limit(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    struct scheduler *s = start_with(&options, -1, 20);
+    for (int n_prompt = 1; n_prompt <= 20; n_prompt++) {
+        struct spec spec = plain;
+        spec.n_prompt = n_prompt;
+        spec.max_tokens = 12;
+        struct job *job = submit(s, &spec);
+        check_output(job, &spec, 8, 20);
+        job_release(job);
+    }
+    struct spec spec = plain;
+    spec.n_prompt = 21;
+    struct job *job = make_job(&spec);
+    assert_int_equal(scheduler_submit(s, job, NULL), STATUS_TOO_LARGE);
+    job_release(job);
+    stop(s);
+}
+
+static void test_no_output(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(-1);
+    struct spec spec = plain;
+    spec.max_tokens = 0;
+    spec.n_prompt = 20;
+    struct job *job = submit(s, &spec);
+    check_output(job, &spec, 8, 0);
+    job_release(job);
+    stop(s);
+}
+
+/* Scores against a log softmax in double over the same logits. */
+static void check_scores(const struct spec *spec, int chunk, const struct job_token *scores, int n)
+{
+    uint64_t hash = 99;
+    float logits[V];
+    assert_int_equal(n, spec->n_prompt);
+    for (int i = 0; i < n; i++) {
+        assert_int_equal(scores[i].token, prompt_token(spec, i));
+        if (i == 0) {
+            assert_true(isnan(scores[i].logprob) && scores[i].n_top == 0);
+        } else {
+            double sum = 0;
+            int best = 0;
+            logits_of(hash, logits);
+            for (int t = 0; t < V; t++) {
+                sum += exp(logits[t]);
+                best = logits[t] > logits[best] ? t : best;
+            }
+            assert_true(fabs(scores[i].logprob - (logits[scores[i].token] - log(sum))) < 1e-5);
+            assert_int_equal(scores[i].n_top, spec->prompt_logprobs);
+            if (scores[i].n_top)
+                assert_int_equal(scores[i].top[0].token, best);
+        }
+        int rest = n - i;
+        if (i % chunk == 0)
+            hash = cut(hash, rest < chunk ? rest : chunk);
+        hash = feed(hash, prompt_token(spec, i));
+    }
+}
+
+static void test_prompt_logprobs(void **state)
+{
+    (void)state;
+    static const int lengths[] = {1, 2, 8, 9, 40, 1500};
+    static struct job_token scores[2000];
+    static int32_t tokens[100], expected[100];
+    struct scheduler_options options = small_options();
+    options.chunk_tokens = 400; /* scored chunks are of 256 at most */
+    struct scheduler *s = start_with(&options, -1, 0);
+    for (size_t i = 0; i < COUNT_OF(lengths); i++)
+        for (int max_tokens = 0; max_tokens <= 5; max_tokens += 5) {
+            struct spec spec = plain, noise = plain;
+            spec.n_prompt = lengths[i];
+            spec.max_tokens = max_tokens;
+            spec.prompt_logprobs = (int)i;
+            noise.seed = 7;
+            noise.max_tokens = 400;
+            struct job *other = submit(s, &noise), *job = submit(s, &spec);
+            int n_scores;
+            int n = read_all(job, tokens, scores, &n_scores);
+            check_scores(&spec, 256, scores, n_scores);
+            enum job_finish finish;
+            assert_int_equal(n, expect(&spec, 256, 0, expected, &finish));
+            assert_memory_equal(tokens, expected, (size_t)n * sizeof(*tokens));
+            job_release(job);
+            check_output(other, &noise, 400, 0);
+            job_release(other);
+        }
+    stop(s);
+}
+
+static void test_logprobs_come_through(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(-1);
+    struct spec spec = plain;
+    spec.n_logprobs = 3;
+    struct job *job = submit(s, &spec);
+    struct job_token token;
+    for (int i = 0; i < spec.max_tokens; i++) {
+        job_wait(job);
+        assert_int_equal(job_read(job, &token, 1), 1);
+        assert_true(token.n_top == 3 && token.logprob < 0 &&
+                    token.top[0].logprob >= token.logprob &&
+                    token.top[0].logprob >= token.top[1].logprob);
+    }
+    job_release(job);
+    stop(s);
+}
+
+/* ---- Batches ---- */
+
+static int rows_of(int step, int slot)
+{
+    for (int i = 0; i < fake.n_log; i++)
+        if (fake.log[i].step == step && fake.log[i].slot == slot)
+            return fake.log[i].n_rows;
+    return 0;
+}
+
+/* Decoding slots get their row in every step, prompts share what is left in turns, and chunks
+ * begin at multiples of chunk_tokens. */
+static void test_batches(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(0); /* 4 slots, 24 rows, chunks of 8 */
+    struct spec decoder = plain, prompt = plain;
+    decoder.n_prompt = 3;
+    decoder.max_tokens = 60;
+    prompt.n_prompt = 100;
+    prompt.max_tokens = 1;
+    struct job *jobs[4] = {submit(s, &decoder)};
+    wait_at_gate(0);
+    for (int i = 1; i < 4; i++)
+        jobs[i] = submit(s, &prompt);
+    pass_steps(20);
+    pthread_mutex_lock(&fake.lock);
+    int fed[4] = {0};
+    assert_int_equal(rows_of(0, 0), 3);
+    for (int step = 1; step < 20; step++) {
+        int n_rows = 0;
+        assert_int_equal(rows_of(step, 0), 1); /* decodes in every step */
+        for (int i = 0; i < 4; i++)
+            n_rows += rows_of(step, i);
+        assert_int_equal(n_rows, 17); /* and two whole chunks fit beside it */
+        for (int i = 1; i < 4; i++)
+            fed[i] += rows_of(step, i);
+        for (int i = 1; i < 4; i++)
+            for (int k = 1; k < 4; k++)
+                assert_true(abs(fed[i] - fed[k]) <= 8); /* nobody is ahead by more than one */
+        if (fed[1] + fed[2] + fed[3] > 250)
+            break;
+    }
+    for (int i = 0; i < fake.n_log; i++)
+        if (fake.log[i].n_rows > 1)
+            assert_int_equal(fake.log[i].position % 8, 0);
+    pthread_mutex_unlock(&fake.lock);
+    allow(-1);
+    check_output(jobs[0], &decoder, 8, 0);
+    for (int i = 0; i < 4; i++) {
+        finish_of(jobs[i], NULL);
+        job_release(jobs[i]);
+    }
+    stop(s);
+}
+
+/* More slots than step_tokens: the step grows so that a prompt still gets its whole chunk. */
+static void test_small_budget(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.n_slots = 16;
+    options.step_tokens = 2;
+    int max_rows, max_logit_rows;
+    scheduler_limits(&options, &max_rows, &max_logit_rows);
+    assert_int_equal(max_rows, 15 + 8);
+    assert_int_equal(max_logit_rows, 15 + 8);
+    struct scheduler *s = start_with(&options, -1, 0);
+    struct job *jobs[40];
+    struct spec spec = plain;
+    for (int i = 0; i < 40; i++) {
+        spec.seed = (uint64_t)i;
+        spec.n_prompt = 30 + i;
+        jobs[i] = submit(s, &spec);
+    }
+    for (int i = 0; i < 40; i++) {
+        spec.seed = (uint64_t)i;
+        spec.n_prompt = 30 + i;
+        check_output(jobs[i], &spec, 8, 0);
+        job_release(jobs[i]);
+    }
+    stop(s);
+}
+
+static void test_first_in_first_out(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.n_slots = 1;
+    struct scheduler *s = start_with(&options, 0, 0);
+    struct job *jobs[6];
+    for (int i = 0; i < 6; i++)
+        jobs[i] = submit(s, &plain);
+    allow(-1);
+    int64_t last_ns = 0;
+    for (int i = 0; i < 6; i++) {
+        finish_of(jobs[i], NULL);
+        struct job_snapshot snapshot;
+        job_snapshot(jobs[i], &snapshot);
+        assert_true(snapshot.admitted_ns >= last_ns);
+        last_ns = snapshot.finished_ns;
+        job_release(jobs[i]);
+    }
+    stop(s);
+}
+
+/* ---- Refusals ---- */
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.max_prompt_tokens = 50;
+    struct scheduler *s = start_with(&options, -1, 0);
+    struct error err;
+    struct spec spec = plain;
+    spec.n_prompt = 51;
+    struct job *job = make_job(&spec);
+    assert_int_equal(scheduler_submit(s, job, &err), STATUS_TOO_LARGE);
+    job_release(job);
+
+    spec = plain;
+    spec.temperature = -1;
+    job = make_job(&spec);
+    assert_int_equal(scheduler_submit(s, job, &err), STATUS_INVALID);
+    assert_string_equal(err.field, "temperature");
+    job_release(job);
+
+    const int32_t prompts[][2] = {{3, V}, {-1, 3}};
+    for (int i = 0; i < 2; i++) {
+        struct job_request request = {.prompt = prompts[i], .n_prompt = 2};
+        sampling_params_init(&request.sampling);
+        assert_int_equal(job_new(&job, &request, NULL), STATUS_OK);
+        assert_int_equal(scheduler_submit(s, job, &err), STATUS_INVALID);
+        assert_string_equal(err.field, "prompt");
+        job_release(job);
+    }
+    stop(s);
+}
+
+static void test_full_queue(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.n_slots = 2;
+    options.max_queue = 3;
+    struct scheduler *s = start_with(&options, 0, 0);
+    struct job *jobs[5], *extra = make_job(&plain);
+    for (int i = 0; i < 5; i++)
+        jobs[i] = submit(s, &plain);
+    wait_at_gate(0);
+    assert_int_equal(scheduler_submit(s, extra, NULL), STATUS_BUSY);
+    struct engine_stats stats;
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_running + stats.n_waiting, 5);
+    job_cancel(jobs[4]); /* makes room within a step */
+    pass_steps(1);
+    assert_int_equal(scheduler_submit(s, extra, NULL), STATUS_OK);
+    allow(-1);
+    check_output(extra, &plain, 8, 0);
+    assert_int_equal(finish_of(jobs[4], NULL), FINISH_CANCELLED);
+    job_release(extra);
+    for (int i = 0; i < 5; i++) {
+        finish_of(jobs[i], NULL);
+        job_release(jobs[i]);
+    }
+    stop(s);
+}
+
+/* ---- Ends ---- */
+
+static void test_cancel(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.n_slots = 2;
+    struct scheduler *s = start_with(&options, 0, 0);
+    struct spec decoding = plain, reading = plain;
+    decoding.max_tokens = 1000;
+    reading.n_prompt = 2000;
+    struct job *a = submit(s, &decoding), *b = submit(s, &reading), *waiting = submit(s, &plain);
+    wait_at_gate(0);
+    pass_steps(5);
+    int done = steps_done();
+    job_cancel(a);
+    job_cancel(b);
+    job_cancel(waiting);
+    allow(-1);
+    assert_int_equal(finish_of(a, NULL), FINISH_CANCELLED);
+    assert_int_equal(finish_of(b, NULL), FINISH_CANCELLED);
+    assert_int_equal(finish_of(waiting, NULL), FINISH_CANCELLED);
+    assert_true(steps_done() <= done + 1); /* the step that was on its way */
+    struct job_snapshot snapshot;
+    job_snapshot(waiting, &snapshot);
+    assert_true(snapshot.admitted_ns == 0);
+    struct job *after = submit(s, &plain); /* the slots are clean again */
+    check_output(after, &plain, 8, 0);
+    struct job *jobs[] = {a, b, waiting, after};
+    for (int i = 0; i < 4; i++)
+        job_release(jobs[i]);
+
+    struct job *early = make_job(&plain); /* cancelled before it is submitted */
+    job_cancel(early);
+    assert_int_equal(scheduler_submit(s, early, NULL), STATUS_OK);
+    assert_int_equal(finish_of(early, NULL), FINISH_CANCELLED);
+    job_release(early);
+    stop(s);
+}
+
+static void sleep_past(struct job *job)
+{
+    while (job_clock_ns() < job_deadline_ns(job))
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+}
+
+static void test_deadlines(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.n_slots = 2;
+    struct scheduler *s = start_with(&options, 0, 0);
+    struct spec decoding = plain, reading = plain, waiting = plain;
+    decoding.max_tokens = 1000;
+    reading.n_prompt = 2000;
+    decoding.deadline_ms = reading.deadline_ms = waiting.deadline_ms = 1;
+    struct job *jobs[] = {submit(s, &decoding), submit(s, &reading), submit(s, &waiting)};
+    struct job *patient = submit(s, &plain);
+    for (int i = 0; i < 3; i++)
+        sleep_past(jobs[i]);
+    allow(-1);
+    for (int i = 0; i < 3; i++) {
+        enum status status;
+        assert_int_equal(finish_of(jobs[i], &status), FINISH_ERROR);
+        assert_int_equal(status, STATUS_TIMEOUT);
+        job_release(jobs[i]);
+    }
+    check_output(patient, &plain, 8, 0);
+    job_release(patient);
+    stop(s);
+}
+
+/* Returns once the engine takes no more steps. */
+static void settle(struct scheduler *s)
+{
+    struct engine_stats before, after;
+    do {
+        scheduler_stats(s, &before);
+        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        scheduler_stats(s, &after);
+    } while (before.n_steps != after.n_steps);
+}
+
+/* A job whose reader does not read waits without steps, others go on; then it continues. */
+static void test_full_ring(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(-1);
+    struct spec slow = plain, scored = plain;
+    slow.max_tokens = 1000;
+    scored.n_prompt = 1400;
+    scored.prompt_logprobs = 0;
+    struct job *a = submit(s, &slow), *b = submit(s, &scored);
+    settle(s);
+    struct job_snapshot snapshot;
+    job_snapshot(a, &snapshot);
+    assert_int_equal(snapshot.n_output, job_ring_size(a)); /* filled to the brim */
+    struct job *other = submit(s, &plain);
+    check_output(other, &plain, 8, 0);
+    job_release(other);
+    settle(s);
+    check_output(a, &slow, 8, 0);
+    check_output(b, &scored, 8, 0);
+    job_release(a);
+    job_release(b);
+
+    a = submit(s, &slow); /* a sleeping engine also sees a cancellation */
+    settle(s);
+    job_cancel(a);
+    assert_int_equal(finish_of(a, NULL), FINISH_CANCELLED);
+    job_release(a);
+    slow.deadline_ms = 100; /* and a deadline, with nothing else to wake it */
+    a = submit(s, &slow);
+    struct job *queued[4];
+    for (int i = 0; i < 4; i++)
+        queued[i] = submit(s, &slow);
+    for (int i = 0; i < 4; i++) {
+        do { /* without reading: the rings stay full */
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+            job_snapshot(queued[i], &snapshot);
+        } while (snapshot.finish == FINISH_NONE);
+        assert_int_equal(snapshot.error.status, STATUS_TIMEOUT);
+        job_release(queued[i]);
+    }
+    job_release(a);
+    stop(s);
+}
+
+static void test_device_failure(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(0);
+    struct spec spec = plain;
+    spec.max_tokens = 1000;
+    struct job *jobs[7];
+    for (int i = 0; i < 7; i++)
+        jobs[i] = submit(s, &spec);
+    fake.fail_at = 3;
+    allow(-1);
+    for (int i = 0; i < 7; i++) {
+        enum status status;
+        assert_int_equal(finish_of(jobs[i], &status), FINISH_ERROR);
+        assert_int_equal(status, STATUS_DEVICE);
+    }
+    struct job *late = make_job(&plain);
+    struct error err;
+    assert_int_equal(scheduler_submit(s, late, &err), STATUS_DEVICE);
+    assert_non_null(strstr(err.text, "broken at step 3"));
+    job_release(late);
+    struct engine_stats stats;
+    scheduler_stats(s, &stats);
+    assert_true(stats.failed && stats.n_running == 0 && stats.n_waiting == 0);
+    assert_int_equal(steps_done(), 4);
+    for (int i = 0; i < 7; i++)
+        job_release(jobs[i]);
+    stop(s);
+}
+
+static void test_drain_and_close(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(0);
+    struct job *running = submit(s, &plain), *late = make_job(&plain);
+    wait_at_gate(0);
+    scheduler_drain(s);
+    assert_int_equal(scheduler_submit(s, late, NULL), STATUS_SHUTDOWN);
+    allow(-1);
+    check_output(running, &plain, 8, 0); /* goes on to its end */
+    job_release(running);
+    job_release(late);
+    stop(s);
+
+    s = start(0);
+    struct spec spec = plain;
+    spec.max_tokens = 1000000;
+    struct job *jobs[6];
+    for (int i = 0; i < 6; i++)
+        jobs[i] = submit(s, &spec);
+    assert_true(job_park(jobs[5])); /* stays on the ready list that nobody takes */
+    stop(s);
+    for (int i = 0; i < 6; i++) {
+        enum status status;
+        assert_int_equal(finish_of(jobs[i], &status), FINISH_ERROR);
+        assert_int_equal(status, STATUS_SHUTDOWN);
+        job_cancel(jobs[i]); /* outlives its engine */
+        job_release(jobs[i]);
+    }
+    scheduler_close(NULL);
+}
+
+/* ---- Wake-ups ---- */
+
+static void test_ready_list(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(0);
+    struct spec spec = plain;
+    spec.max_tokens = 6;
+    struct job *jobs[3];
+    for (int i = 0; i < 3; i++) {
+        jobs[i] = submit(s, &spec);
+        assert_true(job_park(jobs[i]));
+    }
+    wait_at_gate(0);
+    int steps = steps_done(), total[3] = {0};
+    assert_null(scheduler_take_ready(s));
+    while (total[0] + total[1] + total[2] < 18) {
+        pass_steps(1);
+        struct job *job;
+        assert_true(atomic_load(&n_wakes) <= steps_done() - steps);
+        while ((job = scheduler_take_ready(s))) {
+            struct job_token tokens[8];
+            int i = job == jobs[0] ? 0 : job == jobs[1] ? 1 : 2;
+            total[i] += (int)job_read(job, tokens, 8);
+            struct job_snapshot snapshot;
+            job_snapshot(job, &snapshot);
+            assert_int_equal(job_park(job), snapshot.finish == FINISH_NONE);
+            job_release(job);
+        }
+        if (total[0] == 6 && total[1] == 6 && total[2] == 6)
+            break;
+        if (total[0] + total[1] + total[2] >= 15)
+            allow(-1); /* the last step leaves nothing for the gate to wait for */
+        while (total[0] + total[1] + total[2] >= 15 && total[0] + total[1] + total[2] < 18)
+            if ((job = scheduler_take_ready(s))) {
+                struct job_token tokens[8];
+                int i = job == jobs[0] ? 0 : job == jobs[1] ? 1 : 2;
+                total[i] += (int)job_read(job, tokens, 8);
+                job_release(job);
+            }
+    }
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(total[i], 6);
+        job_release(jobs[i]);
+    }
+    stop(s);
+}
+
+/* A job that is parked again before it was taken from the list is on it only once. */
+static void test_ready_once(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(0);
+    struct spec spec = plain;
+    spec.max_tokens = 100;
+    struct job *job = submit(s, &spec);
+    struct job_token tokens[8];
+    assert_true(job_park(job));
+    wait_at_gate(0);
+    for (int i = 0; i < 5; i++) {
+        pass_steps(1);
+        assert_int_equal(job_read(job, tokens, 8), 1);
+        assert_true(job_park(job));
+    }
+    struct job *ready = scheduler_take_ready(s);
+    assert_ptr_equal(ready, job);
+    job_release(ready);
+    assert_null(scheduler_take_ready(s));
+    job_release(job);
+    stop(s);
+}
+
+/* ---- Allocation ---- */
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__GLIBC__)
+#define COUNTS_ALLOCATIONS 1
+
+void *__libc_malloc(size_t n);
+void *__libc_calloc(size_t n, size_t size);
+void *__libc_realloc(void *p, size_t n);
+void *malloc(size_t n);
+void *calloc(size_t n, size_t size);
+void *realloc(void *p, size_t n);
+
+/* Threads that are not the test's own are the engine's. */
+static _Thread_local bool is_test_thread;
+static atomic_int n_engine_allocations;
+
+static void count_allocation(void)
+{
+    if (!is_test_thread)
+        atomic_fetch_add(&n_engine_allocations, 1);
+}
+
+void *malloc(size_t n)
+{
+    count_allocation();
+    return __libc_malloc(n);
+}
+
+void *calloc(size_t n, size_t size)
+{
+    count_allocation();
+    return __libc_calloc(n, size);
+}
+
+void *realloc(void *p, size_t n)
+{
+    count_allocation();
+    return __libc_realloc(p, n);
+}
+#endif
+
+static void test_engine_allocates_nothing(void **state)
+{
+    (void)state;
+#ifdef COUNTS_ALLOCATIONS
+    is_test_thread = true;
+    struct scheduler *s = start(-1);
+    atomic_store(&n_engine_allocations, 0);
+    for (int round = 0; round < 3; round++) {
+        struct job *jobs[30];
+        for (int i = 0; i < 30; i++) {
+            struct spec spec = plain;
+            spec.seed = (uint64_t)i;
+            spec.n_prompt = 50 + i;
+            spec.n_logprobs = i % 3 - 1;
+            spec.prompt_logprobs = i % 5 - 1;
+            spec.repetition_penalty = 1 + (float)(i % 2);
+            spec.deadline_ms = i % 7 == 6;
+            jobs[i] = submit(s, &spec);
+            if (i % 11 == 5)
+                job_cancel(jobs[i]);
+        }
+        for (int i = 0; i < 30; i++) {
+            finish_of(jobs[i], NULL);
+            job_release(jobs[i]);
+        }
+    }
+    assert_int_equal(atomic_load(&n_engine_allocations), 0);
+    stop(s);
+    is_test_thread = false;
+#else
+    skip();
+#endif
+}
+
+/* ---- Stress ---- */
+
+struct stress {
+    struct scheduler *s;
+    uint64_t seed;
+    int n_jobs;
+    char problem[128]; /* empty: none. cmocka's asserts belong to the main thread. */
+};
+
+static void stress_one(struct stress *t, uint64_t r)
+{
+    struct spec spec = plain;
+    spec.seed = r;
+    spec.n_prompt = 1 + (int)(r % 70);
+    spec.max_tokens = (int)((r >> 8) % 200);
+    spec.stops = r >> 20 & 1;
+    spec.repetition_penalty = r >> 21 & 1 ? 1.2f : 1;
+    spec.prompt_logprobs = r >> 22 & 1 ? 2 : -1;
+    struct job *job = make_job(&spec);
+    int cancel_after = r >> 23 & 3 ? -1 : (int)((r >> 25) % 100);
+    struct error err;
+    enum status st = scheduler_submit(t->s, job, &err);
+    if (st == STATUS_BUSY) {
+        job_release(job);
+        return;
+    }
+    static _Thread_local int32_t expected[5000];
+    enum job_finish finish;
+    int n_expected = expect(&spec, 8, 0, expected, &finish), n = 0, n_prompt = 0;
+    struct job_snapshot snapshot = {0};
+    for (;;) {
+        struct job_token tokens[32];
+        if (n == cancel_after)
+            job_cancel(job);
+        job_wait(job);
+        job_snapshot(job, &snapshot);
+        size_t got = job_read(job, tokens, 1 + (r >> 30) % 32);
+        for (size_t i = 0; i < got; i++) {
+            n_prompt += tokens[i].is_prompt;
+            if (!tokens[i].is_prompt && (n >= n_expected || tokens[i].token != expected[n++]))
+                snprintf(t->problem, sizeof(t->problem), "seed %llx: output %d differs",
+                         (unsigned long long)r, n - 1);
+        }
+        if (!got && snapshot.finish != FINISH_NONE)
+            break;
+    }
+    bool cancelled = snapshot.finish == FINISH_CANCELLED;
+    if (cancelled ? cancel_after < 0 : n != n_expected || snapshot.finish != finish)
+        snprintf(t->problem, sizeof(t->problem), "seed %llx: %d tokens of %d, finish %d of %d",
+                 (unsigned long long)r, n, n_expected, snapshot.finish, finish);
+    if (!cancelled && spec.prompt_logprobs >= 0 && n_prompt != spec.n_prompt)
+        snprintf(t->problem, sizeof(t->problem), "seed %llx: %d scores", (unsigned long long)r,
+                 n_prompt);
+    job_release(job);
+}
+
+static void *stress_thread(void *context)
+{
+    struct stress *t = context;
+    for (int i = 0; i < t->n_jobs; i++)
+        stress_one(t, mix(t->seed * 1000000 + (uint64_t)i));
+    return NULL;
+}
+
+/* Many readers that cancel, dawdle and race: every output is the one computed alone. */
+static void test_stress(void **state)
+{
+    (void)state;
+    enum { THREADS = 12 };
+    struct scheduler_options options = small_options();
+    options.n_slots = 7;
+    options.max_queue = 3;
+    struct scheduler *s = start_with(&options, -1, 0);
+    static struct stress threads[THREADS];
+    pthread_t ids[THREADS];
+    for (int i = 0; i < THREADS; i++) {
+        threads[i] = (struct stress){.s = s, .seed = (uint64_t)i + 1, .n_jobs = 250};
+        pthread_create(&ids[i], NULL, stress_thread, &threads[i]);
+    }
+    for (int i = 0; i < THREADS; i++)
+        pthread_join(ids[i], NULL);
+    for (int i = 0; i < THREADS; i++)
+        if (threads[i].problem[0])
+            fail_msg("%s", threads[i].problem);
+    struct engine_stats stats;
+    scheduler_stats(s, &stats);
+    assert_true(stats.n_running == 0 && stats.n_waiting == 0 && !stats.failed);
+    stop(s);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_outputs_alone),
+        cmocka_unit_test(test_outputs_together),
+        cmocka_unit_test(test_position_limit),
+        cmocka_unit_test(test_no_output),
+        cmocka_unit_test(test_prompt_logprobs),
+        cmocka_unit_test(test_logprobs_come_through),
+        cmocka_unit_test(test_batches),
+        cmocka_unit_test(test_small_budget),
+        cmocka_unit_test(test_first_in_first_out),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_full_queue),
+        cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_deadlines),
+        cmocka_unit_test(test_full_ring),
+        cmocka_unit_test(test_device_failure),
+        cmocka_unit_test(test_drain_and_close),
+        cmocka_unit_test(test_ready_list),
+        cmocka_unit_test(test_ready_once),
+        cmocka_unit_test(test_engine_allocates_nothing),
+        cmocka_unit_test(test_stress),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
