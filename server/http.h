@@ -9,8 +9,8 @@
  *
  * What never reaches a handler: over-long or smuggled requests, bodies over the limit (413),
  * unknown paths (404) and methods (405 with Allow), a body of another type than JSON (415),
- * a missing or wrong API key (401), requests beyond the connection limit. Each is answered
- * with OpenAI's error object.
+ * a missing or wrong API key (401), requests beyond the connection limit (503). Each is
+ * answered with OpenAI's error object. OPTIONS is answered here too.
  *
  * Threads: http_notify by any thread; http_open, http_close by main; the rest by the io thread.
  * Memory:  a request's arena holds what belongs to it and is released when it completes.
@@ -35,7 +35,8 @@ typedef void http_handler(struct http_request *r, void *context);
 
 enum http_route_flags {
     HTTP_ROUTE_OPEN = 1, /* needs no API key */
-    HTTP_ROUTE_JSON = 2, /* POST with a JSON body: 415 on another Content-Type, 411 without length */
+    HTTP_ROUTE_JSON =
+        2, /* POST with a JSON body: 415 on another Content-Type, 411 without length */
 };
 
 /* A path may have one parameter as its last segment: "/v1/models/{id}" (which then matches the
@@ -51,21 +52,28 @@ struct http_config {
     const struct options *options;
     const struct http_route *routes; /* [n_routes], borrowed */
     size_t n_routes;
-    void *context;                   /* given to handlers, on_notify and on_tick */
+    void *context;                    /* given to handlers, on_notify and on_tick */
     void (*on_notify)(void *context); /* io thread, after http_notify calls; may coalesce them */
     void (*on_tick)(void *context);   /* io thread, about once a second */
 };
 
+/* Read the keys, listen. Nothing is answered before http_start starts the io thread. */
 enum status http_open(struct http_server **out, const struct http_config *config,
                       struct error *err);
+enum status http_start(struct http_server *s, struct error *err);
 /* The port that is listened on (0 for a unix socket). */
 int http_port(const struct http_server *s);
+/* "http://127.0.0.1:8080", "http://[::1]:8080" or "unix:/run/latte.sock". */
+const char *http_url(const struct http_server *s);
 /* Stop accepting connections; those open go on. Any thread. */
 void http_drain(struct http_server *s);
 /* Requests that are not finished yet. Any thread. */
 int http_n_active(const struct http_server *s);
 int http_n_connections(const struct http_server *s);
-/* End what is left (sources are closed as gone), stop the io thread, release. */
+/* End what is left (every on_close is called, as not delivered) and stop the io thread.
+ * http_notify may still be called, and does nothing. */
+void http_stop(struct http_server *s);
+/* Stop if that was not done, release. Accepts NULL. No thread may notify any more. */
 void http_close(struct http_server *s);
 /* Make the io thread call on_notify soon. Any thread, also a signal handler's. */
 void http_notify(struct http_server *s);
@@ -74,11 +82,15 @@ void http_notify(struct http_server *s);
 const char *http_method(const struct http_request *r);
 const char *http_route(const struct http_request *r); /* the pattern that matched */
 const char *http_param(const struct http_request *r); /* value of {id}, or NULL */
-const char *http_query(const struct http_request *r, const char *key); /* or NULL */
+const char *http_query(const struct http_request *r, const char *key);   /* or NULL */
 const char *http_header(const struct http_request *r, const char *name); /* or NULL */
 const char *http_body(const struct http_request *r, size_t *n);
+/* Free the body before the request ends: the memory of all bodies together is bounded by
+ * --max-buffered-mb, and a stream may live long. */
+void http_drop_body(struct http_request *r);
 struct arena *http_arena(struct http_request *r);
-const char *http_request_id(const struct http_request *r); /* the client's X-Request-Id if sane, else ours */
+const char *
+http_request_id(const struct http_request *r);    /* the client's X-Request-Id if sane, else ours */
 int http_key_index(const struct http_request *r); /* which API key, -1 when the API is open */
 int64_t http_arrival_ns(const struct http_request *r); /* CLOCK_MONOTONIC */
 
@@ -103,17 +115,21 @@ void http_reply_take(struct http_request *r, int code, const char *content_type,
  * Retry-After. */
 void http_fail(struct http_request *r, const struct error *err, const char *code);
 
-/* No reply yet: suspend the connection. A hang-up meanwhile ends the request (on_close). */
+/* No reply yet: suspend the connection. A hang-up meanwhile ends the request (on_close). A
+ * client that shuts down its sending side counts as gone: a closed socket looks the same. */
 void http_defer(struct http_request *r);
 
 /* A body that is produced piece by piece, sent chunked.
  * read: io thread; put up to max bytes in out. Returns the count, HTTP_SOURCE_PARK when there
  * is nothing now (the source is called again after http_wake), HTTP_SOURCE_END at the end, or
- * HTTP_SOURCE_ABORT to cut the connection. Whoever made read park must call http_wake later. */
+ * HTTP_SOURCE_ABORT to cut the connection. Whoever made read park must call http_wake later.
+ *
+ * A parked text/event-stream whose output so far is empty or ends with an empty line (between
+ * two events, that is) is sent the comment ": keep-alive" every --keepalive-interval. */
 enum { HTTP_SOURCE_PARK = 0, HTTP_SOURCE_END = -1, HTTP_SOURCE_ABORT = -2 };
 typedef ssize_t http_source_read(void *context, char *out, size_t max);
-void http_stream(struct http_request *r, int code, const char *content_type,
-                 http_source_read *read, void *context);
+void http_stream(struct http_request *r, int code, const char *content_type, http_source_read *read,
+                 void *context);
 
 /* Resume a parked stream; harmless when it is not parked. */
 void http_wake(struct http_request *r);

@@ -1,0 +1,30 @@
+/* api_keys.h - the keys that open the API, from a file.
+ *
+ * One key per line, 8 to 255 printable ASCII characters without blanks; empty lines and lines
+ * that begin with '#' are skipped.
+ *
+ * Threads: read-only after open.
+ * Memory:  owns the keys and wipes them at close.
+ * Errors:  INVALID names the line, IO the file; NOMEM.
+ */
+#ifndef LATTE_SERVER_API_KEYS_H
+#define LATTE_SERVER_API_KEYS_H
+
+#include <stddef.h>
+
+#include "engine/base/error.h"
+
+struct api_keys;
+
+enum { API_KEYS_NONE = -1 };
+
+enum status api_keys_open(struct api_keys **out, const char *path, struct error *err);
+void api_keys_close(struct api_keys *keys); /* accepts NULL */
+int api_keys_count(const struct api_keys *keys);
+
+/* The index of the key that "Authorization: Bearer KEY" carries (authorization is the header's
+ * value, may be NULL), or API_KEYS_NONE. Takes the same time for any key of the table and any
+ * wrong one: all keys are compared, over their full width. */
+int api_keys_find(const struct api_keys *keys, const char *authorization);
+
+#endif

@@ -1,0 +1,391 @@
+/* http_loop.c - the io thread: one epoll set over everything that can happen.
+ *
+ * The set holds the library's own epoll fd, the listening socket, an eventfd (http_notify), a
+ * timerfd (once a second) and every client socket, edge-triggered with EPOLLRDHUP: that is the
+ * hang-up watch, which the library has not for suspended connections.
+ *
+ * Connections are accepted here, not by the library. So one over the limit gets an answer
+ * instead of waiting in the backlog, and the header of a connection's first request is looked
+ * at before the library reads it, which gives errors of ours for what it would answer with a
+ * page of its own, or would not refuse at all. On later requests of a connection the parsed
+ * fields are checked (http.c); an over-long header is noticed here too.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "server/http_private.h"
+#include "server/log.h"
+#include "server/metrics.h"
+
+enum { MAX_EVENTS = 256, MAX_ACCEPTS = 64, MAX_LINGERING = 512, LINGER_S = 5 };
+
+static const int64_t second_ns = 1000000000;
+
+int64_t http_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * second_ns + t.tv_nsec;
+}
+
+/* Connections. */
+
+static struct connection *connection_new(struct http_server *s, int fd,
+                                         const struct sockaddr_storage *address)
+{
+    struct connection *c = calloc(1, sizeof(*c));
+    if (!c)
+        return NULL;
+    c->server = s;
+    c->fd = fd;
+    c->deadline_ns = http_now_ns() + s->options.header_timeout * second_ns;
+    socket_describe(address, c->client);
+    c->next = s->connections;
+    if (c->next)
+        c->next->previous = c;
+    s->connections = c;
+    s->n_connections++;
+    return c;
+}
+
+void loop_forget(struct connection *c)
+{
+    struct http_server *s = c->server;
+    if (c->previous)
+        c->previous->next = c->next;
+    else
+        s->connections = c->next;
+    if (c->next)
+        c->next->previous = c->previous;
+    s->n_lingering -= c->place == LINGERING;
+    s->n_connections--;
+    free(c);
+}
+
+static void close_connection(struct connection *c)
+{
+    close(c->fd);
+    loop_forget(c);
+}
+
+static bool watch(struct http_server *s, int operation, int fd, uint32_t events, void *data)
+{
+    struct epoll_event event = {.events = events, .data.ptr = data};
+    return !epoll_ctl(s->epoll_fd, operation, fd, &event);
+}
+
+/* Replies from the door. */
+
+static void build_reply(const struct http_server *s, int code, const char *message,
+                        struct bytes *out)
+{
+    struct bytes body = {0};
+    http_error_json(&body, code, message, NULL, http_error_code(code));
+    bytes_format(out, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\n", code,
+                 http_reason(code));
+    bytes_format(out, "Content-Length: %zu\r\nConnection: close\r\n", body.n);
+    if (code == 503)
+        bytes_text(out, "Retry-After: 1\r\n");
+    if (s->options.cors_origin)
+        bytes_format(out, "Access-Control-Allow-Origin: %s\r\n", s->options.cors_origin);
+    bytes_text(out, "\r\n");
+    bytes_append(out, body.data, body.n);
+    bytes_free(&body);
+}
+
+/* The reply fits any socket buffer, so one send is enough. */
+static void send_reply(struct http_server *s, int fd, int code, const char *message)
+{
+    struct bytes reply = {0};
+    build_reply(s, code, message, &reply);
+    if (!reply.failed && send(fd, reply.data, reply.n, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+        log_event(LOG_DEBUG, "refused", "a client left before its error was sent");
+    bytes_free(&reply);
+}
+
+static void note_refusal(const struct connection *c, int code, const char *message)
+{
+    metrics_count_request("other", "other", code);
+    if (c->server->options.access_log)
+        log_request(&(struct log_access){.request_id = "",
+                                         .method = "",
+                                         .route = "other",
+                                         .client = c->client,
+                                         .status = code,
+                                         .prompt_tokens = -1,
+                                         .output_tokens = -1});
+    log_event(LOG_DEBUG, "refused", "%s: %d %s", c->client, code, message);
+}
+
+/* Answer at the door. What the client still sends is read and thrown away for a while: closing
+ * at once would reset the connection, and the reset could overtake the answer. */
+static void refuse(struct connection *c, int code, const char *message)
+{
+    struct http_server *s = c->server;
+    note_refusal(c, code, message);
+    send_reply(s, c->fd, code, message);
+    shutdown(c->fd, SHUT_WR);
+    if (c->peer_closed || s->n_lingering >= MAX_LINGERING ||
+        !watch(s, EPOLL_CTL_MOD, c->fd, EPOLLIN, c)) {
+        close_connection(c);
+        return;
+    }
+    c->place = LINGERING;
+    c->deadline_ns = http_now_ns() + LINGER_S * second_ns;
+    s->n_lingering++;
+}
+
+static void linger(struct connection *c)
+{
+    ssize_t n = recv(c->fd, c->server->peek, PEEK_BYTES, MSG_DONTWAIT);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        close_connection(c);
+}
+
+/* The door: the first request's header, as far as it has come. */
+static void look_at_door(struct connection *c)
+{
+    struct http_server *s = c->server;
+    ssize_t n = recv(c->fd, s->peek, PEEK_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
+        close_connection(c);
+        return;
+    }
+    if (n < 0)
+        return;
+    struct http_verdict verdict;
+    size_t header = http_check_header(s->peek, (size_t)n, s->options.max_body_mb << 20, &verdict);
+    if (verdict.code) {
+        refuse(c, verdict.code, verdict.message);
+        return;
+    }
+    if (!header) {
+        if (c->peer_closed)
+            close_connection(c);
+        return;
+    }
+    struct sockaddr_storage address = {0};
+    socklen_t n_address = sizeof(address);
+    getpeername(c->fd, (struct sockaddr *)&address, &n_address);
+    if (!inside_enter(c, &address, n_address))
+        log_event(LOG_WARN, "http", "a connection was lost: out of memory");
+}
+
+/* A later request's header is arriving: the clock runs, and its length is bounded. The count
+ * may fall short when the library was faster; then its own limit applies. */
+static void look_inside(struct connection *c)
+{
+    struct http_server *s = c->server;
+    ssize_t n = recv(c->fd, s->peek, PEEK_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    if (n <= 0)
+        return;
+    if (!c->deadline_ns)
+        c->deadline_ns = http_now_ns() + s->options.header_timeout * second_ns;
+    const char *end = memmem(s->peek, (size_t)n, "\r\n\r\n", 4);
+    c->header_seen += end ? (size_t)(end - s->peek) : (size_t)n;
+    if (c->header_seen <= HTTP_HEADER_LIMIT)
+        return;
+    bool in_target = !memchr(s->peek, '\n', (size_t)n);
+    struct http_verdict v = {in_target ? 414 : 431, in_target
+                                                        ? "The request's URL is too long."
+                                                        : "The request's header fields are too "
+                                                          "large."};
+    note_refusal(c, v.code, v.message);
+    send_reply(s, c->fd, v.code, v.message);
+    shutdown(c->fd, SHUT_RDWR); /* the library notices and closes */
+}
+
+static void on_client(struct connection *c, uint32_t events)
+{
+    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        c->peer_closed = true;
+    if (c->place == LINGERING) {
+        linger(c);
+    } else if (c->place == AT_DOOR) {
+        look_at_door(c);
+    } else {
+        if (c->peer_closed)
+            inside_hang_up(c);
+        if ((events & EPOLLIN) && !c->request)
+            look_inside(c);
+    }
+}
+
+/* Accepting. */
+
+static void admit(struct http_server *s, int fd, const struct sockaddr_storage *address)
+{
+    metrics_add(METRIC_CONNECTIONS, 1);
+    socket_tune(fd);
+    struct connection *c = connection_new(s, fd, address);
+    if (!c || !watch(s, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | EPOLLET, c)) {
+        close(fd);
+        if (c)
+            loop_forget(c);
+        return;
+    }
+    if (s->n_connections - s->n_lingering > s->options.max_connections)
+        refuse(c, 503, "The server has as many connections as it accepts. Try again later.");
+    else
+        look_at_door(c);
+}
+
+/* Out of descriptors: listening pauses until the next tick, or the loop would spin. */
+static void pause_listening(struct http_server *s)
+{
+    log_event(LOG_WARN, "http", "cannot accept connections: %s", strerror(errno));
+    s->listen_paused = watch(s, EPOLL_CTL_MOD, s->listen_fd, 0, &s->listen_fd);
+}
+
+static void accept_clients(struct http_server *s)
+{
+    for (int i = 0; i < MAX_ACCEPTS && s->listen_fd >= 0; i++) {
+        struct sockaddr_storage address = {0};
+        socklen_t n = sizeof(address);
+        int fd =
+            accept4(s->listen_fd, (struct sockaddr *)&address, &n, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd >= 0) {
+            admit(s, fd, &address);
+        } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+            pause_listening(s);
+            return;
+        } else if (errno != ECONNABORTED && errno != EINTR) {
+            return; /* EAGAIN: that was all */
+        }
+    }
+}
+
+/* Once a second. */
+
+static void sweep(struct connection *c, int64_t now_ns)
+{
+    bool late = c->deadline_ns && now_ns > c->deadline_ns;
+    if (c->place == INSIDE) {
+        if (late && !c->request)
+            shutdown(c->fd, SHUT_RDWR); /* a slow header; the library notices and closes */
+        inside_sweep(c, now_ns);
+    } else if (late && c->place == AT_DOOR) {
+        char first;
+        if (recv(c->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT) == 1)
+            refuse(c, 408, "The request's header did not arrive in time.");
+        else
+            close_connection(c);
+    } else if (late) {
+        close_connection(c);
+    }
+}
+
+static void on_timer(struct http_server *s)
+{
+    uint64_t expirations;
+    if (read(s->timer_fd, &expirations, sizeof(expirations)) < 0)
+        return;
+    if (s->listen_paused && s->listen_fd >= 0)
+        s->listen_paused = !watch(s, EPOLL_CTL_MOD, s->listen_fd, EPOLLIN, &s->listen_fd);
+    int64_t now_ns = http_now_ns();
+    for (struct connection *c = s->connections, *next; c; c = next) {
+        next = c->next;
+        sweep(c, now_ns);
+    }
+    if (s->config.on_tick)
+        s->config.on_tick(s->config.context);
+    /* No wake-up may be lost for longer than a tick, whoever lost it. */
+    atomic_store(&s->notified, true);
+}
+
+static void on_event(struct http_server *s)
+{
+    uint64_t count;
+    if (read(s->event_fd, &count, sizeof(count)) < 0)
+        return;
+    if (atomic_load(&s->draining))
+        socket_unlisten(s);
+}
+
+static void dispatch(struct http_server *s, const struct epoll_event *event)
+{
+    void *source = event->data.ptr;
+    if (source == &s->listen_fd)
+        accept_clients(s);
+    else if (source == &s->timer_fd)
+        on_timer(s);
+    else if (source == &s->event_fd)
+        on_event(s);
+    else if (source != &s->daemon)
+        on_client(source, event->events);
+}
+
+/* One pass. Clients' events come before the library runs: it may close their sockets. The timer
+ * is looked at last for the same reason: its sweep may free connections that have events. */
+static void pass(struct http_server *s, int timeout_ms)
+{
+    struct epoll_event events[MAX_EVENTS];
+    int n = epoll_wait(s->epoll_fd, events, MAX_EVENTS, timeout_ms);
+    const struct epoll_event *timer = NULL;
+    for (int i = 0; i < n; i++) {
+        if (events[i].data.ptr == &s->timer_fd)
+            timer = &events[i];
+        else
+            dispatch(s, &events[i]);
+    }
+    if (timer)
+        dispatch(s, timer);
+    if (atomic_exchange(&s->notified, false) && s->config.on_notify)
+        s->config.on_notify(s->config.context);
+}
+
+static void close_those_outside(struct http_server *s)
+{
+    for (struct connection *c = s->connections, *next; c; c = next) {
+        next = c->next;
+        if (c->place != INSIDE)
+            close_connection(c);
+    }
+}
+
+void *loop_run(void *server)
+{
+    struct http_server *s = server;
+    int timeout_ms = 0;
+    while (!atomic_load(&s->stopping)) {
+        pass(s, timeout_ms);
+        timeout_ms = inside_run(s);
+    }
+    socket_unlisten(s);
+    close_those_outside(s);
+    inside_end_all(s);
+    return NULL;
+}
+
+enum status loop_open(struct http_server *s, struct error *err)
+{
+    s->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    s->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    const struct itimerspec every_second = {{1, 0}, {1, 0}};
+    int library_fd = inside_epoll_fd(s);
+    if (s->epoll_fd < 0 || s->event_fd < 0 || s->timer_fd < 0 ||
+        timerfd_settime(s->timer_fd, 0, &every_second, NULL) ||
+        !watch(s, EPOLL_CTL_ADD, s->event_fd, EPOLLIN, &s->event_fd) ||
+        !watch(s, EPOLL_CTL_ADD, s->timer_fd, EPOLLIN, &s->timer_fd) ||
+        !watch(s, EPOLL_CTL_ADD, s->listen_fd, EPOLLIN, &s->listen_fd) ||
+        !watch(s, EPOLL_CTL_ADD, library_fd, EPOLLIN, &s->daemon))
+        return fail(err, STATUS_IO, "http: cannot set up the event loop: %s", strerror(errno));
+    return STATUS_OK;
+}
+
+void loop_close(struct http_server *s)
+{
+    const int fds[] = {s->epoll_fd, s->event_fd, s->timer_fd};
+    for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
+        if (fds[i] >= 0)
+            close(fds[i]);
+    }
+}
