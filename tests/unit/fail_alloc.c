@@ -4,6 +4,7 @@
 #include "tests/unit/fail_alloc.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #ifndef __has_feature
@@ -20,6 +21,17 @@ static __thread struct {
     bool armed, onwards;
     long fail_at, n_calls, balance;
 } watch;
+
+/* The thread whose allocations do not count as another's; NULL before the first count. */
+static __thread char my_place;
+static char *_Atomic counting_thread;
+static atomic_long n_others;
+
+long fail_alloc_count_others(void)
+{
+    atomic_store(&counting_thread, &my_place);
+    return atomic_exchange(&n_others, 0);
+}
 
 bool fail_alloc_works(void)
 {
@@ -53,6 +65,9 @@ void __libc_free(void *block);
 
 static bool fails(void)
 {
+    char *counting = atomic_load(&counting_thread);
+    if (counting && counting != &my_place)
+        atomic_fetch_add(&n_others, 1);
     if (!watch.armed)
         return false;
     watch.n_calls++;

@@ -25,6 +25,10 @@ void fail_alloc_start(long n, bool onwards);
  * blocks taken minus blocks freed, 0 when nothing leaked. */
 long fail_alloc_stop(long *balance);
 
+/* Count the allocations of all threads but the caller's, until the next call; returns how many
+ * there were since the last one. For threads that promise to allocate nothing. */
+long fail_alloc_count_others(void);
+
 /* Call attempt with its first, second, ... allocation failing, once alone and once with all
  * that follow, until it runs through. The test fails when a call that ran short returns
  * anything but OK or NOMEM, leaves err empty, or leaks. attempt undoes what it did when it

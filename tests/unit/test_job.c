@@ -1,5 +1,5 @@
 /* test_job.c - the ring against a trivial list, parking, the bell, and two threads at once. */
-#include "unit.h"
+#include "tests/unit/unit.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "engine/job.h"
+#include "tests/unit/fail_alloc.h"
 
 static struct job *new_job(size_t n_prompt, int64_t max_tokens, int prompt_logprobs)
 {
@@ -93,6 +94,22 @@ static void test_refuses(void **state)
         assert_null(job);
         assert_string_equal(err.field, cases[c].field);
     }
+}
+
+static enum status make_and_release(void *context, struct error *err)
+{
+    struct job *job = NULL;
+    enum status st = job_new(&job, context, err);
+    job_release(job);
+    return st;
+}
+
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    int32_t prompt[] = {1, 2, 3};
+    struct job_request request = {.prompt = prompt, .n_prompt = 3, .max_tokens = 9};
+    fail_alloc_walk(make_and_release, &request);
 }
 
 static void test_ring_sizes(void **state)
@@ -320,6 +337,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_copies_the_request),
         cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_ring_sizes),
         cmocka_unit_test(test_ring_order),
         cmocka_unit_test(test_parking),

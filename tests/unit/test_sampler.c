@@ -1,7 +1,7 @@
 /* test_sampler.c - the sampler against a literal double-precision reading of its definition,
  * against distributions from Hugging Face transformers (tests/golden/sampler), against the
  * known answers of Philox, and by chi-square. Seeds are fixed: nothing here depends on luck. */
-#include "unit.h"
+#include "tests/unit/unit.h"
 
 #include <float.h>
 #include <math.h>
@@ -11,11 +11,12 @@
 
 #include "engine/row.h"
 #include "engine/sampler.h"
+#include "tests/unit/fail_alloc.h"
 
 enum { MAX_V = 5000 };
 
 /* A small generator for test data, independent of the sampler's. */
-static uint64_t test_random(uint64_t *state)
+static uint64_t next_random(uint64_t *state)
 {
     uint64_t z = *state += 0x9E3779B97F4A7C15;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
@@ -25,7 +26,7 @@ static uint64_t test_random(uint64_t *state)
 
 static double uniform(uint64_t *state)
 {
-    return (double)(test_random(state) >> 11) * 0x1p-53;
+    return (double)(next_random(state) >> 11) * 0x1p-53;
 }
 
 static float normal(uint64_t *state)
@@ -215,12 +216,12 @@ static void test_find_cut(void **state)
     uint64_t seed = 3, bins[ROW_BINS];
     uint32_t rank[512], sorted[512];
     for (int c = 0; c < 3000; c++) {
-        int n = 1 + (int)(test_random(&seed) % 512);
+        int n = 1 + (int)(next_random(&seed) % 512);
         uint32_t mask = c % 3 == 0 ? 7 : c % 3 == 1 ? 0xffff0000 : 0xffffffff;
         for (int i = 0; i < n; i++)
-            sorted[i] = rank[i] = (uint32_t)test_random(&seed) & mask;
+            sorted[i] = rank[i] = (uint32_t)next_random(&seed) & mask;
         qsort(sorted, (size_t)n, sizeof(*sorted), compare_u32);
-        int k = 1 + (int)(test_random(&seed) % (uint64_t)n), equal = 0;
+        int k = 1 + (int)(next_random(&seed) % (uint64_t)n), equal = 0;
         struct row_cut cut = row_find_cut(rank, NULL, n, (uint64_t)k, bins);
         assert_int_equal(cut.rank, sorted[k - 1]);
         for (int i = 0; i < k; i++)
@@ -235,14 +236,14 @@ static void random_params(struct sampling_params *p, uint64_t *seed)
 {
     static const float temperatures[] = {1, 1, 0.7f, 0.3f, 1.7f, 0};
     sampling_params_init(p);
-    p->temperature = temperatures[test_random(seed) % COUNT_OF(temperatures)];
-    if (test_random(seed) % 2)
-        p->top_k = (int)(test_random(seed) % 300);
-    if (test_random(seed) % 2)
+    p->temperature = temperatures[next_random(seed) % COUNT_OF(temperatures)];
+    if (next_random(seed) % 2)
+        p->top_k = (int)(next_random(seed) % 300);
+    if (next_random(seed) % 2)
         p->top_p = 0.05f + 0.949f * (float)uniform(seed);
-    if (test_random(seed) % 3 == 0)
+    if (next_random(seed) % 3 == 0)
         p->typical_p = 0.05f + 0.949f * (float)uniform(seed);
-    if (test_random(seed) % 3 == 0)
+    if (next_random(seed) % 3 == 0)
         p->min_p = 0.3f * (float)uniform(seed);
 }
 
@@ -777,6 +778,22 @@ static void test_slots_do_not_mix(void **state)
     sampler_close(s);
 }
 
+static enum status open_and_close(void *context, struct error *err)
+{
+    struct sampler *s = NULL;
+    enum status st = sampler_open(&s, 2, 100, context, 1, err);
+    sampler_close(s);
+    return st;
+}
+
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    int32_t eos = 3;
+    fail_alloc_walk(open_and_close, &eos);
+    sampler_close(NULL);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -794,6 +811,7 @@ int main(void)
         cmocka_unit_test(test_chi_square),
         cmocka_unit_test(test_streams_are_independent),
         cmocka_unit_test(test_slots_do_not_mix),
+        cmocka_unit_test(test_out_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -7,7 +7,7 @@
  *
  * Steps can be held at a gate, which makes "within one step" a fact and not a race.
  */
-#include "unit.h"
+#include "tests/unit/unit.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -18,6 +18,7 @@
 #include <time.h>
 
 #include "engine/scheduler.h"
+#include "tests/unit/fail_alloc.h"
 
 enum { V = 97, EOS = 5, MAX_SLOTS = 64, MAX_LOG = 4096 };
 
@@ -976,52 +977,13 @@ static void test_ready_once(void **state)
 
 /* ---- Allocation ---- */
 
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__GLIBC__)
-#define COUNTS_ALLOCATIONS 1
-
-void *__libc_malloc(size_t n);
-void *__libc_calloc(size_t n, size_t size);
-void *__libc_realloc(void *p, size_t n);
-void *malloc(size_t n);
-void *calloc(size_t n, size_t size);
-void *realloc(void *p, size_t n);
-
-/* Threads that are not the test's own are the engine's. */
-static _Thread_local bool is_test_thread;
-static atomic_int n_engine_allocations;
-
-static void count_allocation(void)
-{
-    if (!is_test_thread)
-        atomic_fetch_add(&n_engine_allocations, 1);
-}
-
-void *malloc(size_t n)
-{
-    count_allocation();
-    return __libc_malloc(n);
-}
-
-void *calloc(size_t n, size_t size)
-{
-    count_allocation();
-    return __libc_calloc(n, size);
-}
-
-void *realloc(void *p, size_t n)
-{
-    count_allocation();
-    return __libc_realloc(p, n);
-}
-#endif
-
 static void test_engine_allocates_nothing(void **state)
 {
     (void)state;
-#ifdef COUNTS_ALLOCATIONS
-    is_test_thread = true;
+    if (!fail_alloc_works())
+        skip();
     struct scheduler *s = start(-1);
-    atomic_store(&n_engine_allocations, 0);
+    fail_alloc_count_others();
     for (int round = 0; round < 3; round++) {
         struct job *jobs[30];
         for (int i = 0; i < 30; i++) {
@@ -1041,12 +1003,25 @@ static void test_engine_allocates_nothing(void **state)
             job_release(jobs[i]);
         }
     }
-    assert_int_equal(atomic_load(&n_engine_allocations), 0);
+    assert_int_equal(fail_alloc_count_others(), 0);
     stop(s);
-    is_test_thread = false;
-#else
-    skip();
-#endif
+}
+
+static enum status open_and_close(void *context, struct error *err)
+{
+    struct scheduler_options options = small_options();
+    struct scheduler *s = NULL;
+    (void)context;
+    enum status st = scheduler_open(&s, NULL, &options, err);
+    scheduler_close(s);
+    return st;
+}
+
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    stop(start(-1)); /* the model's facts stay */
+    fail_alloc_walk(open_and_close, NULL);
 }
 
 /* ---- Stress ---- */
@@ -1161,6 +1136,7 @@ int main(void)
         cmocka_unit_test(test_ready_list),
         cmocka_unit_test(test_ready_once),
         cmocka_unit_test(test_engine_allocates_nothing),
+        cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_stress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
