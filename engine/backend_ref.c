@@ -205,7 +205,7 @@ static float apply_activation(float x, enum activation act)
     case ACTIVATION_SILU:
         return x * sigmoid(x);
     case ACTIVATION_GELU:
-        return 0.5f * x * (1 + erff(x * (float)M_SQRT1_2));
+        return 0.5f * x * erfcf(-x * (float)M_SQRT1_2); /* 1 + erf, without cancelling */
     case ACTIVATION_GELU_TANH:
         return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
     }
