@@ -278,11 +278,11 @@ static enum status push_key(struct parser *p, const char *text, size_t n)
 /* The keys from first on belong to the object that ends here: compare and drop them. */
 static enum status close_keys(struct parser *p, size_t first)
 {
-    struct key *keys = p->keys + first;
     size_t n = p->n_keys - first;
     p->n_keys = first;
     if (n < 2)
         return STATUS_OK;
+    struct key *keys = p->keys + first;
     qsort(keys, n, sizeof(*keys), compare_keys);
     for (size_t i = 1; i < n; i++) {
         if (compare_keys(&keys[i - 1], &keys[i]))

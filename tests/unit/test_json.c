@@ -39,6 +39,7 @@ static void test_accepts(void **state)
         "1e-999",
         "{\"a\":1,\"A\":2,\"\":3,\"aa\":4}",
         "[[[[[[[[1]]]]]]]]",
+        "[{}]",
         "0.1000000000000000055511151231257827021181583404541015625",
     };
     for (size_t i = 0; i < COUNT_OF(texts); i++) {
@@ -155,6 +156,35 @@ static void test_limits(void **state)
     assert_int_equal(json_check(deep, 2000, &limits, &err), STATUS_INVALID);
 }
 
+/* With any_integer, digits that a double would lose pass, and json_member finds them. */
+static void test_members(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *key, *value; /* NULL: no such member */
+    } table[] = {
+        {"{\"seed\":18446744073709551615}", "seed", "18446744073709551615"},
+        {" { \"a\" : { \"seed\" : 1 } , \"seed\" : -7 } ", "seed", "-7"},
+        {"{\"a\":[{\"seed\":1}],\"b\":\"seed\",\"seed\":[1, 2]}", "seed", "[1, 2]"},
+        {"{\"s\\u0065ed\":9007199254740993}", "seed", "9007199254740993"},
+        {"{\"seeds\":1,\"see\":2}", "seed", NULL},
+        {"{}", "seed", NULL},
+        {"[\"seed\"]", "seed", NULL},
+        {"\"seed\"", "seed", NULL},
+    };
+    const struct json_limits limits = {.max_depth = 8, .any_integer = true};
+    for (size_t i = 0; i < COUNT_OF(table); i++) {
+        const char *text = table[i].text, *value = table[i].value;
+        size_t n = 0;
+        struct error err = {0};
+        assert_int_equal(json_check(text, strlen(text), &limits, &err), STATUS_OK);
+        const char *found = json_member(text, strlen(text), table[i].key, &n);
+        assert_true(!found == !value);
+        if (value && (n != strlen(value) || memcmp(found, value, n)))
+            fail_msg("%s: found %.*s", text, (int)n, found);
+    }
+}
+
 /* Distinct keys in adverse orders stay quick, and one duplicate among them is found. */
 static void test_many_keys(void **state)
 {
@@ -205,9 +235,10 @@ static void test_cut_and_changed(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_accepts),       cmocka_unit_test(test_refuses),
-        cmocka_unit_test(test_embedded_zero), cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_many_keys),     cmocka_unit_test(test_cut_and_changed),
+        cmocka_unit_test(test_accepts),         cmocka_unit_test(test_refuses),
+        cmocka_unit_test(test_embedded_zero),   cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_members),         cmocka_unit_test(test_many_keys),
+        cmocka_unit_test(test_cut_and_changed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
