@@ -27,7 +27,9 @@ struct engine_options {
     int n_threads;            /* CPU pool; 0: one per core this process may use */
     int n_slots;              /* sessions decoded together, 1..4096 */
     int max_queue;            /* jobs waiting for a slot, 1.. */
-    int step_tokens;          /* rows of one step at most: decode rows and prompt chunks */
+    int step_tokens;          /* rows of one step at most: decode rows and prompt chunks. Raised
+                               * to n_slots - 1 + chunk_tokens where it is less, so that no
+                               * prompt starves. */
     int chunk_tokens;         /* prompt rows one sequence brings to a step at most. Chunks begin at
                                * multiples of it, so a result does not depend on the load. */
     size_t max_prompt_tokens; /* longer prompts are TOO_LARGE at submission; 0: no limit */
@@ -61,23 +63,23 @@ void engine_drain(struct engine *e);
 struct engine_info {
     const struct model_config *config; /* borrowed */
     struct generation_defaults generation;
-    const char *fingerprint;   /* of the model, 32 hex characters */
-    const char *backend;       /* "cpu" */
+    const char *fingerprint; /* of the model, 32 hex characters */
+    const char *backend;     /* "cpu" */
     const char *weight_dtype;
     int n_threads, n_slots;
     int64_t n_parameters;
-    size_t weight_bytes;       /* resident */
-    size_t state_bytes;        /* of one session */
-    int64_t max_position;      /* tokens a session may reach, 0: no limit */
+    size_t weight_bytes;  /* resident */
+    size_t state_bytes;   /* of one session */
+    int64_t max_position; /* tokens a session may reach, 0: no limit */
 };
 void engine_info(const struct engine *e, struct engine_info *out);
 
 /* Counters since the start, and gauges of now. */
 struct engine_stats {
     uint64_t n_steps, n_prompt_tokens, n_output_tokens;
-    uint64_t step_ns;        /* time spent in steps */
+    uint64_t step_ns; /* time spent in steps */
     int n_running, n_waiting, n_slots;
-    bool failed;             /* the device is gone */
+    bool failed; /* the device is gone */
 };
 void engine_stats(const struct engine *e, struct engine_stats *out);
 
