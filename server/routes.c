@@ -339,7 +339,7 @@ static void unlist_starting(struct call *c)
 
 static void note_tokens(struct call *c)
 {
-    struct codec_usage usage = generation_usage(c->generation);
+    struct codec_usage usage = stream_usage(c->generation);
     http_note_tokens(c->http, usage.prompt_tokens, usage.completion_tokens);
 }
 
@@ -351,7 +351,7 @@ static void on_close(void *context, bool delivered)
     if (c->generation)
         note_tokens(c);
     unlist_starting(c);
-    generation_close(c->generation);
+    stream_close(c->generation);
     c->generation = NULL;
     c->http = NULL;
     if (!c->working)
@@ -376,28 +376,28 @@ static void begin_stream(struct call *c)
     c->streaming = true;
     http_set_header(c->http, "Cache-Control", "no-cache");
     http_set_header(c->http, "X-Accel-Buffering", "no");
-    http_stream(c->http, 200, "text/event-stream; charset=utf-8", generation_read, c->generation);
+    http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
 }
 
 /* See how a generation stands that has not been answered yet. The call may be gone afterwards. */
 static void step(struct call *c)
 {
-    switch (generation_poll(c->generation)) {
-    case GENERATION_WAITING:
+    switch (stream_poll(c->generation)) {
+    case STREAM_WAITING:
         if (!c->deferred)
             http_defer(c->http);
         c->deferred = true;
         return;
-    case GENERATION_READY:
+    case STREAM_READY:
         begin_stream(c);
         return;
-    case GENERATION_FAILED:
+    case STREAM_FAILED:
         note_tokens(c);
-        http_fail(c->http, generation_error(c->generation), NULL);
+        http_fail(c->http, stream_error(c->generation), NULL);
         return;
-    case GENERATION_DONE:
+    case STREAM_DONE:
         note_tokens(c);
-        generation_write(c->generation, &c->reply);
+        stream_write(c->generation, &c->reply);
         reply_json(c->http, &c->reply);
         return;
     }
@@ -442,7 +442,7 @@ static enum status open_generation(struct call *c, struct error *err)
     if (!c->request.has_seed)
         c->request.seed = random_u64();
     stop_rules_init(&c->rules, &c->request, config->eos_token_id, config->n_eos);
-    struct generation_setup setup = {
+    struct stream_setup setup = {
         .request = &c->request,
         .tokenizer = c->model->tokenizer,
         .rules = &c->rules,
@@ -455,7 +455,7 @@ static enum status open_generation(struct call *c, struct error *err)
     };
     fill_reply(c, &setup.reply);
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
-    return st ? st : generation_open(&c->generation, &setup, err);
+    return st ? st : stream_open(&c->generation, &setup, err);
 }
 
 static void start_generation(struct call *c)

@@ -24,7 +24,7 @@ struct sequence {
 };
 
 struct generation {
-    struct generation_setup setup;
+    struct stream_setup setup;
     struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
     size_t n_sequences, n_running;
     struct codec_usage usage;
@@ -197,7 +197,7 @@ static bool advance_sequence(struct generation *g, struct sequence *s)
 
 /* ---- events -------------------------------------------------------------------------------- */
 
-struct codec_usage generation_usage(const struct generation *g)
+struct codec_usage stream_usage(const struct generation *g)
 {
     return g->usage;
 }
@@ -317,22 +317,22 @@ static void progress(struct generation *g)
     }
 }
 
-enum generation_state generation_poll(struct generation *g)
+enum stream_state stream_poll(struct generation *g)
 {
     progress(g);
     if (g->failed)
-        return GENERATION_FAILED;
+        return STREAM_FAILED;
     if (g->events.n > g->n_sent)
-        return GENERATION_READY;
-    return g->n_running ? GENERATION_WAITING : GENERATION_DONE;
+        return STREAM_READY;
+    return g->n_running ? STREAM_WAITING : STREAM_DONE;
 }
 
-const struct error *generation_error(const struct generation *g)
+const struct error *stream_error(const struct generation *g)
 {
     return &g->error;
 }
 
-ssize_t generation_read(void *context, char *out, size_t max)
+ssize_t stream_read(void *context, char *out, size_t max)
 {
     struct generation *g = context;
     if (g->n_sent == g->events.n) {
@@ -391,7 +391,7 @@ static void write_whole_choice(struct generation *g, struct sequence *s, int64_t
     codec_write_choice(out, &g->setup.reply, &c, index == 0);
 }
 
-void generation_write(struct generation *g, struct bytes *out)
+void stream_write(struct generation *g, struct bytes *out)
 {
     const struct codec_request *q = g->setup.request;
     size_t best_of = (size_t)q->best_of, n = (size_t)q->n;
@@ -412,7 +412,7 @@ void generation_write(struct generation *g, struct bytes *out)
 
 static void init_sequence(struct generation *g, size_t i)
 {
-    const struct generation_setup *setup = &g->setup;
+    const struct stream_setup *setup = &g->setup;
     const struct codec_request *q = setup->request;
     struct sequence *s = &g->sequences[i];
     struct output_options options = {
@@ -430,8 +430,8 @@ static void init_sequence(struct generation *g, size_t i)
         output_echo(&s->output, s->prompt->echo);
 }
 
-enum status generation_open(struct generation **out, const struct generation_setup *setup,
-                            struct error *err)
+enum status stream_open(struct generation **out, const struct stream_setup *setup,
+                        struct error *err)
 {
     struct generation *g = calloc(1, sizeof(*g));
     size_t best_of = (size_t)setup->request->best_of, n = setup->n_prompts * best_of;
@@ -451,7 +451,7 @@ enum status generation_open(struct generation **out, const struct generation_set
     for (size_t i = 0; i < n && !st; i++)
         st = start_job(g, &g->sequences[i], (uint32_t)(i % best_of), err);
     if (st) {
-        generation_close(g);
+        stream_close(g);
         return st;
     }
     g->open = true;
@@ -460,7 +460,7 @@ enum status generation_open(struct generation **out, const struct generation_set
     return STATUS_OK;
 }
 
-void generation_close(struct generation *g)
+void stream_close(struct generation *g)
 {
     if (!g)
         return;

@@ -7,7 +7,7 @@
  *
  * Threads: the io thread only.
  * Memory:  owns its jobs' references and all buffers; request, rules, prompts, tokenizer and
- *          the texts of reply are borrowed until generation_close.
+ *          the texts of reply are borrowed until stream_close.
  * Errors:  the first job that fails ends the generation with that job's error; NOMEM and
  *          TOO_LARGE (a reply beyond the buffers' limit) end it as well.
  */
@@ -34,7 +34,7 @@ struct stream_prompt {
     struct codec_text echo; /* its text, when the request wants it back */
 };
 
-struct generation_setup {
+struct stream_setup {
     const struct codec_request *request; /* completions or chat */
     const struct tokenizer *tokenizer;
     const struct stop_rules *rules;
@@ -50,30 +50,30 @@ struct generation_setup {
 };
 
 /* Make and submit all jobs. When one is refused the others are cancelled, and nothing is left. */
-enum status generation_open(struct generation **out, const struct generation_setup *setup,
-                            struct error *err);
+enum status stream_open(struct generation **out, const struct stream_setup *setup,
+                        struct error *err);
 /* Cancel what still runs and release everything. Accepts NULL. */
-void generation_close(struct generation *g);
+void stream_close(struct generation *g);
 
-enum generation_state {
-    GENERATION_WAITING, /* all jobs are parked, nothing to send yet */
-    GENERATION_READY,   /* events are there to be read (streams only) */
-    GENERATION_DONE,    /* a whole reply is complete (streams: READY until all is read) */
-    GENERATION_FAILED,  /* nothing was sent; see generation_error */
+enum stream_state {
+    STREAM_WAITING, /* all jobs are parked, nothing to send yet */
+    STREAM_READY,   /* events are there to be read (streams only) */
+    STREAM_DONE,    /* a whole reply is complete (streams: READY until all is read) */
+    STREAM_FAILED,  /* nothing was sent; see stream_error */
 };
 
 /* Take what the jobs have. Before a stream begins, and for whole replies. */
-enum generation_state generation_poll(struct generation *g);
-const struct error *generation_error(const struct generation *g);
+enum stream_state stream_poll(struct generation *g);
+const struct error *stream_error(const struct generation *g);
 
 /* The whole reply's JSON, after DONE. */
-void generation_write(struct generation *g, struct bytes *out);
+void stream_write(struct generation *g, struct bytes *out);
 
 /* A stream's source, see http_stream: events, whole ones whenever it parks. An error after the
  * beginning becomes an event of its own, and the end. context: struct generation. */
-ssize_t generation_read(void *context, char *out, size_t max);
+ssize_t stream_read(void *context, char *out, size_t max);
 
 /* Tokens of the prompts, each once, and of all outputs so far. */
-struct codec_usage generation_usage(const struct generation *g);
+struct codec_usage stream_usage(const struct generation *g);
 
 #endif
