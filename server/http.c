@@ -616,6 +616,7 @@ static void on_completed(void *server, struct MHD_Connection *mhd, void **contex
     log_end(r, !delivered);
     r->connection->request = NULL;
     r->connection->header_seen = 0;
+    s->has_half_closed |= r->connection->peer_closed;
     if (r->response)
         MHD_destroy_response(r->response);
     http_drop_body(r);
@@ -712,9 +713,9 @@ int inside_run(struct http_server *s)
     return (int)timeout_ms;
 }
 
-static bool is_receiving(const struct http_request *r)
+bool inside_awaits_input(const struct connection *c)
 {
-    return !r->handled && !r->code;
+    return !c->request || !c->request->handled;
 }
 
 void inside_sweep(struct connection *c, int64_t now_ns)
@@ -723,7 +724,7 @@ void inside_sweep(struct connection *c, int64_t now_ns)
     if (!r)
         return;
     int64_t age_s = (now_ns - r->arrival_ns) / 1000000000;
-    if (is_receiving(r) && age_s > BODY_GRACE_S + (int64_t)(r->n_received / BODY_RATE))
+    if (inside_awaits_input(c) && age_s > BODY_GRACE_S + (int64_t)(r->n_received / BODY_RATE))
         shutdown(c->fd, SHUT_RDWR); /* a body that trickles; the library notices and closes */
     int64_t silent_s = (now_ns - r->last_sent_ns) / 1000000000;
     if (r->read && r->suspended && r->is_event_stream && is_between_events(r) &&

@@ -205,7 +205,7 @@ static void look_inside(struct connection *c)
 static void on_client(struct connection *c, uint32_t events)
 {
     if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
-        c->peer_closed = true;
+        c->peer_closed = c->server->has_half_closed = true;
     if (c->place == LINGERING) {
         linger(c);
     } else if (c->place == AT_DOOR) {
@@ -341,6 +341,17 @@ static void pass(struct http_server *s, int timeout_ms)
         s->config.on_notify(s->config.context);
 }
 
+/* The library sees no end of input that came together with data it read: one edge, one read.
+ * When it has nothing left to do for such a client, it is told. */
+static void end_half_closed(struct http_server *s)
+{
+    s->has_half_closed = false;
+    for (struct connection *c = s->connections; c; c = c->next) {
+        if (c->place == INSIDE && c->peer_closed && inside_awaits_input(c))
+            shutdown(c->fd, SHUT_RDWR);
+    }
+}
+
 static void close_those_outside(struct http_server *s)
 {
     for (struct connection *c = s->connections, *next; c; c = next) {
@@ -357,6 +368,8 @@ void *loop_run(void *server)
     while (!atomic_load(&s->stopping)) {
         pass(s, timeout_ms);
         timeout_ms = inside_run(s);
+        if (timeout_ms && s->has_half_closed)
+            end_half_closed(s);
     }
     socket_unlisten(s);
     close_those_outside(s);

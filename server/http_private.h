@@ -59,7 +59,8 @@ struct http_server {
         unsigned long device, inode;
     } socket_file; /* of the unix socket we made */
     int epoll_fd, event_fd, timer_fd;
-    bool listen_paused; /* out of file descriptors until the next tick */
+    bool has_half_closed; /* some client will send no more; see end_half_closed */
+    bool listen_paused;   /* out of file descriptors until the next tick */
     pthread_t thread;
     bool started;
     struct connection *connections; /* all of them */
@@ -109,6 +110,7 @@ void inside_hang_up(struct connection *c); /* the client will send no more */
 int inside_epoll_fd(const struct http_server *s);
 /* Let the library work; returns the milliseconds it can wait, at most 1000. */
 int inside_run(struct http_server *s);
+bool inside_awaits_input(const struct connection *c);    /* of a request, or for one to begin */
 void inside_sweep(struct connection *c, int64_t now_ns); /* once a second */
 void inside_end_all(struct http_server *s);
 
