@@ -63,8 +63,8 @@ static void check_tensor(struct binder *b, const struct tensor *t, const struct 
             t->name, show_shape(expected, shape->size, n), show_shape(found, t->shape, t->n_dims));
     else if (t->dtype == DTYPE_OTHER)
         b->status = fail_field(b->err, STATUS_INVALID, t->name,
-                               "%s: tensor %s: expected dtype F32, F16 or BF16, found %.20s",
-                               t->file, t->name, t->dtype_name);
+                               "%s: tensor %s: expected dtype F32, F16 or BF16, found %s", t->file,
+                               t->name, t->dtype_name);
 }
 
 /* The tensor PREFIX NAME SUFFIX, or NULL. */
@@ -214,9 +214,9 @@ static void refuse_rest(struct binder *b)
     for (size_t i = 0; !b->status && i < safetensors_count(b->tensors); i++) {
         const struct tensor *t = safetensors_get(b->tensors, i);
         if (!b->taken[i])
-            b->status = fail_field(b->err, STATUS_INVALID, t->name,
-                                   "%s: tensor %.160s has no place in this configuration", t->file,
-                                   t->name);
+            b->status =
+                fail_field(b->err, STATUS_INVALID, t->name,
+                           "%s: tensor %s has no place in this configuration", t->file, t->name);
     }
 }
 

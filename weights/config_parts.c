@@ -225,7 +225,7 @@ static enum status read_labels(struct model_config *c, const cJSON *root, struct
 {
     const cJSON *count = tree_find(root, "num_labels"), *names = tree_find(root, "id2label");
     int64_t n = names ? cJSON_GetArraySize(names) : 2;
-    char key[16];
+    char key[16], shown[64];
     if (names && !cJSON_IsObject(names))
         return config_wrong(err, "id2label", "an object", names);
     if (count && !tree_whole(count, 1, MAX_LABELS, &n))
@@ -239,8 +239,8 @@ static enum status read_labels(struct model_config *c, const cJSON *root, struct
         snprintf(key, sizeof(key), "%d", i);
         if (!cJSON_IsString(item) || strcmp(item->string, key))
             return fail_field(err, STATUS_INVALID, "id2label",
-                              "id2label: expected \"%s\" and a name, found \"%.40s\" and %s", key,
-                              item->string, tree_kind(item));
+                              "id2label: expected \"%s\" and a name, found \"%s\" and %s", key,
+                              tree_key(item, shown), tree_kind(item));
     }
     c->num_labels = c->head == HEAD_SEQUENCE_CLASSIFICATION ? (int32_t)n : 0;
     return STATUS_OK;

@@ -15,7 +15,7 @@
 #include "weights/tree.h"
 
 /* 100,000,000 is the format's own limit on a header. */
-enum { MAX_HEADER = 100000000, MAX_SHARDS = 4096, MAX_NAME = 1024 };
+enum { MAX_HEADER = 100000000, MAX_SHARDS = 4096, MAX_NAME = 200, MAX_DTYPE = 16 };
 
 #define MAX_WHOLE (INT64_C(1) << 53)
 
@@ -29,6 +29,16 @@ struct safetensors {
     struct tensor *tensors; /* [n], owned; sorted by name once open is through */
     size_t n, cap, n_bytes;
 };
+
+/* Names go to logs and error texts: 1 to max bytes, and no control characters. */
+static bool is_short_name(const char *name, size_t max)
+{
+    size_t n = strlen(name);
+    for (const char *c = name; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7f)
+            return false;
+    return n >= 1 && n <= max;
+}
 
 /* ---- one entry of a header ---- */
 
@@ -96,6 +106,7 @@ static enum status read_entry(struct safetensors *s, struct tensor *t, const cJS
                               const unsigned char *data, size_t n, struct error *err)
 {
     const cJSON *dtype = NULL, *shape = NULL, *offsets = NULL;
+    char shown[64];
     if (!cJSON_IsObject(entry))
         return fail(err, STATUS_INVALID, "the entry is %s, expected an object", tree_kind(entry));
     for (const cJSON *item = entry->child; item; item = item->next) {
@@ -107,11 +118,12 @@ static enum status read_entry(struct safetensors *s, struct tensor *t, const cJS
             offsets = item;
         else
             return fail(err, STATUS_INVALID,
-                        "unknown key \"%.40s\", expected dtype, shape and data_offsets",
-                        item->string);
+                        "unknown key \"%s\", expected dtype, shape and data_offsets",
+                        tree_key(item, shown));
     }
-    if (!cJSON_IsString(dtype))
-        return fail(err, STATUS_INVALID, "\"dtype\" is %s, expected a string", tree_kind(dtype));
+    if (!cJSON_IsString(dtype) || !is_short_name(dtype->valuestring, MAX_DTYPE))
+        return fail(err, STATUS_INVALID, "\"dtype\" is %s, expected a short name",
+                    tree_show(dtype, shown));
     int bits;
     t->dtype = dtype_find(dtype->valuestring, &bits);
     t->dtype_name = arena_copy(&s->names, dtype->valuestring, strlen(dtype->valuestring));
@@ -121,20 +133,6 @@ static enum status read_entry(struct safetensors *s, struct tensor *t, const cJS
     if (!st)
         st = read_offsets(t, offsets, data, n, err);
     return st ? st : check_size(t, bits, err);
-}
-
-/* Names go to logs and error texts: no control characters, and not without end. */
-static enum status check_name(const char *name, struct error *err)
-{
-    size_t n = strlen(name);
-    if (!n || n > MAX_NAME)
-        return fail(err, STATUS_INVALID, "a tensor's name has %zu bytes, expected 1 to %d", n,
-                    MAX_NAME);
-    for (const char *c = name; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 0x7f)
-            return fail(err, STATUS_INVALID, "a tensor's name has the control character 0x%02x",
-                        (unsigned)*c);
-    return STATUS_OK;
 }
 
 /* ---- one file ---- */
@@ -157,18 +155,19 @@ static struct tensor *push_tensor(struct safetensors *s)
 static enum status add_tensor(struct safetensors *s, const char *file, const cJSON *entry,
                               const unsigned char *data, size_t n, struct error *err)
 {
-    enum status st = check_name(entry->string, err);
-    if (st)
-        return st;
+    if (!is_short_name(entry->string, MAX_NAME))
+        return fail(err, STATUS_INVALID,
+                    "a tensor's name has %zu bytes or a control character, expected 1 to %d bytes",
+                    strlen(entry->string), MAX_NAME);
     struct tensor *t = push_tensor(s);
     if (t)
         t->name = arena_copy(&s->names, entry->string, strlen(entry->string));
     if (!t || !t->name)
         return fail(err, STATUS_NOMEM, "out of memory");
     t->file = file;
-    st = read_entry(s, t, entry, data, n, err);
+    enum status st = read_entry(s, t, entry, data, n, err);
     if (st)
-        fail_context(err, "tensor %.160s", t->name);
+        fail_context(err, "tensor %s", t->name);
     return st;
 }
 
@@ -204,7 +203,7 @@ static enum status check_layout(struct tensor *tensors, size_t n_tensors, const 
         size_t begin = (size_t)((const unsigned char *)tensors[i].data - data);
         if (begin != at)
             return fail(err, STATUS_INVALID,
-                        "tensor %.160s begins at offset %zu, but the one before it ends at %zu: %s",
+                        "tensor %s begins at offset %zu, but the one before it ends at %zu: %s",
                         tensors[i].name, begin, at,
                         begin < at ? "they overlap" : "a hole between them");
         at += tensors[i].n_bytes;
@@ -299,7 +298,7 @@ static enum status sort_tensors(struct safetensors *s, struct error *err)
     qsort(s->tensors, s->n, sizeof(*s->tensors), compare_names);
     for (size_t i = 1; i < s->n; i++)
         if (!compare_names(&s->tensors[i - 1], &s->tensors[i]))
-            return fail(err, STATUS_INVALID, "tensor %.100s is in two files, %.120s and %.120s",
+            return fail(err, STATUS_INVALID, "tensor %s is in two files, %s and %s",
                         s->tensors[i].name, s->tensors[i - 1].file, s->tensors[i].file);
     return STATUS_OK;
 }
@@ -329,14 +328,12 @@ static enum status list_shards(const char **names, size_t *n_names, const cJSON 
                                struct error *err)
 {
     size_t n = 0, kept = 0;
+    char key[64], shown[64];
     for (const cJSON *item = map->child; item; item = item->next) {
-        if (!cJSON_IsString(item))
-            return fail(err, STATUS_INVALID, "weight_map: %.100s is mapped to %s, expected a file",
-                        item->string, tree_kind(item));
-        if (!is_plain_name(item->valuestring))
+        if (!cJSON_IsString(item) || !is_plain_name(item->valuestring))
             return fail(err, STATUS_INVALID,
-                        "weight_map: %.100s is mapped to \"%.100s\", expected a plain file name",
-                        item->string, item->valuestring);
+                        "weight_map: %s is mapped to %s, expected a plain file name",
+                        tree_key(item, key), tree_show(item, shown));
         names[n++] = item->valuestring;
     }
     qsort(names, n, sizeof(*names), compare_strings);
@@ -359,20 +356,20 @@ static const char *base_name(const char *path)
 static enum status check_entries(const struct safetensors *s, const cJSON *map, bool *listed,
                                  struct error *err)
 {
+    char key[64];
     for (const cJSON *item = map->child; item; item = item->next) {
         const struct tensor *t = safetensors_find(s, item->string);
         if (!t)
-            return fail(err, STATUS_INVALID, "tensor %.160s is missing in %.120s", item->string,
+            return fail(err, STATUS_INVALID, "tensor %s is missing in %s", tree_key(item, key),
                         item->valuestring);
         if (strcmp(base_name(t->file), item->valuestring))
-            return fail(err, STATUS_INVALID,
-                        "tensor %.100s is in %.120s, but the index says %.120s", t->name,
+            return fail(err, STATUS_INVALID, "tensor %s is in %s, but the index says %s", t->name,
                         base_name(t->file), item->valuestring);
         listed[t - s->tensors] = true;
     }
     for (size_t i = 0; i < s->n; i++)
         if (!listed[i])
-            return fail(err, STATUS_INVALID, "tensor %.160s of %.120s is not in the index",
+            return fail(err, STATUS_INVALID, "tensor %s of %s is not in the index",
                         s->tensors[i].name, base_name(s->tensors[i].file));
     return STATUS_OK;
 }
@@ -400,8 +397,8 @@ static enum status open_listed(struct safetensors *s, const char *dir, const cha
     for (size_t i = 0; !st && i < n_names; i++)
         st = add_file(s, dir, names[i], err);
     if (st == STATUS_NOT_FOUND)
-        st = fail(err, STATUS_INVALID, "weight_map names %.160s, which is not there",
-                  names[s->n_files]);
+        st =
+            fail(err, STATUS_INVALID, "weight_map names %s, which is not there", names[s->n_files]);
     if (!st)
         st = sort_tensors(s, err);
     return st ? st : check_index(s, map, err);

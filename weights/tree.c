@@ -69,12 +69,17 @@ const char *tree_kind(const cJSON *item)
     return cJSON_IsNull(item) ? "null" : "a boolean";
 }
 
+/* The bytes of text that fit into limit without cutting a character. */
+static int clip(const char *text, size_t limit)
+{
+    return (int)utf8_valid_prefix(text, strnlen(text, limit));
+}
+
 const char *tree_show(const cJSON *item, char out[64])
 {
     if (cJSON_IsString(item)) {
-        size_t n = strlen(item->valuestring);
-        size_t shown = utf8_valid_prefix(item->valuestring, n < 50 ? n : 50);
-        snprintf(out, 64, "\"%.*s\"%s", (int)shown, item->valuestring, shown < n ? "..." : "");
+        int n = clip(item->valuestring, 50);
+        snprintf(out, 64, "\"%.*s\"%s", n, item->valuestring, item->valuestring[n] ? "..." : "");
     } else if (cJSON_IsNumber(item)) {
         snprintf(out, 64, "%.15g", item->valuedouble);
     } else if (cJSON_IsArray(item)) {
@@ -84,5 +89,11 @@ const char *tree_show(const cJSON *item, char out[64])
     } else {
         return tree_kind(item);
     }
+    return out;
+}
+
+const char *tree_key(const cJSON *item, char out[64])
+{
+    snprintf(out, 64, "%.*s", clip(item->string, 60), item->string);
     return out;
 }

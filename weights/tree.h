@@ -37,4 +37,7 @@ const char *tree_kind(const cJSON *item);
 /* A short rendering of the value itself ("\"silu\"", "0.5", "an array of 3"). */
 const char *tree_show(const cJSON *item, char out[64]);
 
+/* An item's key, cut to 60 bytes of whole characters. */
+const char *tree_key(const cJSON *item, char out[64]);
+
 #endif

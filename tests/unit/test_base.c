@@ -15,6 +15,7 @@
 #include "engine/base/error.h"
 #include "engine/base/file.h"
 #include "engine/base/json.h"
+#include "engine/base/utf8.h"
 #include "tests/unit/fail_alloc.h"
 #include "tests/unit/model_files.h"
 
@@ -55,6 +56,27 @@ static void test_long_error(void **state)
         fail_context(&err, "%s", longest);
         assert_true(strlen(err.text) < sizeof(err.text));
         assert_true(strlen(err.field) < sizeof(err.field));
+    }
+}
+
+/* A cut never leaves half a character, and a long prefix never pushes out the reason. */
+static void test_cut_error(void **state)
+{
+    (void)state;
+    static const char cup[] = "\xf0\x9f\x8d\xb5";
+    char many[600];
+    for (size_t shift = 0; shift < 4; shift++) {
+        struct error err;
+        memset(many, 'x', shift);
+        for (size_t i = shift; i + 5 < sizeof(many); i += 4)
+            memcpy(many + i, cup, 5);
+        fail_field(&err, STATUS_INVALID, many, "%s", many);
+        assert_int_equal(utf8_valid_prefix(err.text, strlen(err.text)), strlen(err.text));
+        assert_int_equal(utf8_valid_prefix(err.field, strlen(err.field)), strlen(err.field));
+        assert_in_range(strlen(err.text), sizeof(err.text) - 4, sizeof(err.text) - 1);
+        fail(&err, STATUS_INVALID, "the reason");
+        fail_context(&err, "%s", many);
+        assert_non_null(strstr(err.text, ": the reason"));
     }
 }
 
@@ -332,12 +354,13 @@ static void test_fail_alloc(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_error),         cmocka_unit_test(test_long_error),
-        cmocka_unit_test(test_check),         cmocka_unit_test(test_arena),
-        cmocka_unit_test(test_arena_limits),  cmocka_unit_test(test_bytes),
-        cmocka_unit_test(test_bytes_limit),   cmocka_unit_test(test_json_string),
-        cmocka_unit_test(test_json_number),   cmocka_unit_test(test_file),
-        cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fail_alloc),
+        cmocka_unit_test(test_error),       cmocka_unit_test(test_long_error),
+        cmocka_unit_test(test_check),       cmocka_unit_test(test_cut_error),
+        cmocka_unit_test(test_arena),       cmocka_unit_test(test_arena_limits),
+        cmocka_unit_test(test_bytes),       cmocka_unit_test(test_bytes_limit),
+        cmocka_unit_test(test_json_string), cmocka_unit_test(test_json_number),
+        cmocka_unit_test(test_file),        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_fail_alloc),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
