@@ -1,11 +1,13 @@
 /* test_out_of_memory.c - constructors of weights/ with each of their allocations failing. */
 #include "tests/unit/unit.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "tests/unit/fail_alloc.h"
 #include "tests/unit/model_files.h"
 #include "weights/checkpoint.h"
+#include "weights/tokenizer.h"
 
 static enum status open_checkpoint(void *context, struct error *err)
 {
@@ -42,10 +44,65 @@ static void test_checkpoint(void **state)
     walk_model(json, 2);
 }
 
+static const char byte_level[] =
+    "{\"version\":\"1.0\",\"added_tokens\":[{\"id\":3,\"content\":\"<s>\",\"single_word\":false,"
+    "\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}],"
+    "\"normalizer\":{\"type\":\"NFC\"},\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":["
+    "{\"type\":\"Split\",\"pattern\":{\"Regex\":\" ?\\\\p{L}+|[^\\\\p{L}]+\"},\"behavior\":\"Isolated\","
+    "\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,"
+    "\"use_regex\":false}]},\"post_processor\":null,\"decoder\":{\"type\":\"ByteLevel\","
+    "\"add_prefix_space\":true,\"trim_offsets\":true,\"use_regex\":true},\"model\":{\"type\":"
+    "\"BPE\","
+    "\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,"
+    "\"end_of_word_suffix\":null,\"fuse_unk\":false,\"byte_fallback\":false,"
+    "\"ignore_merges\":false,\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[[\"a\",\"b\"]]}}";
+
+static enum status open_tokenizer(void *context, struct error *err)
+{
+    struct tokenizer *t = NULL;
+    enum status st = tokenizer_open(&t, context, err);
+    assert_true(!st == !!t);
+    tokenizer_close(t);
+    return st;
+}
+
+/* Encoding and both ways of decoding: on failure the list and the buffer hold what they held. */
+static enum status use_tokenizer(void *context, struct error *err)
+{
+    struct token_list list = {0};
+    struct bytes out = {0};
+    enum status st = tokenizer_encode(context, "abba <s>ab", 10, 0, &list, err);
+    if (st)
+        assert_int_equal(list.n, 0);
+    else
+        st = tokenizer_decode(context, list.ids, list.n, false, &out, err);
+    token_list_free(&list);
+    bytes_free(&out);
+    return st;
+}
+
+static void test_tokenizer(void **state)
+{
+    (void)state;
+    char dir[100], path[128];
+    struct tokenizer *t;
+    struct error err = {0};
+    assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
+    test_file_write(dir, "tokenizer.json", byte_level, strlen(byte_level));
+    snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+    if (tokenizer_open(&t, path, &err))
+        fail_msg("%s", err.text);
+    fail_alloc_walk(use_tokenizer, t);
+    tokenizer_close(t);
+    fail_alloc_walk(open_tokenizer, path);
+    test_dir_remove(dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_checkpoint),
+        cmocka_unit_test(test_tokenizer),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
