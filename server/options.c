@@ -7,7 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-const char latte_version[] = "0.1.0";
+#include "engine/base/version.h"
+
+const char latte_version[] = LATTE_VERSION;
 
 enum option_kind { OPTION_STRING, OPTION_INT, OPTION_FLAG };
 
@@ -216,7 +218,7 @@ void options_print_help(FILE *out)
             latte_version);
     for (int i = 0; i < N_ROWS; i++)
         print_row(&rows[i], out);
-    fprintf(out, "\nexit codes: 0 after a clean stop (SIGTERM or SIGINT; a second one stops at "
+    fprintf(out, 
                  "once),\n1 when starting failed (model, address, key file), 2 for wrong "
                  "flags\n");
 }
