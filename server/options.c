@@ -218,7 +218,8 @@ void options_print_help(FILE *out)
             latte_version);
     for (int i = 0; i < N_ROWS; i++)
         print_row(&rows[i], out);
-    fprintf(out, 
-                 "once),\n1 when starting failed (model, address, key file), 2 for wrong "
-                 "flags\n");
+    fprintf(out,
+            "\nexit codes: 0 after a clean stop (SIGTERM or SIGINT), 1 when starting failed or the "
+            "stop cut\nrequests off (--drain-timeout passed, or a second signal), 2 for wrong "
+            "flags\n");
 }
