@@ -1,0 +1,324 @@
+/* main.c - latte-server: start order, signals, stop order.
+ *
+ * HTTP is up at once, so that /health/live answers while the model loads in a thread of its
+ * own; main itself only waits for signals. Stop: refuse new work, let running requests finish
+ * within --drain-timeout (a second signal ends the wait), stop HTTP, then the workers, then the
+ * engine; the HTTP object goes last, because the other threads may notify it to their end.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <libgen.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "server/http.h"
+#include "server/log.h"
+#include "server/options.h"
+#include "server/routes.h"
+#include "weights/chat_template.h"
+#include "weights/checkpoint.h"
+#include "weights/tokenizer.h"
+
+enum { EXIT_USAGE = 2, LOADED_SIGNAL = SIGUSR1, DRAIN_POLL_MS = 20, SPARE_FILES = 128 };
+
+struct program {
+    struct options options;
+    struct routes *routes;
+    struct http_server *http;
+    struct served_model model;
+    struct engine *engine;
+    struct tokenizer *tokenizer;
+    struct chat_template *chat_template;
+    char name[NAME_MAX + 1];
+    struct error load_error;
+    bool is_terminal;
+    int last_percent;
+    int64_t load_start_ms;
+    pthread_t loader;
+};
+
+static int64_t monotonic_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Loading. */
+
+static void show_progress(void *context, uint64_t done, uint64_t total)
+{
+    struct program *p = context;
+    int percent = total ? (int)(100.0 * (double)done / (double)total) : 100;
+    if (!p->is_terminal || percent == p->last_percent)
+        return;
+    p->last_percent = percent;
+    static const char bar[] = "########################################";
+    fprintf(stderr, "\rloading %s [%-40.*s] %3d%%", p->name, percent * 40 / 100, bar, percent);
+    if (percent == 100)
+        fputc('\n', stderr);
+}
+
+static void wake_http(void *http)
+{
+    http_notify(http);
+}
+
+static enum status open_engine(struct program *p, struct error *err)
+{
+    const struct options *o = &p->options;
+    struct engine_options e;
+    engine_options_init(&e);
+    e.model_dir = o->model;
+    e.device = o->device;
+    e.weight_dtype = o->weight_dtype;
+    e.n_threads = (int)o->threads;
+    e.n_slots = (int)o->max_slots;
+    e.max_queue = (int)o->max_queue;
+    e.step_tokens = (int)o->step_tokens;
+    e.chunk_tokens = (int)o->chunk_tokens;
+    e.max_prompt_tokens = (size_t)o->max_prompt_tokens;
+    e.progress = show_progress;
+    e.progress_context = p;
+    e.wake = wake_http;
+    e.wake_context = p->http;
+    return engine_open(&p->engine, &e, err);
+}
+
+/* The model's date is that of its files, so that it stays the same over restarts. */
+static int64_t model_time(const char *dir)
+{
+    char path[PATH_MAX];
+    struct stat info;
+    snprintf(path, sizeof(path), "%s/config.json", dir);
+    return stat(path, &info) ? (int64_t)time(NULL) : (int64_t)info.st_mtime;
+}
+
+static enum status load(struct program *p, struct error *err)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof(path), "%s/tokenizer.json", p->options.model);
+    enum status st = tokenizer_open(&p->tokenizer, path, err);
+    if (!st)
+        st = chat_template_open(&p->chat_template, p->options.model, err);
+    if (!st)
+        st = open_engine(p, err);
+    if (st)
+        return st;
+    struct engine_info info;
+    engine_info(p->engine, &info);
+    if (tokenizer_size(p->tokenizer) > info.config->vocab_size)
+        return fail(err, STATUS_INVALID,
+                    "%s: expected a tokenizer of at most %d ids (vocab_size), found %d",
+                    p->options.model, info.config->vocab_size, tokenizer_size(p->tokenizer));
+    p->model = (struct served_model){.name = p->name,
+                                     .created = model_time(p->options.model),
+                                     .engine = p->engine,
+                                     .tokenizer = p->tokenizer,
+                                     .chat_template = p->chat_template};
+    return STATUS_OK;
+}
+
+static void *run_loader(void *context)
+{
+    struct program *p = context;
+    load(p, &p->load_error);
+    kill(getpid(), LOADED_SIGNAL);
+    return NULL;
+}
+
+static void log_listening(const struct program *p)
+{
+    struct engine_info info;
+    engine_info(p->engine, &info);
+    const double mb = 1e-6;
+    log_event(LOG_INFO, "listening",
+              "%s serves %s: %.1fM parameters, weights %.1f MB (%s, %s backend, %d threads), "
+              "state %.2f MB x %d slots = %.1f MB, chat template %s, loaded in %.1f s",
+              http_url(p->http), p->name, (double)info.n_parameters * 1e-6,
+              (double)info.weight_bytes * mb, info.weight_dtype, info.backend, info.n_threads,
+              (double)info.state_bytes * mb, info.n_slots,
+              (double)info.state_bytes * info.n_slots * mb, chat_template_name(p->chat_template),
+              (double)(monotonic_ms() - p->load_start_ms) * 1e-3);
+}
+
+/* Starting. */
+
+static void choose_name(struct program *p)
+{
+    char path[PATH_MAX];
+    if (p->options.served_model_name) {
+        snprintf(p->name, sizeof(p->name), "%s", p->options.served_model_name);
+        return;
+    }
+    if (!realpath(p->options.model, path))
+        snprintf(path, sizeof(path), "%s", p->options.model);
+    snprintf(p->name, sizeof(p->name), "%s", basename(path));
+}
+
+/* Each connection is a descriptor, and the soft limit is often 1024. */
+static void raise_file_limit(const struct options *o)
+{
+    struct rlimit files;
+    rlim_t wanted = (rlim_t)o->max_connections + SPARE_FILES;
+    if (getrlimit(RLIMIT_NOFILE, &files) || files.rlim_cur >= wanted)
+        return;
+    files.rlim_cur = wanted < files.rlim_max ? wanted : files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    if (files.rlim_cur < wanted)
+        log_event(LOG_WARN, "start",
+                  "--max-connections %" PRId64 " needs %llu file descriptors, the limit is %llu",
+                  o->max_connections, (unsigned long long)wanted,
+                  (unsigned long long)files.rlim_cur);
+}
+
+static void choose_log_level(const char *name)
+{
+    static const char *const names[] = {"debug", "info", "warn", "error"};
+    for (int i = 0; i < 4; i++) {
+        if (!strcmp(name, names[i]))
+            log_set_level(i);
+    }
+}
+
+/* Signals are taken by sigwait in main alone: blocked here, before any other thread exists. */
+static void block_signals(sigset_t *set)
+{
+    sigemptyset(set);
+    sigaddset(set, SIGTERM);
+    sigaddset(set, SIGINT);
+    sigaddset(set, LOADED_SIGNAL);
+    pthread_sigmask(SIG_BLOCK, set, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static enum status start_http(struct program *p, struct error *err)
+{
+    struct http_config config = {
+        .options = &p->options, .on_notify = routes_on_notify, .on_tick = routes_on_tick};
+    enum status st = routes_open(&p->routes, &p->options, err);
+    if (st)
+        return st;
+    config.context = p->routes;
+    config.routes = routes_table(&config.n_routes);
+    st = http_open(&p->http, &config, err);
+    if (st)
+        return st;
+    routes_set_server(p->routes, p->http);
+    return http_start(p->http, err);
+}
+
+static enum status start(struct program *p, struct error *err)
+{
+    choose_log_level(p->options.log_level);
+    raise_file_limit(&p->options);
+    choose_name(p);
+    p->is_terminal = isatty(STDERR_FILENO);
+    p->last_percent = -1;
+    p->load_start_ms = monotonic_ms();
+    enum status st = start_http(p, err);
+    if (st)
+        return st;
+    printf("latte-server %s listening on %s\n", latte_version, http_url(p->http));
+    fflush(stdout);
+    if (!p->is_terminal)
+        log_event(LOG_INFO, "loading", "%s from %s", p->name, p->options.model);
+    if (pthread_create(&p->loader, NULL, run_loader, p))
+        return fail(err, STATUS_NOMEM, "the loading thread did not start");
+    return STATUS_OK;
+}
+
+/* Stopping. */
+
+/* True when every request could finish. */
+static bool drain(struct program *p, const sigset_t *signals)
+{
+    log_event(LOG_INFO, "draining", "%d requests have %" PRId64 " s to finish",
+              http_n_active(p->http), p->options.drain_timeout);
+    routes_drain(p->routes);
+    http_drain(p->http);
+    int64_t end_ms = monotonic_ms() + p->options.drain_timeout * 1000;
+    const struct timespec poll = {0, DRAIN_POLL_MS * 1000000L};
+    while (http_n_active(p->http)) {
+        int signal_number = sigtimedwait(signals, NULL, &poll);
+        bool again = signal_number == SIGTERM || signal_number == SIGINT;
+        if (again || monotonic_ms() > end_ms) {
+            log_event(LOG_WARN, "stopping", "%s: %d requests are cut off",
+                      again ? "second signal" : "drain timeout", http_n_active(p->http));
+            return false;
+        }
+    }
+    return true;
+}
+
+static void stop(struct program *p)
+{
+    if (p->http)
+        http_stop(p->http);
+    routes_close(p->routes);
+    engine_close(p->engine);
+    http_close(p->http);
+    tokenizer_close(p->tokenizer);
+    chat_template_close(p->chat_template);
+}
+
+/* From loaded to the end; the exit code. */
+static int serve(struct program *p, const sigset_t *signals)
+{
+    int signal_number = 0;
+    sigwait(signals, &signal_number);
+    if (signal_number != LOADED_SIGNAL) { /* nothing is served yet, and loading cannot be cut */
+        http_stop(p->http);
+        log_event(LOG_INFO, "stopped", "by a signal while loading");
+        _exit(0);
+    }
+    pthread_join(p->loader, NULL);
+    if (p->load_error.status) {
+        fprintf(stderr, "latte-server: %s\n", p->load_error.text);
+        return 1;
+    }
+    routes_publish(p->routes, &p->model);
+    log_listening(p);
+    do
+        sigwait(signals, &signal_number);
+    while (signal_number == LOADED_SIGNAL);
+    return drain(p, signals) ? 0 : 1;
+}
+
+int main(int argc, char **argv)
+{
+    static struct program program; /* threads and the library hold pointers into it */
+    struct program *p = &program;
+    struct error err = {0};
+    if (options_parse(&p->options, argc, argv, &err)) {
+        fprintf(stderr, "latte-server: %s\n", err.text);
+        return EXIT_USAGE;
+    }
+    if (p->options.help)
+        options_print_help(stdout);
+    else if (p->options.version)
+        printf("latte-server %s\n", latte_version);
+    if (p->options.help || p->options.version)
+        return 0;
+
+    sigset_t signals;
+    block_signals(&signals);
+    int code = 1;
+    if (start(p, &err))
+        fprintf(stderr, "latte-server: %s\n", err.text);
+    else
+        code = serve(p, &signals);
+    stop(p);
+    log_event(LOG_INFO, "stopped", "exit code %d", code);
+    return code;
+}
