@@ -3,13 +3,14 @@
  * The completion goes to stdout as it comes, everything else to stderr. Exit code 0; 1 with one
  * sentence on any error; 130 after Ctrl-C, which ends the generation and still reports.
  *
- * Threads: main, the engine's, and one that waits for SIGINT and SIGTERM.
+ * Threads: main, the engine's, and one that acts on SIGINT and SIGTERM.
  */
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <math.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +26,12 @@
 #include "weights/chat_template.h"
 #include "weights/tokenizer.h"
 
-enum { MAX_TEXT_BYTES = 1 << 30, DEFAULT_MAX_TOKENS = 256, READ_TOKENS = 64 };
+enum {
+    MAX_TEXT_BYTES = 1 << 30,
+    DEFAULT_MAX_TOKENS = 256,
+    READ_TOKENS = 64,
+    INTERRUPTED = 130, /* exit code, as shells have it */
+};
 
 /* Sampling values are NAN or INT64_MIN where the command line says nothing. */
 struct run_options {
@@ -202,34 +208,43 @@ static struct {
     bool interrupted;
 } current = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
+/* The handler may run on any thread, also one that a library started before main and whose
+ * signal mask is its own; all it does is post. */
+static sem_t signals;
+
+static void post_signal(int number)
+{
+    (void)number;
+    sem_post(&signals);
+}
+
 /* The first signal cancels the job, if there is one; the second ends the process. */
 static void *wait_for_signals(void *context)
 {
-    const sigset_t *signals = context;
-    for (int number; sigwait(signals, &number) == 0;) {
+    for (;;) {
+        if (sem_wait(&signals)) /* EINTR: the handler ran on this thread */
+            continue;
         pthread_mutex_lock(&current.lock);
         if (current.interrupted || !current.job)
-            _exit(128 + number);
+            _exit(INTERRUPTED);
         current.interrupted = true;
         job_cancel(current.job);
         pthread_mutex_unlock(&current.lock);
     }
-    return NULL;
+    return context;
 }
 
-/* Called before any other thread starts, so that all inherit the mask. */
 static enum status catch_signals(struct error *err)
 {
-    static sigset_t signals;
+    struct sigaction action = {.sa_handler = post_signal, .sa_flags = SA_RESTART};
     pthread_t thread;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &signals, NULL);
-    int failed = pthread_create(&thread, NULL, wait_for_signals, &signals);
+    sem_init(&signals, 0, 0);
+    int failed = pthread_create(&thread, NULL, wait_for_signals, NULL);
     if (failed)
         return fail(err, STATUS_NOMEM, "signal thread: %s", strerror(failed));
     pthread_detach(thread);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
     return STATUS_OK;
 }
 
@@ -686,5 +701,5 @@ int main(int argc, char **argv)
         fprintf(stderr, "latte-run: %s\n", err.text);
         return 1;
     }
-    return was_interrupted() ? 130 : 0;
+    return was_interrupted() ? INTERRUPTED : 0;
 }
