@@ -40,7 +40,7 @@ HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/tes
 UNIT_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/unit/test_*.c),$(wildcard tests/unit/*.c)))
 BENCH_SRC  := $(wildcard tests/bench/*.c)
 
-.PHONY: all serve test unit-test http-test deps-install bench fuzz deps format clean help
+.PHONY: all help packages serve test unit-test http-test unit-tests http-tests bench fuzz deps format clean
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -58,8 +58,18 @@ test: ## install what is missing, build, and run all tests
 	@$(MAKE) --no-print-directory -j$$(nproc) all unit-tests http-tests
 	@sh tests/run.sh $(BUILD)
 
+unit-test: ## the unit tests alone (TEST_ONLY=name picks some)
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) unit-tests
+	@sh tests/run.sh $(BUILD) unit
+
+http-test: ## the HTTP tests alone
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) http-tests
+	@sh tests/run.sh $(BUILD) http
+
 unit-tests: $(UNIT_TESTS)
-http-tests: $(HTTP_TESTS) all
+http-tests: $(HTTP_TESTS) $(BUILD)/latte-server
 
 $(LIB): $(LIB_OBJ)
 	@rm -f $@

@@ -1,0 +1,61 @@
+#!/bin/sh
+# packages.sh build|test - install the Debian or Ubuntu packages that are missing.
+#
+# Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
+# not run by root. Where packages cannot be installed it says what is missing and lets the
+# build go on: other systems may have the same libraries under other names.
+set -eu
+
+build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
+       libxxhash-dev libopenblas-dev"
+test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl"
+
+case "${1:-}" in
+build) wanted=$build ;;
+test) wanted="$build $test" ;;
+*)
+    echo "usage: deploy/packages.sh build|test" >&2
+    exit 2
+    ;;
+esac
+
+is_installed() {
+    dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed
+}
+
+give_up() {
+    echo "packages: $1" >&2
+    echo "packages: going on; the build will tell what it misses" >&2
+    exit 0
+}
+
+command -v dpkg-query >/dev/null 2>&1 ||
+    give_up "this is not Debian or Ubuntu; needed there: $(echo $wanted)"
+
+missing=""
+for package in $wanted; do
+    is_installed "$package" || missing="$missing $package"
+done
+[ -n "$missing" ] || exit 0
+
+if [ "$(id -u)" = 0 ]; then
+    as_root=""
+elif command -v sudo >/dev/null 2>&1; then
+    as_root="sudo"
+else
+    give_up "missing:$missing; run as root: apt-get install -y$missing"
+fi
+
+echo "packages: installing$missing"
+# $missing and $as_root are lists of words.
+install() {
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
+        --no-install-recommends $missing
+}
+
+# A fresh image has no package lists, and old lists name versions that are gone.
+if ! install; then
+    echo "packages: reading the package lists anew"
+    $as_root apt-get update -q
+    install
+fi
