@@ -27,9 +27,8 @@ struct row_plan {
 
 enum {
     ROWS_PER_BLOCK = 32,   /* rows of one sequence that one item of attention takes */
-    GEMM_DEPTH = 256,      /* weights are widened this many inputs at a time, to stay in L1 */
-    LIBRARY_DEPTH = 1024,  /* the same for the library, */
-    LIBRARY_COLUMNS = 256, /* and the outputs of one of its products */
+    LIBRARY_DEPTH = 768,   /* inputs and outputs of one product of the library: the */
+    LIBRARY_COLUMNS = 256, /* weights of it are widened before */
 };
 
 struct cpu {

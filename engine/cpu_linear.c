@@ -11,15 +11,17 @@
 #include "engine/cpu.h"
 
 enum {
-    LIBRARY_MIN_ROWS = 128, /* rows of a sequence from which on its chunk goes to the library */
+    LIBRARY_MIN_ROWS = 256, /* rows of a sequence from which on its chunk goes to the library */
     PIECE = 256,            /* inputs converted at a time while packing */
-    ITEM_VALUES = 32768,    /* weights one item should at least read, to be worth handing out */
+    ITEM_VALUES = 32768,    /* weights one item should at least read, to be worth handing out, */
+    ITEM_INPUTS = 8192,     /* and at most: inputs of 32 outputs, so that they stay in the L2
+                               cache over all rows */
 };
 
 size_t cpu_linear_scratch(const struct backend_options *options)
 {
-    size_t own = (size_t)PANEL * (GEMM_DEPTH + (size_t)options->max_rows);
-    size_t library = (size_t)LIBRARY_DEPTH * LIBRARY_COLUMNS;
+    size_t own = (size_t)PANEL * (size_t)options->max_rows;
+    size_t library = (size_t)LIBRARY_DEPTH * (LIBRARY_COLUMNS + PANEL);
     return own > library ? own : library;
 }
 
@@ -164,7 +166,6 @@ struct linear_call {
     const float *in;
     float *out;
     int panels_per_item;
-    bool widen; /* many rows: bf16 blocks become f32 once for all of them */
 };
 
 /* A single row is packed as it is. */
@@ -185,59 +186,29 @@ static void pack_tile(void *context, int item, int thread)
                                       call->in + tile->first * n_in, n_in, tile->n, (int)n_in);
 }
 
-/* Panels times all tiles, from input `from` on; `panels` are f32 or the matrix's own dtype. */
-static void run_tiles(const struct linear_call *call, float *out, size_t out_stride,
-                      const void *panels, size_t stride, int count, int from, int n_in, bool bf16)
+/* Panels times all tiles. */
+static void run_panels(const struct linear_call *call, float *out, size_t out_stride, int panel,
+                       int count)
 {
     const struct kernels *k = call->cpu->kernels;
+    const struct linear *w = call->w;
     for (int i = 0; i < call->plan->n_tiles; i++) {
         const struct row_run *tile = &call->plan->tiles[i];
         struct gemm g = {
             .out = out + (size_t)tile->first * out_stride,
             .out_stride = out_stride,
-            .x = tile_input(call, tile) + (size_t)from * (size_t)tile->n,
+            .x = tile_input(call, tile),
             .n_rows = tile->n,
-            .panels = panels,
-            .panel_stride = stride,
+            .panels = panel_at(w, panel, 0),
+            .panel_stride = panel_words(w),
             .n_panels = count,
-            .n_in = n_in,
-            .add = from > 0,
+            .n_in = w->n_in,
         };
-        if (bf16)
+        if (w->dtype == DTYPE_BF16)
             k->gemm_bf16(&g);
         else
             k->gemm_f32(&g);
     }
-}
-
-/* Blocks of inputs outermost: the rows' block stays in the cache over all panels. */
-static void run_blocks(const struct linear_call *call, float *out, size_t out_stride, int panel,
-                       int count, float *widened)
-{
-    const struct linear *w = call->w;
-    bool bf16 = w->dtype == DTYPE_BF16;
-    for (int from = 0; from < w->n_in; from += GEMM_DEPTH) {
-        int n = w->n_in - from < GEMM_DEPTH ? w->n_in - from : GEMM_DEPTH;
-        for (int p = 0; p < count; p++) {
-            const void *weights = panel_at(w, panel + p, from);
-            if (bf16) {
-                call->cpu->kernels->widen(widened, weights, n);
-                weights = widened;
-            }
-            run_tiles(call, out + (size_t)p * PANEL, out_stride, weights, 0, 1, from, n, false);
-        }
-    }
-}
-
-static void run_panels(const struct linear_call *call, float *out, size_t out_stride, int panel,
-                       int count, float *widened)
-{
-    const struct linear *w = call->w;
-    if (call->widen)
-        run_blocks(call, out, out_stride, panel, count, widened);
-    else
-        run_tiles(call, out, out_stride, panel_at(w, panel, 0), panel_words(w), count, 0, w->n_in,
-                  w->dtype == DTYPE_BF16);
 }
 
 static void add_biases(const struct linear_call *call, int column, int n)
@@ -253,11 +224,10 @@ static void add_biases(const struct linear_call *call, int column, int n)
 }
 
 /* The last panel has fewer outputs than the kernels write: it goes by way of scratch. */
-static void run_last_panel(const struct linear_call *call, int panel, float *scratch)
+static void run_last_panel(const struct linear_call *call, int panel, float *edge)
 {
     size_t n_out = (size_t)call->w->n_out, column = (size_t)panel * PANEL;
-    float *edge = scratch + (size_t)GEMM_DEPTH * PANEL;
-    run_panels(call, edge, PANEL, panel, 1, scratch);
+    run_panels(call, edge, PANEL, panel, 1);
     for (int i = 0; i < call->plan->n_tiles; i++) {
         const struct row_run *tile = &call->plan->tiles[i];
         for (int r = tile->first; r < tile->first + tile->n; r++)
@@ -270,16 +240,15 @@ static void linear_item(void *context, int item, int thread)
 {
     const struct linear_call *call = context;
     int whole = call->w->n_out / PANEL, panel = item * call->panels_per_item;
-    float *scratch = call->cpu->scratch[thread];
     int n = call->panels_per_item;
     if (panel >= whole) {
-        run_last_panel(call, whole, scratch);
+        run_last_panel(call, whole, call->cpu->scratch[thread]);
         add_biases(call, whole * PANEL, call->w->n_out - whole * PANEL);
         return;
     }
     if (n > whole - panel)
         n = whole - panel;
-    run_panels(call, call->out + (size_t)panel * PANEL, (size_t)call->w->n_out, panel, n, scratch);
+    run_panels(call, call->out + (size_t)panel * PANEL, (size_t)call->w->n_out, panel, n);
     add_biases(call, panel * PANEL, n * PANEL);
 }
 
@@ -287,11 +256,10 @@ static void linear_item(void *context, int item, int thread)
  * depend on the choice. */
 static int choose_panels(const struct linear *w, int n_threads)
 {
-    int whole = w->n_out / PANEL, most = whole / (4 * n_threads);
-    int least = ITEM_VALUES / (w->n_in * PANEL) + 1;
-    if (most > 8)
-        most = 8;
-    return most > least ? most : least;
+    int n = w->n_out / PANEL / (4 * n_threads);
+    int least = ITEM_VALUES / (w->n_in * PANEL) + 1, most = ITEM_INPUTS / w->n_in + 1;
+    n = n < most ? n : most;
+    return n > least ? n : least;
 }
 
 static void run_own(struct linear_call *call)
@@ -300,7 +268,6 @@ static void run_own(struct linear_call *call)
     int n_rows = call->plan->n_tile_rows, whole = call->w->n_out / PANEL;
     size_t n_in = (size_t)call->w->n_in;
     call->panels_per_item = choose_panels(call->w, pool_n_threads(c->pool));
-    call->widen = n_rows > 2 * c->kernels->tile_rows;
     if (n_rows > 1)
         cpu_each(c, call->plan->n_tiles, n_in * (size_t)n_rows, pack_tile, call);
     int n_groups = (whole + call->panels_per_item - 1) / call->panels_per_item;
@@ -311,21 +278,19 @@ static void run_own(struct linear_call *call)
 /* ---- the library ---- */
 
 /* Inputs from..from+n-1 of a group of columns as a plain f32 matrix [n, n_columns]. */
-static void unpack_columns(const struct linear *w, float *out, int column, int n_columns, int from,
-                           int n)
+static void unpack_columns(const struct linear_call *call, float *out, int column, int n_columns,
+                           int from, int n)
 {
+    const struct linear *w = call->w;
+    float *widened = out + LIBRARY_DEPTH * LIBRARY_COLUMNS;
     for (int c = 0; c < n_columns; c += PANEL) {
         int width = n_columns - c < PANEL ? n_columns - c : PANEL;
-        const uint32_t *words = panel_at(w, (column + c) / PANEL, from);
-        for (int k = 0; k < n; k++, words += input_words(w)) {
-            float row[PANEL];
-            for (int j = 0; j < PANEL_WORDS && w->dtype == DTYPE_BF16; j++) {
-                row[j] = bf16_to_f32((uint16_t)words[j]);
-                row[PANEL_WORDS + j] = bf16_to_f32((uint16_t)(words[j] >> 16));
-            }
-            const void *from_row = w->dtype == DTYPE_BF16 ? (const void *)row : words;
-            memcpy(out + (size_t)k * n_columns + c, from_row, (size_t)width * sizeof(float));
-        }
+        const void *panel = panel_at(w, (column + c) / PANEL, from);
+        if (w->dtype == DTYPE_BF16)
+            call->cpu->kernels->widen(widened, panel, n);
+        const float *group = w->dtype == DTYPE_BF16 ? widened : panel;
+        for (int k = 0; k < n; k++, group += PANEL)
+            memcpy(out + (size_t)k * (size_t)n_columns + c, group, (size_t)width * sizeof(float));
     }
 }
 
@@ -341,7 +306,7 @@ static void library_item(void *context, int item, int thread)
     float *block = call->cpu->scratch[thread];
     for (int from = 0; from < w->n_in; from += LIBRARY_DEPTH) {
         int n = w->n_in - from < LIBRARY_DEPTH ? w->n_in - from : LIBRARY_DEPTH;
-        unpack_columns(w, block, column, width, from, n);
+        unpack_columns(call, block, column, width, from, n);
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, rows->n, width, n, 1,
                     call->in + (size_t)rows->first * w->n_in + from, w->n_in, block, width,
                     from > 0, out, w->n_out);

@@ -10,7 +10,7 @@ enum { CACHE_LINE = 64, HUGE_PAGE = 2 << 20 };
 void *host_block(size_t n_bytes)
 {
     size_t align = n_bytes >= HUGE_PAGE ? HUGE_PAGE : CACHE_LINE;
-    if (n_bytes > SIZE_MAX - 2 * (size_t)HUGE_PAGE)
+    if (n_bytes > PTRDIFF_MAX / 2) /* no such block exists; keeps the sum below from wrapping */
         return NULL;
     size_t padded = (n_bytes + CACHE_LINE + align - 1) / align * align;
     void *data = aligned_alloc(align, padded);

@@ -36,7 +36,6 @@ struct gemm {
     size_t panel_stride; /* 32-bit words from one panel to the next */
     int n_panels;
     int n_in;
-    bool add; /* go on from what out holds instead of from zero */
 };
 
 /* One head of one sequence through the recurrence P(eq 19). */

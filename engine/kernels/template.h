@@ -165,6 +165,17 @@ INLINE vec weight_vec(const struct gemm *g, int k, int column, bool bf16)
     return c < PANEL_WORDS ? v_widen_low(panel + c) : v_widen_high(panel + c - PANEL_WORDS);
 }
 
+/* Weights are read once, from memory, faster than processors fetch ahead by themselves. Past a
+ * panel's end this touches the next one, or nothing that matters. */
+INLINE void fetch_ahead(const struct gemm *g, int k, int column, bool bf16)
+{
+    size_t words = (size_t)(k + 128) * (bf16 ? PANEL_WORDS : PANEL);
+    const uint32_t *panel = (const uint32_t *)g->panels + column / PANEL * g->panel_stride;
+    __builtin_prefetch(panel + words);
+    if (!bf16)
+        __builtin_prefetch(panel + words + PANEL_WORDS);
+}
+
 /* rows x (vecs * VL) outputs from `column` on. Every output is one chain of products in order
  * of k, whatever the shape of the tile: that makes results independent of the batch. */
 INLINE void gemm_tile(const struct gemm *g, int column, int rows, int vecs, bool bf16)
@@ -175,11 +186,14 @@ INLINE void gemm_tile(const struct gemm *g, int column, int rows, int vecs, bool
     for (int r = 0; r < rows; r++)
         UNROLL
     for (int v = 0; v < vecs; v++)
-        acc[r][v] = g->add ? v_load(out + r * g->out_stride + v * VL) : v_zero();
+        acc[r][v] = v_zero();
     const float *x = g->x;
     int n_in = g->n_in;
     for (int k = 0; k < n_in; k++, x += rows) {
         vec w[8];
+        UNROLL
+        for (int v = 0; v < vecs; v += PANEL / VL)
+            fetch_ahead(g, k, column + v * VL, bf16);
         UNROLL
         for (int v = 0; v < vecs; v++)
             w[v] = weight_vec(g, k, column + v * VL, bf16);
