@@ -171,8 +171,11 @@ static size_t check_lines(const char *data, size_t n, int64_t max_body_bytes,
 {
     size_t at = 0;
     /* One empty line before a request is an old client's, and is forgiven. */
-    if (n >= 2 && data[0] == '\r' && data[1] == '\n')
-        at = 2;
+    if (n && data[0] == '\r') {
+        if (n == 1)
+            return 0;
+        at = data[1] == '\n' ? 2 : 0;
+    }
     long length = line_length(data, n, at, verdict);
     if (verdict->code)
         return 0;

@@ -71,7 +71,7 @@ static enum status parse_flag(const struct option_row *row, const char *source, 
 /* Whether word is one of "a|b|c". */
 static bool is_choice(const char *choices, const char *word)
 {
-    size_t n = strlen(word);
+    size_t n = strchr(word, '|') ? 0 : strlen(word);
     for (const char *c = choices; c; c = strchr(c, '|')) {
         c += *c == '|';
         if (n && !strncmp(c, word, n) && (c[n] == '|' || !c[n]))

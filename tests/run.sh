@@ -42,7 +42,7 @@ run_one() {
     printf '%-36s %4d passed, %d failed%s%s  (%d s)\n' "${1#"$build"/tests/}" "$p" "$f" \
         "$([ "$s" = 0 ] || echo ", $s skipped")" "$why" "$seconds"
     # Skips are said aloud.
-    [ "$s" = 0 ] || grep -i 'skip' "$log" | grep -v '^\[' | sed 's/^/    /'
+    [ "$s" = 0 ] || grep -i 'skip' "$log" | grep -v '^\[\|TEST(S)' | sed 's/^/    /'
     if [ "$f" != 0 ]; then
         echo "--- output of $1"
         tail -n 200 "$log"
