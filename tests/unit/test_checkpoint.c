@@ -303,6 +303,8 @@ static void test_config_errors(void **state)
         {"{\"layer_type\":null,\"layer_types\":[\"latte\",\"Latte\"]}", "layer_types",
          "found \"Latte\""},
         {"{\"layer_type\":null,\"layer_types\":\"latte\"}", "layer_types", "expected a list"},
+        {"{\"layer_type\":null,\"layer_types\":[\"latte\",\"latte\",\"latte\"]}", "layer_types",
+         "expected 2 items, one a layer, found 3"},
         {"{\"layer_type\":\"full_attention\"}", "num_latents", "all layers are"},
         {"{\"layer_type\":\"full_attention\",\"num_latents\":0}", "latent_input", "all layers are"},
         {"{\"layer_type\":\"full_attention\",\"num_latents\":0,\"latent_input\":\"none\","

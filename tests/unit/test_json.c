@@ -40,6 +40,7 @@ static void test_accepts(void **state)
         "{\"a\":1,\"A\":2,\"\":3,\"aa\":4}",
         "[[[[[[[[1]]]]]]]]",
         "[{}]",
+        "[[],[],[],[],[],{},{},{},{},[]]",
         "0.1000000000000000055511151231257827021181583404541015625",
     };
     for (size_t i = 0; i < COUNT_OF(texts); i++) {
@@ -103,6 +104,7 @@ static void test_refuses(void **state)
         {"\"\\ud800\\ud800\"", "unpaired surrogate"},
         {"\"\\udc00\\ud800\"", "unpaired surrogate \\udc00"},
         {"\"\\ud800\\n\"", "unpaired surrogate"},
+        {"\"\\udc00\\udc00\"", "unpaired surrogate \\udc00"},
         {"\"\xff\"", "invalid UTF-8: byte 0xff"},
         {"\"\xc0\x80\"", "invalid UTF-8"},
         {"\"\xed\xa0\x80\"", "invalid UTF-8"},

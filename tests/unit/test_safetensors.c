@@ -189,6 +189,8 @@ static void test_headers(void **state)
         {TENSOR("\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[0,8]"), 8,
          "2 values of F16 take 4 bytes"},
         {TENSOR("\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,2]"), 2, "3 values of F4"},
+        {TENSOR("\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,1]"), 1,
+         "3 values of F4 take 2 bytes"},
         {TENSOR(F32_2), 9, "tensors cover 8 bytes of data, but the file holds 9"},
         {TENSOR("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]"), 8,
          "begins at offset 4, but the one before it ends at 0: a hole"},
