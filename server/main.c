@@ -40,7 +40,8 @@ struct program {
     struct tokenizer *tokenizer;
     struct chat_template *chat_template;
     char name[NAME_MAX + 1];
-    struct error load_error;
+    enum status load_status;
+    struct error load_error; /* filled when load_status is not OK */
     bool is_terminal;
     int last_percent;
     int64_t load_start_ms;
@@ -132,7 +133,8 @@ static enum status load(struct program *p, struct error *err)
 static void *run_loader(void *context)
 {
     struct program *p = context;
-    load(p, &p->load_error);
+    if (!load(p, &p->load_error))
+        p->load_error.status = STATUS_OK; /* a tried and survived failure may have left its text */
     kill(getpid(), LOADED_SIGNAL);
     return NULL;
 }
@@ -283,7 +285,7 @@ static int serve(struct program *p, const sigset_t *signals)
         _exit(0);
     }
     pthread_join(p->loader, NULL);
-    if (p->load_error.status) {
+    if (p->load_status) {
         fprintf(stderr, "latte-server: %s\n", p->load_error.text);
         return 1;
     }
