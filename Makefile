@@ -50,7 +50,7 @@ packages: ## install the Debian packages that are missing (sudo when not root)
 	@sh deploy/packages.sh build
 
 serve: packages ## build and serve the bundled model on 127.0.0.1:8080 (MODEL=dir ARGS="...")
-	@$(MAKE) --no-print-directory -j$$(nproc) all
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server $(BUILD)/latte-run
 	$(BUILD)/latte-server --model $(MODEL) $(ARGS)
 
 test: ## install what is missing, build, and run all tests
