@@ -17,7 +17,7 @@
 #include "engine/base/error.h"
 
 enum chat_template_kind {
-    CHAT_TEMPLATE_NONE,    /* the directory has no template */
+    CHAT_TEMPLATE_NONE, /* the directory has no template */
     CHAT_TEMPLATE_CHATML,
     CHAT_TEMPLATE_GEMMA,
     CHAT_TEMPLATE_LLAMA3,
@@ -42,15 +42,15 @@ enum chat_template_kind chat_template_kind(const struct chat_template *t);
 const char *chat_template_name(const struct chat_template *t); /* "chatml", ... for logs */
 
 enum chat_render_flags {
-    CHAT_ADD_GENERATION_PROMPT = 1,    /* end with the opening of an assistant message */
-    CHAT_CONTINUE_FINAL_MESSAGE = 2,   /* leave the last message open; excludes the other */
+    CHAT_ADD_GENERATION_PROMPT = 1,  /* end with the opening of an assistant message */
+    CHAT_CONTINUE_FINAL_MESSAGE = 2, /* leave the last message open; excludes the other */
 };
 
 /* Append the rendered conversation (with BOS text when the template writes it). INVALID names
  * what the template does not permit (an empty list, a role order it refuses). */
-enum status chat_template_render(const struct chat_template *t,
-                                 const struct chat_message *messages, size_t n_messages,
-                                 unsigned flags, struct bytes *out, struct error *err);
+enum status chat_template_render(const struct chat_template *t, const struct chat_message *messages,
+                                 size_t n_messages, unsigned flags, struct bytes *out,
+                                 struct error *err);
 
 /* The texts that end an assistant's turn in this template ("<|im_end|>"), for stop rules;
  * returns the count (0..4) and sets texts[i], borrowed. */
