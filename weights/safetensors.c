@@ -219,8 +219,6 @@ static enum status read_entries(struct safetensors *s, const char *file, const c
 {
     size_t first = s->n;
     enum status st = STATUS_OK;
-    if (!cJSON_IsObject(header))
-        return fail(err, STATUS_INVALID, "the header is %s, expected an object", tree_kind(header));
     for (const cJSON *item = header->child; item; item = item->next) {
         if (!strcmp(item->string, "__metadata__"))
             st = check_metadata(item, err);
@@ -254,6 +252,8 @@ static enum status read_file(struct safetensors *s, const char *file, const stru
     if (n_header > map->n - 8)
         return fail(err, STATUS_INVALID, "a header of %llu bytes, but only %zu follow: truncated?",
                     (unsigned long long)n_header, map->n - 8);
+    if (!n_header || map->data[8] != '{')
+        return fail(err, STATUS_INVALID, "the header does not begin with '{'");
     cJSON *header = NULL;
     enum status st = tree_parse(&header, (const char *)map->data + 8, n_header, 3, err);
     if (st) {
@@ -315,7 +315,8 @@ static enum status open_single(struct safetensors *s, const char *dir, struct er
 /* A plain name of a file beside the index: nothing that leads elsewhere. */
 static bool is_plain_name(const char *name)
 {
-    return *name && *name != '.' && !strchr(name, '/') && !strchr(name, '\\') && strlen(name) < 256;
+    return is_short_name(name, MAX_NAME) && *name != '.' && !strchr(name, '/') &&
+           !strchr(name, '\\');
 }
 
 static int compare_strings(const void *left, const void *right)
