@@ -39,8 +39,13 @@ HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/h
 HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/test_*.c),$(wildcard tests/http/*.c)) tests/unit/model_files.c)
 UNIT_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/unit/test_*.c),$(wildcard tests/unit/*.c)))
 BENCH_SRC  := $(wildcard tests/bench/*.c)
+FUZZERS    := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
+FUZZ_HELP  := $(BUILD)/tests/fuzz/driver.o $(BUILD)/tests/fuzz/files.o
+FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
+              $(wildcard tests/golden/tokenizer/*.json)
+FUZZ_SECONDS ?= 20
 
-.PHONY: all help packages serve test unit-test http-test unit-tests http-tests bench fuzz deps format clean
+.PHONY: all help packages serve test unit-test http-test unit-tests http-tests bench fuzz fuzz-run deps format clean
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -102,6 +107,14 @@ $(BUILD)/server/openapi.o: openapi.yaml
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(SAN_FLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_HELP) $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+fuzz: ## mutate the inputs of every parser under ASan (FUZZ_SECONDS each)
+	@$(MAKE) --no-print-directory -j$$(nproc) SAN=address fuzz-run
+fuzz-run: $(FUZZERS)
+	@set -e; for f in $(FUZZERS); do $$f -t $(FUZZ_SECONDS) $(FUZZ_SEEDS); done
 
 bench: all ## print the tables of latte-bench for the bundled model
 	$(BUILD)/latte-bench engine -m $(MODEL)
