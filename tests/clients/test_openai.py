@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""The official openai package against a running latte-server.
+
+    test_openai.py [URL] [--key KEY]
+
+Every reply is also validated strictly against the package's own pydantic types: no missing and
+no mistyped field. Exits with 1 when a check failed.
+"""
+import argparse
+import asyncio
+import json
+import sys
+
+import openai
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def strict(kind, reply):
+    """The package builds its objects without validation; do it again with."""
+    kind.model_validate(json.loads(reply.model_dump_json()), strict=False)
+    return reply
+
+
+def expect(error, call, **facts):
+    try:
+        call()
+    except error as e:
+        for name, value in facts.items():
+            assert getattr(e, name) == value, (name, getattr(e, name), value)
+        assert e.message, e
+        return e
+    raise AssertionError(f"expected {error.__name__}")
+
+
+MESSAGES = [
+    {"role": "developer", "content": "You are brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Tell me about a cat."}]},
+]
+
+
+@check
+def models(client, name):
+    listed = list(client.models.list())
+    assert [m.id for m in listed] == [name]
+    assert strict(Model, client.models.retrieve(name)).object == "model"
+    e = expect(openai.NotFoundError, lambda: client.models.retrieve("none/such"))
+    assert e.code == "model_not_found"
+
+
+@check
+def completion(client, name):
+    r = strict(Completion, client.completions.create(model=name, prompt="Once upon a time"))
+    assert r.object == "text_completion" and r.model == name and r.id.startswith("cmpl-")
+    assert r.usage.completion_tokens <= 16
+    assert r.usage.total_tokens == r.usage.prompt_tokens + r.usage.completion_tokens
+    assert r.choices[0].finish_reason in ("stop", "length")
+    assert r._request_id
+
+
+@check
+def completion_many(client, name):
+    r = strict(
+        Completion,
+        client.completions.create(
+            model=name, prompt=["The sun", "The moon"], n=2, best_of=3, max_tokens=5, seed=1,
+            logprobs=3,
+        ),
+    )
+    assert [c.index for c in r.choices] == [0, 1, 2, 3]
+    for c in r.choices:
+        assert len(c.logprobs.tokens) == len(c.logprobs.token_logprobs)
+        assert "".join(c.logprobs.tokens) == c.text or "bytes:" in str(c.logprobs.tokens)
+
+
+@check
+def echo_scores(client, name):
+    """As lm-eval-harness asks for log likelihoods."""
+    r = client.completions.create(
+        model=name, prompt="Once upon a time", max_tokens=0, logprobs=1, echo=True, temperature=0
+    )
+    lp = r.choices[0].logprobs
+    assert r.choices[0].text == "Once upon a time"
+    assert lp.token_logprobs[0] is None and lp.top_logprobs[0] is None
+    assert all(x <= 0 for x in lp.token_logprobs[1:])
+    assert all(max(top.values()) >= x for top, x in zip(lp.top_logprobs[1:], lp.token_logprobs[1:]))
+
+
+@check
+def completion_stream(client, name):
+    whole = client.completions.create(model=name, prompt="A dog", max_tokens=20, seed=7)
+    text, usage = "", None
+    for chunk in client.completions.create(
+        model=name, prompt="A dog", max_tokens=20, seed=7, stream=True,
+        stream_options={"include_usage": True},
+    ):
+        if chunk.usage:
+            usage = chunk.usage
+            assert chunk.choices == []
+        for c in chunk.choices:
+            text += c.text
+            finish = c.finish_reason
+    assert text == whole.choices[0].text
+    assert finish == whole.choices[0].finish_reason
+    assert usage == whole.usage
+
+
+@check
+def chat(client, name):
+    r = strict(
+        ChatCompletion,
+        client.chat.completions.create(
+            model=name, messages=MESSAGES, max_completion_tokens=12, logprobs=True,
+            top_logprobs=2, seed=3, temperature=0.5, user="u", metadata={"k": "v"},
+        ),
+    )
+    message = r.choices[0].message
+    assert message.role == "assistant" and message.refusal is None
+    content = r.choices[0].logprobs.content
+    raw = b"".join(bytes(t.bytes) for t in content)
+    assert raw.decode("utf-8", "replace") == message.content
+    assert all(len(t.top_logprobs) == 2 for t in content)
+    # the reply goes back as a message
+    again = MESSAGES + [message.model_dump(), {"role": "user", "content": "More."}]
+    strict(ChatCompletion, client.chat.completions.create(
+        model=name, messages=again, max_completion_tokens=2))
+
+
+@check
+def chat_stream(client, name):
+    args = dict(model=name, messages=MESSAGES, max_tokens=12, seed=5, n=2, logprobs=True)
+    whole = client.chat.completions.create(**args)
+    texts, roles, finish, tokens = ["", ""], [None, None], [None, None], [0, 0]
+    for chunk in client.chat.completions.create(stream=True, **args):
+        strict(ChatCompletionChunk, chunk)
+        for c in chunk.choices:
+            roles[c.index] = c.delta.role or roles[c.index]
+            texts[c.index] += c.delta.content or ""
+            finish[c.index] = c.finish_reason or finish[c.index]
+            tokens[c.index] += len(c.logprobs.content) if c.logprobs else 0
+    assert roles == ["assistant", "assistant"]
+    assert texts == [c.message.content for c in whole.choices]
+    assert finish == [c.finish_reason for c in whole.choices]
+    assert tokens == [len(c.logprobs.content) for c in whole.choices]
+
+
+@check
+def chat_stream_helper(client, name):
+    """The helper puts the chunks together; it raises when the length limit ended them."""
+    try:
+        with client.chat.completions.stream(model=name, messages=MESSAGES, max_tokens=6) as stream:
+            for _ in stream:
+                pass
+            final = stream.get_final_completion()
+    except openai.LengthFinishReasonError as e:
+        final = e.completion
+    assert final.choices[0].message.role == "assistant"
+    assert final.choices[0].message.content
+
+
+@check
+def extra_fields(client, name):
+    r = client.completions.create(
+        model=name, prompt="x", max_tokens=4, seed=1,
+        extra_body={"return_token_ids": True, "top_k": 5, "min_tokens": 4, "ignore_eos": True},
+    )
+    assert len(r.choices[0].token_ids) == 4 and r.choices[0].prompt_token_ids
+
+
+@check
+def errors(client, name):
+    bad = openai.BadRequestError
+    c = client.completions.create
+    expect(bad, lambda: c(model=name, prompt="x", temperature=3), param="temperature",
+           code="decimal_above_max_value", type="invalid_request_error", status_code=400)
+    expect(bad, lambda: c(model=name, prompt=""), param="prompt")
+    expect(bad, lambda: c(model=name, prompt="x", stop=["a"] * 5), param="stop")
+    expect(bad, lambda: c(model=name, prompt="x", stream_options={"include_usage": True}),
+           param="stream_options")
+    expect(bad, lambda: client.chat.completions.create(model=name, messages=[]), param="messages")
+    expect(bad, lambda: client.chat.completions.create(
+        model=name, messages=MESSAGES, response_format={"type": "json_object"}),
+        param="response_format.type")
+    expect(openai.NotFoundError, lambda: c(model="other", prompt="x"), code="model_not_found",
+           param="model")
+
+
+@check
+def hang_up(client, name):
+    stream = client.completions.create(
+        model=name, prompt="x", max_tokens=5000, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    assert client.models.list()
+
+
+def run_async(url, key, name):
+    async def main():
+        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key=key) as client:
+            async def one(seed):
+                parts = []
+                stream = await client.completions.create(
+                    model=name, prompt="Once", max_tokens=24, seed=seed, stream=True)
+                async for chunk in stream:
+                    parts += [c.text for c in chunk.choices]
+                return "".join(parts)
+
+            texts = await asyncio.gather(*(one(i % 4) for i in range(32)))
+            for i, text in enumerate(texts):
+                assert text == texts[i % 4], "a seed gives the same text under load"
+
+    asyncio.run(main())
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080")
+    parser.add_argument("--key", default="none")
+    args = parser.parse_args()
+    client = openai.OpenAI(base_url=args.url + "/v1", api_key=args.key, max_retries=0)
+    name = client.models.list().data[0].id
+    failed = 0
+    for function in CHECKS + [run_async]:
+        try:
+            if function is run_async:
+                run_async(args.url, args.key, name)
+            else:
+                function(client, name)
+            print(f"ok      {function.__name__}")
+        except Exception as e:
+            failed += 1
+            print(f"FAILED  {function.__name__}: {type(e).__name__}: {e}")
+    print(f"{len(CHECKS) + 1} checks, {failed} failed (openai {openai.__version__})")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
