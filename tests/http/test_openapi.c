@@ -1,0 +1,668 @@
+/* test_openapi.c - openapi.yaml against the program: routes, request fields, every documented
+ * status, and the bodies of replies by their schemas. */
+#include "tests/http/harness.h"
+
+#include <cjson/cJSON.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <yaml.h>
+
+#include "server/codec.h"
+#include "server/routes.h"
+#include "tests/unit/model_files.h"
+
+static yaml_document_t document;
+
+/* ---- YAML ------------------------------------------------------------------------------------ */
+
+static const char *scalar(const yaml_node_t *node)
+{
+    assert_true(node && node->type == YAML_SCALAR_NODE);
+    return (const char *)node->data.scalar.value;
+}
+
+static yaml_node_t *at(int index)
+{
+    return yaml_document_get_node(&document, index);
+}
+
+static yaml_node_t *child(const yaml_node_t *map, const char *key)
+{
+    if (!map || map->type != YAML_MAPPING_NODE)
+        return NULL;
+    for (yaml_node_pair_t *p = map->data.mapping.pairs.start; p < map->data.mapping.pairs.top; p++)
+        if (!strcmp(scalar(at(p->key)), key))
+            return at(p->value);
+    return NULL;
+}
+
+/* Follow "#/a/b~1c" from the root. */
+static yaml_node_t *resolve(yaml_node_t *node)
+{
+    for (yaml_node_t *ref; (ref = child(node, "$ref"));) {
+        char path[200];
+        snprintf(path, sizeof(path), "%s", scalar(ref));
+        assert_true(!strncmp(path, "#/", 2));
+        node = yaml_document_get_root_node(&document);
+        char *rest = NULL;
+        for (char *name = strtok_r(path + 2, "/", &rest); name; name = strtok_r(NULL, "/", &rest))
+            node = child(node, name);
+        if (!node)
+            fail_msg("$ref %s leads nowhere", scalar(ref));
+    }
+    return node;
+}
+
+static yaml_node_t *member(yaml_node_t *map, const char *key)
+{
+    return resolve(child(resolve(map), key));
+}
+
+#define EACH_PAIR(p, map)                                                                          \
+    yaml_node_pair_t *p = (map)->data.mapping.pairs.start;                                         \
+    p < (map)->data.mapping.pairs.top;                                                             \
+    p++
+#define EACH_ITEM(i, list)                                                                         \
+    yaml_node_item_t *i = (list)->data.sequence.items.start;                                       \
+    i < (list)->data.sequence.items.top;                                                           \
+    i++
+
+/* A YAML value as JSON; plain scalars by their looks. */
+static cJSON *to_json(yaml_node_t *node)
+{
+    if (node->type == YAML_SEQUENCE_NODE) {
+        cJSON *list = cJSON_CreateArray();
+        for (EACH_ITEM(i, node))
+            cJSON_AddItemToArray(list, to_json(at(*i)));
+        return list;
+    }
+    if (node->type == YAML_MAPPING_NODE) {
+        cJSON *map = cJSON_CreateObject();
+        for (EACH_PAIR(p, node))
+            cJSON_AddItemToObject(map, scalar(at(p->key)), to_json(at(p->value)));
+        return map;
+    }
+    const char *text = scalar(node);
+    if (node->data.scalar.style == YAML_PLAIN_SCALAR_STYLE) {
+        char *end = NULL;
+        double number = strtod(text, &end);
+        if (!strcmp(text, "null"))
+            return cJSON_CreateNull();
+        if (!strcmp(text, "true") || !strcmp(text, "false"))
+            return cJSON_CreateBool(*text == 't');
+        if (*text && !*end)
+            return cJSON_CreateNumber(number);
+    }
+    return cJSON_CreateString(text);
+}
+
+/* ---- a small validator --------------------------------------------------------------------------
+ */
+
+/* The keywords it knows; another one in a schema fails the test, so that none goes unchecked. */
+static const char *const keywords[] = {"type",       "required",      "properties",
+                                       "items",      "enum",          "const",
+                                       "oneOf",      "allOf",         "minimum",
+                                       "maximum",    "minItems",      "maxItems",
+                                       "minLength",  "default",       "$ref",
+                                       "examples",   "description",   "exclusiveMinimum",
+                                       "deprecated", "maxProperties", "additionalProperties"};
+
+static bool is_of_type(const cJSON *v, const char *type)
+{
+    if (!strcmp(type, "object"))
+        return cJSON_IsObject(v);
+    if (!strcmp(type, "array"))
+        return cJSON_IsArray(v);
+    if (!strcmp(type, "string"))
+        return cJSON_IsString(v);
+    if (!strcmp(type, "boolean"))
+        return cJSON_IsBool(v);
+    if (!strcmp(type, "null"))
+        return cJSON_IsNull(v);
+    if (!strcmp(type, "integer"))
+        return cJSON_IsNumber(v) && v->valuedouble == floor(v->valuedouble);
+    assert_string_equal(type, "number");
+    return cJSON_IsNumber(v);
+}
+
+static bool has_type(const cJSON *v, const yaml_node_t *type)
+{
+    if (!type || type->type == YAML_SCALAR_NODE)
+        return !type || is_of_type(v, scalar(type));
+    for (EACH_ITEM(i, type))
+        if (is_of_type(v, scalar(at(*i))))
+            return true;
+    return false;
+}
+
+static bool equals(const cJSON *v, yaml_node_t *node)
+{
+    cJSON *other = to_json(node);
+    bool equal = cJSON_Compare(v, other, true);
+    cJSON_Delete(other);
+    return equal;
+}
+
+static const char *validate(const cJSON *v, yaml_node_t *schema, bool closed);
+
+static const char *validate_object(const cJSON *v, yaml_node_t *schema, bool closed)
+{
+    yaml_node_t *required = child(schema, "required"), *properties = child(schema, "properties");
+    yaml_node_t *others = child(schema, "additionalProperties");
+    if (required)
+        for (EACH_ITEM(i, required))
+            if (!cJSON_GetObjectItemCaseSensitive(v, scalar(at(*i))))
+                return scalar(at(*i));
+    const cJSON *item;
+    cJSON_ArrayForEach(item, v)
+    {
+        yaml_node_t *inner = child(properties, item->string);
+        if (!inner && others)
+            inner = others;
+        if (!inner && closed && properties)
+            return item->string; /* a reply has nothing that is not described */
+        const char *wrong = inner ? validate(item, inner, closed) : NULL;
+        if (wrong)
+            return wrong;
+    }
+    return NULL;
+}
+
+static const char *validate_array(const cJSON *v, yaml_node_t *schema, bool closed)
+{
+    yaml_node_t *items = child(schema, "items"), *most = child(schema, "maxItems");
+    if (most && cJSON_GetArraySize(v) > atoi(scalar(most)))
+        return "maxItems";
+    const cJSON *item;
+    cJSON_ArrayForEach(item, v)
+    {
+        const char *wrong = items ? validate(item, items, closed) : NULL;
+        if (wrong)
+            return wrong;
+    }
+    return NULL;
+}
+
+static const char *validate_enum(const cJSON *v, yaml_node_t *schema)
+{
+    yaml_node_t *values = child(schema, "enum"), *value = child(schema, "const");
+    bool found = !values;
+    if (values)
+        for (EACH_ITEM(i, values))
+            found |= equals(v, at(*i));
+    return found && (!value || equals(v, value)) ? NULL : "enum or const";
+}
+
+/* Every one of allOf (whose parts are open: they describe one object together), exactly one of
+ * oneOf. */
+static const char *validate_parts(const cJSON *v, yaml_node_t *schema, bool closed)
+{
+    yaml_node_t *all = child(schema, "allOf"), *one = child(schema, "oneOf");
+    int n = 0;
+    if (all)
+        for (EACH_ITEM(i, all)) {
+            const char *wrong = validate(v, at(*i), false);
+            if (wrong)
+                return wrong;
+        }
+    if (!one)
+        return NULL;
+    for (EACH_ITEM(i, one))
+        n += !validate(v, at(*i), closed);
+    return n == 1 ? NULL : "oneOf";
+}
+
+/* NULL when v fits, otherwise what does not. */
+static const char *validate(const cJSON *v, yaml_node_t *schema, bool closed)
+{
+    schema = resolve(schema);
+    if (!has_type(v, child(schema, "type")))
+        return "type";
+    const char *wrong = validate_enum(v, schema);
+    if (!wrong)
+        wrong = validate_parts(v, schema, closed);
+    if (!wrong && cJSON_IsObject(v))
+        wrong = validate_object(v, schema, closed);
+    if (!wrong && cJSON_IsArray(v))
+        wrong = validate_array(v, schema, closed);
+    yaml_node_t *least = child(schema, "minimum");
+    if (!wrong && least && cJSON_IsNumber(v) && v->valuedouble < atof(scalar(least)))
+        wrong = "minimum";
+    return wrong;
+}
+
+/* Every schema uses known keywords only, and every $ref leads somewhere. */
+static void check_keywords(yaml_node_t *schema)
+{
+    if (schema->type != YAML_MAPPING_NODE)
+        return;
+    for (EACH_PAIR(p, schema)) {
+        const char *key = scalar(at(p->key));
+        bool known = false;
+        for (size_t i = 0; i < COUNT_OF(keywords); i++)
+            known |= !strcmp(key, keywords[i]);
+        if (!known)
+            fail_msg("unknown keyword %s in a schema", key);
+        yaml_node_t *value = at(p->value);
+        if (!strcmp(key, "properties"))
+            for (EACH_PAIR(q, value))
+                check_keywords(at(q->value));
+        else if (!strcmp(key, "oneOf") || !strcmp(key, "allOf"))
+            for (EACH_ITEM(i, value))
+                check_keywords(at(*i));
+        else if (!strcmp(key, "items") || !strcmp(key, "additionalProperties"))
+            check_keywords(value);
+        else if (!strcmp(key, "$ref"))
+            resolve(schema);
+    }
+}
+
+/* ---- servers ------------------------------------------------------------------------------------
+ */
+
+#define KEY "0123456789abcdef"
+
+static struct server plain, tight, keyed, small, full;
+
+static void start_keyed(void)
+{
+    static char path[] = "/tmp/latte-test-key-XXXXXX";
+    int fd = mkstemp(path);
+    assert_true(fd >= 0 && write(fd, KEY "\n", sizeof(KEY)) == sizeof(KEY));
+    close(fd);
+    server_start(&keyed, (const char *const[]){"--api-key-file", path, NULL});
+    unlink(path);
+}
+
+/* A server that is still loading answers 503. Loading is soon over, so the first attempts may
+ * come too late. */
+static void ask_while_loading(const struct client_request *q, struct reply *reply)
+{
+    for (int i = 0; i < 100; i++) {
+        struct server s;
+        server_launch(&s, (const char *const[]){"--model", plain.model, NULL});
+        client_send(&s, q, reply);
+        server_signal(&s, SIGKILL);
+        server_wait_exit(&s, 10000);
+        s.pid = 0;
+        server_stop(&s);
+        if (reply->code == 503)
+            return;
+        reply_free(reply);
+    }
+    fail_msg("%s never answered 503 while loading", q->path);
+}
+
+static void load_document(const struct reply *reply)
+{
+    yaml_parser_t parser;
+    assert_true(yaml_parser_initialize(&parser));
+    yaml_parser_set_input_string(&parser, (const unsigned char *)reply->body.data, reply->body.n);
+    if (!yaml_parser_load(&parser, &document))
+        fail_msg("openapi.yaml, line %zu: %s", parser.problem_mark.line + 1, parser.problem);
+    yaml_parser_delete(&parser);
+}
+
+static int start_all(void **state)
+{
+    (void)state;
+    server_start(&plain, NULL);
+    server_start(&tight, (const char *const[]){"--request-timeout", "1", "--max-tokens-limit",
+                                               "1000000000", NULL});
+    server_start(&small, (const char *const[]){"--max-body-mb", "1", NULL});
+    server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "1", NULL});
+    start_keyed();
+    struct reply reply;
+    client_get(&plain, "/openapi.yaml", &reply);
+    assert_int_equal(reply.code, 200);
+    load_document(&reply);
+    reply_free(&reply);
+    return 0;
+}
+
+static int stop_all(void **state)
+{
+    (void)state;
+    yaml_document_delete(&document);
+    server_stop(&plain);
+    server_stop(&tight);
+    server_stop(&small);
+    server_stop(&full);
+    server_stop(&keyed);
+    return 0;
+}
+
+/* ---- the tests
+ * ------------------------------------------------------------------------------------ */
+
+static yaml_node_t *paths(void)
+{
+    return child(yaml_document_get_root_node(&document), "paths");
+}
+
+static void test_document(void **state)
+{
+    (void)state;
+    yaml_node_t *root = yaml_document_get_root_node(&document);
+    assert_string_equal(scalar(child(root, "openapi")), "3.1.0");
+    assert_string_equal(scalar(member(child(root, "info"), "version")), latte_version);
+    for (EACH_PAIR(p, member(child(root, "components"), "schemas")))
+        check_keywords(at(p->value));
+    /* What is served is the file. */
+    size_t n = 0;
+    char *file = test_file_read("openapi.yaml", &n);
+    struct reply reply;
+    client_get(&plain, "/openapi.yaml", &reply);
+    assert_int_equal(reply.body.n, n);
+    assert_memory_equal(reply.body.data, file, n);
+    reply_free(&reply);
+    free(file);
+}
+
+static void lower(char *out, const char *in)
+{
+    for (; *in; in++)
+        *out++ = (char)(*in | 32);
+    *out = '\0';
+}
+
+static void test_routes(void **state)
+{
+    (void)state;
+    size_t n_routes, n_operations = 0;
+    const struct http_route *routes = routes_table(&n_routes);
+    for (size_t i = 0; i < n_routes; i++) {
+        char method[16];
+        lower(method, routes[i].method);
+        yaml_node_t *operation = child(child(paths(), routes[i].path), method);
+        if (!operation)
+            fail_msg("%s %s is not in openapi.yaml", routes[i].method, routes[i].path);
+        /* Open routes say so. */
+        bool open = routes[i].flags & HTTP_ROUTE_OPEN;
+        assert_int_equal(open, child(operation, "security") != NULL);
+        assert_int_equal(open, child(child(operation, "responses"), "401") == NULL);
+    }
+    for (EACH_PAIR(p, paths()))
+        for (EACH_PAIR(m, at(p->value)))
+            n_operations++;
+    assert_int_equal(n_operations, n_routes);
+}
+
+/* The properties of a schema and the names a function lists are the same. */
+static void compare_fields(const char *what, yaml_node_t *schema, enum codec_api api,
+                           const char *(*other)(size_t))
+{
+    yaml_node_t *properties = member(schema, "properties");
+    size_t n = 0, n_described = 0;
+    const char *name;
+    for (; (name = other ? other(n) : codec_field(api, n)); n++)
+        if (!child(properties, name))
+            fail_msg("%s: field %s is not in openapi.yaml", what, name);
+    for (EACH_PAIR(p, properties)) {
+        bool known = false;
+        for (size_t i = 0; i < n; i++)
+            known |= !strcmp(scalar(at(p->key)), other ? other(i) : codec_field(api, i));
+        if (!known)
+            fail_msg("%s: the codec does not know %s", what, scalar(at(p->key)));
+        n_described++;
+    }
+    assert_int_equal(n, n_described);
+}
+
+static yaml_node_t *request_schema(const char *path)
+{
+    yaml_node_t *body = member(member(child(paths(), path), "post"), "requestBody");
+    return member(member(member(body, "content"), "application/json"), "schema");
+}
+
+static void test_request_fields(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *path;
+        enum codec_api api;
+    } apis[] = {
+        {"/v1/completions", CODEC_COMPLETIONS},
+        {"/v1/chat/completions", CODEC_CHAT},
+        {"/tokenize", CODEC_TOKENIZE},
+        {"/detokenize", CODEC_DETOKENIZE},
+    };
+    for (size_t i = 0; i < COUNT_OF(apis); i++)
+        compare_fields(apis[i].path, request_schema(apis[i].path), apis[i].api, NULL);
+    yaml_node_t *schemas =
+        member(child(yaml_document_get_root_node(&document), "components"), "schemas");
+    compare_fields("stream_options", child(schemas, "StreamOptions"), 0, codec_stream_option);
+    compare_fields("message", child(schemas, "Message"), 0, codec_message_field);
+}
+
+/* The first example of an operation's request body, as JSON text; NULL without a body. */
+static char *example_body(yaml_node_t *operation)
+{
+    yaml_node_t *body = member(operation, "requestBody");
+    if (!body)
+        return NULL;
+    yaml_node_t *examples = member(member(member(body, "content"), "application/json"), "examples");
+    yaml_node_t *first = at(examples->data.mapping.pairs.start->value);
+    cJSON *v = to_json(child(first, "value"));
+    char *text = cJSON_PrintUnformatted(v);
+    cJSON_Delete(v);
+    return text;
+}
+
+static const char endless[] = "{\"prompt\":\"x\",\"n\":8,\"max_tokens\":1000000,"
+                              "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],"
+                              "\"ignore_eos\":true}";
+
+/* Send what makes an operation answer with a status; false when nothing here can. */
+static bool provoke(const char *path, const char *method, int status, const char *example,
+                    struct reply *reply)
+{
+    bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
+    char real_path[300], *big = NULL;
+    static const char *const xml[] = {"Content-Type: text/xml", NULL};
+    struct client_request q = {.path = path, .body = get ? NULL : example};
+    const struct server *s = &plain;
+    snprintf(real_path, sizeof(real_path), "/v1/models/%s",
+             strrchr(status == 404 ? "/none" : plain.model, '/') + 1);
+    if (one)
+        q.path = real_path;
+    switch (status) {
+    case 200:
+        break;
+    case 400:
+        q.body = "{";
+        break;
+    case 401:
+        s = &keyed;
+        break;
+    case 404:
+        q.body = get ? NULL
+                     : "{\"model\":\"none\",\"prompt\":\"x\",\"tokens\":[1],\"messages\":"
+                       "[{\"role\":\"user\",\"content\":\"x\"}]}";
+        if (!strcmp(path, "/tokenize"))
+            q.body = "{\"model\":\"none\",\"prompt\":\"x\"}";
+        break;
+    case 413:
+        s = &small;
+        big = malloc(3 << 20);
+        memset(big, ' ', 3 << 20);
+        q.body = big;
+        q.n_body = 3 << 20;
+        break;
+    case 415:
+        q.headers = xml;
+        break;
+    case 429:
+        s = &full;
+        q.body = endless;
+        break;
+    case 503:
+        ask_while_loading(&q, reply);
+        return true;
+    case 504:
+        s = &tight;
+        q.body = endless;
+        break;
+    default:
+        return false;
+    }
+    client_send(s, &q, reply);
+    free(big);
+    return true;
+}
+
+/* A POST that says nothing of its length, which libcurl does not send. */
+static void provoke_411(const char *path, struct reply *reply)
+{
+    char text[300];
+    struct bytes out = {0};
+    int n = snprintf(text, sizeof(text),
+                     "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     "Connection: close\r\n\r\n",
+                     path);
+    raw_exchange(&plain, text, (size_t)n, &out);
+    *reply = (struct reply){.code = out.n > 12 ? atoi(out.data + 9) : 0};
+    const char *body = out.n ? strstr(out.data, "\r\n\r\n") : NULL;
+    if (body)
+        bytes_text(&reply->body, body + 4);
+    bytes_free(&out);
+}
+
+/* The body fits the schema of its media type. */
+static void check_body(const char *what, yaml_node_t *response, const struct reply *reply)
+{
+    yaml_node_t *content = member(response, "content");
+    yaml_node_t *schema = member(member(content, "application/json"), "schema");
+    if (!schema || !reply->body.n || (reply->body.data[0] != '{'))
+        return;
+    cJSON *v = cJSON_ParseWithLength(reply->body.data, reply->body.n);
+    assert_non_null(v);
+    const char *wrong = validate(v, schema, true);
+    if (wrong)
+        fail_msg("%s: '%s' does not fit the schema in %s", what, wrong, reply->body.data);
+    cJSON_Delete(v);
+}
+
+/* What no test can bring about from outside: the compute device would have to fail. */
+static bool is_out_of_reach(const char *path, int status)
+{
+    return status == 503 && !strcmp(path, "/health/live");
+}
+
+static int check_operation(const char *path, const char *method, yaml_node_t *operation)
+{
+    int n = 0;
+    char *example = example_body(operation);
+    for (EACH_PAIR(p, child(operation, "responses"))) {
+        int status = atoi(scalar(at(p->key)));
+        char what[120];
+        snprintf(what, sizeof(what), "%s %s %d", method, path, status);
+        struct reply reply;
+        if (is_out_of_reach(path, status))
+            continue;
+        if (status == 411)
+            provoke_411(path, &reply);
+        else if (!provoke(path, method, status, example, &reply))
+            fail_msg("%s is documented, but the test does not know how to provoke it", what);
+        if (reply.code != status)
+            fail_msg("%s: answered %d %s", what, reply.code, reply.body.data);
+        check_body(what, resolve(at(p->value)), &reply);
+        reply_free(&reply);
+        n++;
+    }
+    free(example);
+    return n;
+}
+
+static void test_statuses(void **state)
+{
+    (void)state;
+    int n = 0;
+    for (EACH_PAIR(p, paths()))
+        for (EACH_PAIR(m, at(p->value)))
+            n += check_operation(scalar(at(p->key)), scalar(at(m->key)), at(m->value));
+    print_message("%d documented statuses provoked\n", n);
+    assert_true(n > 50);
+}
+
+/* Replies with everything that can be asked for, by their schemas; chunks too. */
+static void test_full_replies(void **state)
+{
+    (void)state;
+    static const char *const extras[] = {"", ",\"stream\":true,\"stream_options\":"
+                                             "{\"include_usage\":true}"};
+    static const struct {
+        const char *path, *body, *schemas[2];
+    } cases[] = {
+        {"/v1/completions",
+         "{\"prompt\":[\"a\",\"b\"],\"n\":2,\"logprobs\":3,\"echo\":true,\"return_token_ids\":true,"
+         "\"max_tokens\":5%s}",
+         {"Completion", "Completion"}},
+        {"/v1/chat/completions",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"n\":2,\"logprobs\":true,"
+         "\"top_logprobs\":2,\"return_token_ids\":true,\"max_tokens\":5%s}",
+         {"ChatCompletion", "ChatChunk"}},
+    };
+    yaml_node_t *schemas =
+        member(child(yaml_document_get_root_node(&document), "components"), "schemas");
+    for (int i = 0; i < 4; i++) {
+        char body[600];
+        bool streamed = i % 2;
+        snprintf(body, sizeof(body), cases[i / 2].body, extras[streamed]);
+        struct reply reply;
+        client_post(&plain, cases[i / 2].path, body, &reply);
+        assert_int_equal(reply.code, 200);
+        yaml_node_t *schema = child(schemas, cases[i / 2].schemas[streamed]);
+        const char *text = reply.body.data;
+        for (; text && *text; text = streamed ? strstr(text, "\n\n") + 2 : NULL) {
+            cJSON *v = cJSON_ParseWithOpts(text + (streamed ? 6 : 0), NULL, false);
+            if (!v) /* [DONE] is an array to be, and no JSON */
+                continue;
+            const char *wrong = validate(v, schema, true);
+            if (wrong)
+                fail_msg("%s: '%s' does not fit in %s", body, wrong, text);
+            cJSON_Delete(v);
+        }
+        reply_free(&reply);
+    }
+}
+
+/* Examples in the document fit their own schemas. */
+static void test_examples(void **state)
+{
+    (void)state;
+    int n = 0;
+    for (EACH_PAIR(p, paths()))
+        for (EACH_PAIR(m, at(p->value))) {
+            yaml_node_t *body = member(at(m->value), "requestBody");
+            yaml_node_t *media = body ? member(member(body, "content"), "application/json") : NULL;
+            if (!media)
+                continue;
+            for (EACH_PAIR(e, member(media, "examples"))) {
+                cJSON *v = to_json(child(at(e->value), "value"));
+                const char *wrong = validate(v, member(media, "schema"), true);
+                if (wrong)
+                    fail_msg("example %s: %s", scalar(at(e->key)), wrong);
+                cJSON_Delete(v);
+                n++;
+            }
+        }
+    assert_true(n >= 4);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_document),       cmocka_unit_test(test_routes),
+        cmocka_unit_test(test_request_fields), cmocka_unit_test(test_examples),
+        cmocka_unit_test(test_full_replies),   cmocka_unit_test(test_statuses),
+    };
+    return cmocka_run_group_tests(tests, start_all, stop_all);
+}
