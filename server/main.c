@@ -133,8 +133,7 @@ static enum status load(struct program *p, struct error *err)
 static void *run_loader(void *context)
 {
     struct program *p = context;
-    if (!load(p, &p->load_error))
-        p->load_error.status = STATUS_OK; /* a tried and survived failure may have left its text */
+    p->load_status = load(p, &p->load_error);
     kill(getpid(), LOADED_SIGNAL);
     return NULL;
 }
