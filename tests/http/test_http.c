@@ -130,7 +130,8 @@ static void test_statuses(void **state)
     assert_non_null(strstr(out.data, "HTTP/1.1 414 "));
     assert_non_null(strstr(out.data, "{\"error\":{"));
     bytes_free(&out);
-    static const char no_length[] = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n";
+    static const char no_length[] = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                                    "Connection: close\r\n\r\n";
     raw_exchange(&s, no_length, sizeof(no_length) - 1, &out);
     assert_non_null(strstr(out.data, "HTTP/1.1 411 "));
     assert_non_null(strstr(out.data, "{\"error\":{"));
