@@ -19,7 +19,7 @@
 enum { MAX_ARGUMENTS = 24, MAX_OUTPUT = 65536 };
 
 static const char tokenizer_path[] = "weights/latte-12m/tokenizer.json";
-static char program[4096], dir[100];
+static char program[4096], dir[100], short_dir[100]; /* the second has a context of 32 */
 
 struct result {
     int code; /* exit code, or -signal */
@@ -165,15 +165,20 @@ static void test_interrupt(void **state)
     assert_non_null(strstr(r.err, "interrupted; seed "));
 }
 
-/* Sum of -log p of every token after the first, each from the model alone. */
-static double sum_nats(const struct token_list *tokens)
+/* Sum of -log p of every token that has one before it, each from the model alone, which starts
+ * anew after every `stretch` tokens. */
+static double sum_nats(const char *model_dir, const struct token_list *tokens, size_t stretch)
 {
     struct run model;
-    run_open(&model, dir, &(struct run_options){"ref", 1, DTYPE_F32, 1});
+    run_open(&model, model_dir, &(struct run_options){"ref", 1, DTYPE_F32, 1});
     float *logits = calloc((size_t)model.vocab_size, sizeof(*logits));
     double nats = 0;
     for (size_t i = 0; i + 1 < tokens->n; i++) {
         double sum = 0;
+        if (i % stretch == 0)
+            model_reset(model.model, 0);
+        if (i % stretch == stretch - 1)
+            continue;
         run_feed(&model, 0, &tokens->ids[i], 1, LOGITS_LAST, logits);
         for (int32_t t = 0; t < model.vocab_size; t++)
             sum += exp(logits[t]);
@@ -184,26 +189,24 @@ static double sum_nats(const struct token_list *tokens)
     return nats;
 }
 
-static void test_perplexity(void **state)
+static void check_perplexity(const char *model_dir, const char *text, size_t stretch)
 {
-    (void)state;
     static struct result r;
     struct tokenizer *tokenizer = NULL;
     struct token_list tokens = {0};
-    struct bytes first = {0};
-    char text[2000] = "";
+    struct bytes unscored = {0};
     struct error err;
-    for (int i = 0; i < 40; i++)
-        snprintf(text + strlen(text), sizeof(text) - strlen(text), "The %d cats sat. ", i * i);
     if (tokenizer_open(&tokenizer, tokenizer_path, &err) ||
         tokenizer_encode(tokenizer, text, strlen(text), TOKENIZER_ADD_SPECIAL, &tokens, &err))
         fail_msg("%s", err.text);
-    tokenizer_piece(tokenizer, tokens.ids[0], &first);
-    double nats = sum_nats(&tokens);
-    double expected = exp(nats / (double)(tokens.n - 1));
-    double bits = nats / M_LN2 / (double)(strlen(text) - first.n);
+    size_t n_scored = tokens.n;
+    for (size_t i = 0; i < tokens.n; i += stretch, n_scored--)
+        tokenizer_piece(tokenizer, tokens.ids[i], &unscored);
+    double nats = sum_nats(model_dir, &tokens, stretch);
+    double expected = exp(nats / (double)n_scored);
+    double bits = nats / M_LN2 / (double)(strlen(text) - unscored.n);
 
-    run(&r, text, false, ARGS("-m", dir, "--perplexity", "-", "--weight-dtype", "f32"));
+    run(&r, text, false, ARGS("-m", model_dir, "--perplexity", "-", "--weight-dtype", "f32"));
     double perplexity = 0, bits_found = 0;
     size_t n = 0;
     assert_int_equal(r.code, 0);
@@ -215,34 +218,63 @@ static void test_perplexity(void **state)
         fail_msg("perplexity %f and %f bits, expected %f and %f", perplexity, bits_found, expected,
                  bits);
     token_list_free(&tokens);
-    bytes_free(&first);
+    bytes_free(&unscored);
     tokenizer_close(tokenizer);
+}
 
+static void test_perplexity(void **state)
+{
+    (void)state;
+    static struct result r;
+    char text[2000] = "";
+    for (int i = 0; i < 40; i++)
+        snprintf(text + strlen(text), sizeof(text) - strlen(text), "The %d cats sat. ", i * i);
+    check_perplexity(dir, text, SIZE_MAX);
+    check_perplexity(short_dir, text, 32);
     run(&r, "", false, ARGS("-m", dir, "--perplexity", "-"));
     assert_true(r.code == 0 && strstr(r.out, "nothing to score"));
 }
 
-static int make_model(void **state)
+static void test_context_limit(void **state)
 {
     (void)state;
-    static const char config[] =
-        "{\"vocab_size\":8192,\"hidden_size\":16,\"num_hidden_layers\":2,\"intermediate_size\":24,"
-        "\"num_attention_heads\":2,\"num_latents\":8,\"layer_type\":\"macchiato\","
-        "\"latent_input\":\"rglru\",\"norm\":\"rmsnorm\",\"mlp\":\"gated\","
-        "\"sliding_window\":8,\"tie_word_embeddings\":true}";
+    static struct result r;
+    run(&r, NULL, false, ARGS("-m", short_dir, "-p", "a", "-n", "1000", "--ignore-eos"));
+    assert_int_equal(r.code, 0);
+    assert_non_null(strstr(r.err, "output 31 tokens"));
+    assert_non_null(strstr(r.err, "length"));
+}
+
+static void make_dir(char path[100], const char *layers)
+{
+    char config[500];
     size_t n;
     char *tokenizer = test_file_read(tokenizer_path, &n);
-    if (!tokenizer || test_dir_make(dir, sizeof(dir)) || model_files_write(dir, config, 3, NULL) ||
-        test_file_write(dir, "tokenizer.json", tokenizer, n))
-        return -1;
+    snprintf(config, sizeof(config),
+             "{\"vocab_size\":8192,\"hidden_size\":16,\"num_hidden_layers\":2,"
+             "\"intermediate_size\":24,\"num_attention_heads\":2,%s,\"norm\":\"rmsnorm\","
+             "\"mlp\":\"gated\",\"tie_word_embeddings\":true}",
+             layers);
+    if (!tokenizer || test_dir_make(path, 100) || model_files_write(path, config, 3, NULL) ||
+        test_file_write(path, "tokenizer.json", tokenizer, n))
+        fail_msg("the model cannot be written");
     free(tokenizer);
+}
+
+static int make_models(void **state)
+{
+    (void)state;
+    make_dir(dir, "\"num_latents\":8,\"layer_type\":\"macchiato\",\"latent_input\":\"rglru\","
+                  "\"sliding_window\":8");
+    make_dir(short_dir, "\"layer_type\":\"full_attention\",\"max_position_embeddings\":32");
     return 0;
 }
 
-static int remove_model(void **state)
+static int remove_models(void **state)
 {
     (void)state;
     test_dir_remove(dir);
+    test_dir_remove(short_dir);
     return 0;
 }
 
@@ -251,11 +283,11 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_refusals),    cmocka_unit_test(test_help_and_version),
         cmocka_unit_test(test_completions), cmocka_unit_test(test_interrupt),
-        cmocka_unit_test(test_perplexity),
+        cmocka_unit_test(test_perplexity),  cmocka_unit_test(test_context_limit),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');
     snprintf(program, sizeof(program), "%.*s/../../latte-run", slash ? (int)(slash - argv[0]) : 1,
              slash ? argv[0] : ".");
-    return cmocka_run_group_tests(tests, make_model, remove_model);
+    return cmocka_run_group_tests(tests, make_models, remove_models);
 }
