@@ -4,6 +4,9 @@
 #include "engine/base/utf8.h"
 #include "weights/tokenizer_internal.h"
 
+/* Searching takes text bytes times this at worst. */
+enum { MAX_TOKEN_BYTES = 1024 };
+
 struct trie_edge {
     uint64_t key; /* (node + 1) << 8 | byte, 0 for an empty slot */
     uint32_t to;
@@ -87,9 +90,10 @@ static enum status search_text(const struct added_token *token, const struct nor
         if (st)
             return st;
     }
-    if (out->n == 0)
-        return fail(err, STATUS_UNSUPPORTED, "added token \"%.80s\" is normalized to nothing",
-                    token->content.data);
+    if (out->n == 0 || out->n > MAX_TOKEN_BYTES)
+        return fail(err, STATUS_UNSUPPORTED,
+                    "added token \"%.80s\": %zu bytes to search for; 1 to %d are supported",
+                    token->content.data, out->n, (int)MAX_TOKEN_BYTES);
     return STATUS_OK;
 }
 
@@ -222,39 +226,61 @@ static size_t next_lead(const struct trie *trie, struct text text, size_t at)
     return at;
 }
 
+/* A text being cut. */
+struct cutter {
+    struct encoder *e;
+    struct text text;
+    enum status (*visit)(struct encoder *e, const struct added_part *part);
+    size_t done;                     /* text before this was visited */
+    size_t spaces_start, spaces_end; /* the run skipped last: tokens that are spaces themselves
+                                      * would walk through it again and again */
+};
+
+static size_t skip_spaces_once(struct cutter *c, size_t at)
+{
+    if (at < c->spaces_start || at >= c->spaces_end) {
+        c->spaces_start = at;
+        c->spaces_end = skip_spaces(c->text, at);
+    }
+    return c->spaces_end;
+}
+
+/* Visit the text before the token at start..end, and the token. */
+static enum status cut_token(struct cutter *c, const struct added_token *token, size_t start,
+                             size_t end)
+{
+    if (token->lstrip)
+        start = skip_spaces_back(c->text, start, c->done);
+    if (token->rstrip)
+        end = skip_spaces_once(c, end);
+    enum status st = STATUS_OK;
+    if (start > c->done) {
+        struct text before = {c->text.data + c->done, start - c->done};
+        st = c->visit(c->e, &(struct added_part){before, -1, c->done == 0});
+    }
+    struct text found = {c->text.data + start, end - start};
+    if (!st)
+        st = c->visit(c->e, &(struct added_part){found, token->id, start == 0});
+    c->done = end;
+    return st;
+}
+
 enum status added_split(const struct added_vocabulary *v, const struct trie *trie,
                         struct encoder *e, struct text text,
                         enum status (*visit)(struct encoder *e, const struct added_part *part))
 {
-    size_t done = 0; /* text before this was visited */
-    size_t length = 0;
+    struct cutter c = {.e = e, .text = text, .visit = visit};
     enum status st = STATUS_OK;
     for (size_t at = next_lead(trie, text, 0); !st && at < text.n; at = next_lead(trie, text, at)) {
-        int32_t i = trie_longest(trie, text, at, &length);
-        if (i < 0) {
-            at++;
-            continue;
-        }
-        const struct added_token *token = &v->tokens[i];
-        size_t start = at, end = at + length;
+        size_t length = 1;
         bool accepted = false;
-        at = end; /* of the bare match: the search goes on inside stripped spaces */
-        st = accepts(v, e, text, token, start, end, &accepted);
-        if (st || !accepted)
-            continue;
-        if (token->lstrip)
-            start = skip_spaces_back(text, start, done);
-        if (token->rstrip)
-            end = skip_spaces(text, end);
-        struct added_part plain = {
-            {text.data + done, start > done ? start - done : 0}, -1, done == 0};
-        struct added_part found = {{text.data + start, end - start}, token->id, start == 0};
-        if (plain.text.n)
-            st = visit(e, &plain);
-        if (!st)
-            st = visit(e, &found);
-        done = end;
+        int32_t i = trie_longest(trie, text, at, &length);
+        if (i >= 0)
+            st = accepts(v, e, text, &v->tokens[i], at, at + length, &accepted);
+        if (!st && accepted)
+            st = cut_token(&c, &v->tokens[i], at, at + length);
+        at += length; /* of the bare match: the search goes on inside stripped spaces */
     }
-    struct added_part rest = {{text.data + done, text.n - done}, -1, done == 0};
-    return st || !rest.text.n ? st : visit(e, &rest);
+    struct text rest = {text.data + c.done, text.n - c.done};
+    return st || !rest.n ? st : visit(e, &(struct added_part){rest, -1, c.done == 0});
 }

@@ -1,7 +1,9 @@
 /* tokenizer_internal.h - what the tokenizer's own files share; nobody else includes it.
  *
  *   tokenizer_load.c      tokenizer.json -> struct tokenizer: model, added tokens, id table
- *   tokenizer_pipeline.c  its normalizer, pre_tokenizer, post_processor and decoder
+ *   tokenizer_pipeline.c  its normalizer and pre_tokenizer
+ *   tokenizer_output.c    its post_processor and decoder
+ *   tokenizer_component.c what those sections have in common
  *   tokenizer_json.c      reading objects whose every key must be understood
  *   tokenizer_pattern.c   split patterns: Oniguruma's dialect -> PCRE2, and matching
  *   tokenizer_unicode.c   where the reference's Unicode tables differ (generated)
@@ -283,13 +285,14 @@ struct tokenizer {
     int32_t size;
 };
 
-/* ---- tokenizer_load.c, tokenizer_pipeline.c ---- */
+/* ---- tokenizer_load.c, tokenizer_pipeline.c, tokenizer_output.c ---- */
 
 /* Fill a zeroed tokenizer from the text of tokenizer.json. */
 enum status tokenizer_load(struct tokenizer *t, const char *json, size_t n, struct error *err);
 
-/* Read the four pipelines of the file's root; needs the id table. */
+/* Read the sections of the file's root. The output needs the id table. */
 struct cJSON;
 enum status pipeline_load(struct tokenizer *t, const struct cJSON *root, struct error *err);
+enum status output_load(struct tokenizer *t, const struct cJSON *root, struct error *err);
 
 #endif

@@ -371,6 +371,8 @@ static enum status load_tree(struct tokenizer *t, const cJSON *root, struct erro
     if (!st)
         st = pipeline_load(t, root, err);
     if (!st)
+        st = output_load(t, root, err);
+    if (!st)
         st = added_vocabulary_build(&t->added, &t->normalizer, &t->arena, err);
     if (!st)
         st = normalize_pieces(t, err);

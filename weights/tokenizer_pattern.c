@@ -240,6 +240,8 @@ static enum status compile(struct pattern *p, const char *source, size_t n, stru
         pcre2_compile((PCRE2_SPTR)source, n, PCRE2_UTF | PCRE2_UCP, &code, &offset, NULL);
     if (code == PCRE2_ERROR_HEAP_FAILED)
         return fail(err, STATUS_NOMEM, "split pattern: out of memory");
+    if (!compiled && code == PCRE2_ERROR_HEAP_FAILED)
+        return fail(err, STATUS_NOMEM, "split pattern: out of memory");
     if (!compiled) {
         PCRE2_UCHAR message[128] = "";
         pcre2_get_error_message(code, message, sizeof(message));
