@@ -307,7 +307,13 @@ void output_take(struct output *o)
     codec_lists_clear(&o->lists);
 }
 
-bool output_failed(const struct output *o)
+enum status output_status(const struct output *o)
 {
-    return o->lost || o->text.failed || codec_lists_failed(&o->lists);
+    bool failed = o->lost || o->text.failed || codec_lists_failed(&o->lists);
+    size_t most = o->text.n > o->lists.ids.n ? o->text.n : o->lists.ids.n;
+    for (int i = 0; i < 4; i++)
+        most = o->lists.logprobs[i].n > most ? o->lists.logprobs[i].n : most;
+    if (!failed)
+        return STATUS_OK;
+    return most > MAX_REPLY_BYTES / 2 ? STATUS_TOO_LARGE : STATUS_NOMEM;
 }

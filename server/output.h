@@ -7,7 +7,7 @@
  *
  * Threads: one at a time.
  * Memory:  owns its buffers; rules and texts are borrowed.
- * Errors:  a lost append is remembered: output_failed.
+ * Errors:  a lost append is remembered: output_status.
  */
 #ifndef LATTE_SERVER_OUTPUT_H
 #define LATTE_SERVER_OUTPUT_H
@@ -99,7 +99,7 @@ void output_finish(struct output *o, bool by_token);
 /* Forget text and lists that are ready: they have been written. */
 void output_take(struct output *o);
 
-/* Out of memory, or over the limit of a reply's size. */
-bool output_failed(const struct output *o);
+/* OK, or what text was lost to: NOMEM, or TOO_LARGE for a reply beyond its limit. */
+enum status output_status(const struct output *o);
 
 #endif

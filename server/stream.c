@@ -145,6 +145,16 @@ static void end_with_error(struct generation *g, const struct error *err)
     metrics_count_finish("error");
 }
 
+static void end_without_room(struct generation *g, enum status st)
+{
+    struct error err;
+    if (st == STATUS_TOO_LARGE)
+        fail(&err, st, "the reply is over 256 MiB; ask for less, or stream it");
+    else
+        fail(&err, STATUS_NOMEM, "out of memory while writing the reply");
+    end_with_error(g, &err);
+}
+
 static void push_tokens(struct generation *g, struct sequence *s, const struct job_token *tokens,
                         size_t n)
 {
@@ -181,11 +191,8 @@ static bool advance_sequence(struct generation *g, struct sequence *s)
     job_snapshot(s->job, &snapshot); /* before the ring: what finished has put all its tokens */
     size_t n = job_read(s->job, tokens, READ_TOKENS);
     push_tokens(g, s, tokens, n);
-    if (output_failed(&s->output)) {
-        struct error err;
-        fail(&err, STATUS_TOO_LARGE,
-             "the reply does not fit the server's buffers; ask for less, or stream it");
-        end_with_error(g, &err);
+    if (output_status(&s->output)) {
+        end_without_room(g, output_status(&s->output));
     } else if (s->output.stopped) {
         finish_sequence(g, s, "stop");
     } else if (n < READ_TOKENS && snapshot.finish != FINISH_NONE) {
@@ -310,11 +317,8 @@ static void progress(struct generation *g)
         if (!advance_all(g) && g->n_running && g->n_sent == g->events.n && park_all(g))
             return;
     }
-    if (!g->failed && g->events.failed) {
-        struct error err;
-        fail(&err, STATUS_NOMEM, "out of memory while writing the reply");
-        end_with_error(g, &err);
-    }
+    if (!g->failed && g->events.failed)
+        end_without_room(g, STATUS_NOMEM);
 }
 
 enum stream_state stream_poll(struct generation *g)

@@ -27,6 +27,7 @@ struct parser {
     size_t n_values;
     struct key *keys; /* of all objects that are open, innermost last */
     size_t n_keys, cap_keys;
+    bool any_keys; /* do not remember them: the text has passed before */
     struct error *err;
 };
 
@@ -263,6 +264,8 @@ static int compare_keys(const void *left, const void *right)
 
 static enum status push_key(struct parser *p, const char *text, size_t n)
 {
+    if (p->any_keys)
+        return STATUS_OK;
     if (p->n_keys == p->cap_keys) {
         size_t cap = p->cap_keys ? 2 * p->cap_keys : 32;
         struct key *keys = realloc(p->keys, cap * sizeof(*keys));
@@ -386,7 +389,7 @@ enum status json_check(const char *text, size_t n, const struct json_limits *lim
 const char *json_member(const char *text, size_t n, const char *key, size_t *n_value)
 {
     struct json_limits limits = {.max_depth = MAX_DEPTH, .any_integer = true};
-    struct parser p = {.text = text, .n = n, .limits = limits};
+    struct parser p = {.text = text, .n = n, .limits = limits, .any_keys = true};
     const char *found_at = NULL;
     skip_space(&p);
     bool more = peek(&p) == '{';
@@ -410,6 +413,5 @@ const char *json_member(const char *text, size_t n, const char *key, size_t *n_v
         skip_space(&p);
         more = peek(&p) == ',';
     }
-    free(p.keys);
     return found_at;
 }

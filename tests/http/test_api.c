@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "engine/base/json.h"
 #include "engine/base/utf8.h"
@@ -1238,6 +1239,23 @@ static void test_hang_up(void **state)
     client_send(&server, &request, &reply);
     assert_int_equal(reply.code, 0);
     reply_free(&reply);
+    assert_true(server_await_metric(&server, "latte_requests_running", 0, 10000));
+    /* Gone while a worker has the body. */
+    char *text = long_prompt(50000);
+    struct bytes large = {0};
+    bytes_format(&large,
+                 "POST " COMPLETIONS " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                 "Content-Length: %zu\r\n\r\n{\"prompt\":\"%s\"}",
+                 strlen(text) + 13, text);
+    for (int i = 0; i < 5; i++) {
+        int fd = raw_connect(&server);
+        raw_write(fd, large.data, large.n);
+        sleep_ms(i);
+        close(fd);
+    }
+    bytes_free(&large);
+    free(text);
+    cJSON_Delete(post(COMPLETIONS, "{" P ",\"max_tokens\":1}"));
     assert_true(server_await_metric(&server, "latte_requests_running", 0, 10000));
 }
 

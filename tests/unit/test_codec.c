@@ -10,6 +10,7 @@
 
 #include "engine/base/json.h"
 #include "server/codec.h"
+#include "tests/unit/fail_alloc.h"
 
 #define TOKENIZER "weights/latte-12m/tokenizer.json"
 
@@ -475,6 +476,27 @@ static void test_mutations(void **state)
     free(copy);
 }
 
+static enum status read_once(void *body, struct error *err)
+{
+    struct parsed p;
+    parse_with(&p, &context, *(const char *)body == 'c' ? H : C, (const char *)body + 1,
+               strlen(body) - 1);
+    *err = p.err;
+    drop(&p);
+    return p.status;
+}
+
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    static char bodies[][200] = {
+        "p{\"prompt\":[\"a\",[1,2]],\"logit_bias\":{\"5\":1},\"stop\":[\"x\"],\"seed\":7}",
+        "c{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"q\"}]}]}",
+    };
+    for (size_t i = 0; i < COUNT_OF(bodies); i++)
+        fail_alloc_walk(read_once, bodies[i]);
+}
+
 /* ---- replies -------------------------------------------------------------------------------- */
 
 static struct tokenizer *tokenizer;
@@ -685,13 +707,21 @@ static void test_tokenized(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refused),        cmocka_unit_test(test_deep_and_many),
-        cmocka_unit_test(test_defaults),       cmocka_unit_test(test_values),
-        cmocka_unit_test(test_seed),           cmocka_unit_test(test_messages),
-        cmocka_unit_test(test_unknown_fields), cmocka_unit_test(test_tokenize_forms),
-        cmocka_unit_test(test_mutations),      cmocka_unit_test(test_completion_reply),
-        cmocka_unit_test(test_chat_reply),     cmocka_unit_test(test_chunks),
-        cmocka_unit_test(test_broken_pieces),  cmocka_unit_test(test_tokenized),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_deep_and_many),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_seed),
+        cmocka_unit_test(test_messages),
+        cmocka_unit_test(test_unknown_fields),
+        cmocka_unit_test(test_tokenize_forms),
+        cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_completion_reply),
+        cmocka_unit_test(test_chat_reply),
+        cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_broken_pieces),
+        cmocka_unit_test(test_tokenized),
     };
     return cmocka_run_group_tests(tests, open_tokenizer, close_tokenizer);
 }

@@ -14,6 +14,7 @@
 #include "server/http.h"
 #include "server/output.h"
 #include "server/stream.h"
+#include "tests/unit/fail_alloc.h"
 
 #define TOKENIZER "weights/latte-12m/tokenizer.json"
 enum { EOS = 0, IM_START = 1, IM_END = 2, MAX_TOKENS = 64 };
@@ -465,7 +466,7 @@ static void scene_start(struct scene *s, size_t n_prompts)
 
 static void scene_end(struct scene *s)
 {
-    stream_close(s->generation);
+    stream_close(s->generation); /* NULL when it was refused */
     fake_release(&s->engine);
 }
 
@@ -762,6 +763,47 @@ static void test_slow_reader(void **state)
     scene_end(&s);
 }
 
+/* From the first job to the last byte with every allocation failing once. The jobs' tokens are
+ * put by hand, so what the engine would do is out of the walk. */
+static enum status run_once(void *streamed, struct error *err)
+{
+    struct scene s;
+    scene_init(&s, CODEC_COMPLETIONS, *(bool *)streamed);
+    s.request.n = s.request.best_of = 2;
+    s.request.n_logprobs = 1;
+    s.request.return_token_ids = true;
+    s.request.n_stops = 1;
+    s.request.stops[0] = (struct codec_text){"bac", 3};
+    enum status st = scene_open(&s, 1, err);
+    struct bytes out = {0};
+    if (!st) {
+        for (size_t i = 0; i < 2; i++) {
+            put(&s.engine, i, "b", -1);
+            put(&s.engine, i, "a", -1);
+            job_finish(s.engine.jobs[i], FINISH_LENGTH, NULL);
+        }
+        enum stream_state state = stream_poll(s.generation);
+        if (state == STREAM_FAILED)
+            st = stream_error(s.generation)->status;
+        else if (state == STREAM_DONE)
+            stream_write(s.generation, &out);
+        if (st)
+            *err = *stream_error(s.generation);
+        else if (out.failed)
+            st = fail(err, STATUS_NOMEM, "the reply was lost");
+    }
+    bytes_free(&out);
+    scene_end(&s);
+    return st;
+}
+
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    for (int streamed = 0; streamed < 2; streamed++)
+        fail_alloc_walk(run_once, &(bool){streamed});
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -779,6 +821,7 @@ int main(void)
         cmocka_unit_test(test_errors),
         cmocka_unit_test(test_refused_submission),
         cmocka_unit_test(test_slow_reader),
+        cmocka_unit_test(test_out_of_memory),
     };
     return cmocka_run_group_tests(tests, open_tokenizer, close_tokenizer);
 }
