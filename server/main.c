@@ -1,20 +1,23 @@
 /* main.c - latte-server: start order, signals, stop order.
  *
  * HTTP is up at once, so that /health/live answers while the model loads in a thread of its
- * own; main itself only waits for signals. Stop: refuse new work, let running requests finish
- * within --drain-timeout (a second signal ends the wait), stop HTTP, then the workers, then the
- * engine; the HTTP object goes last, because the other threads may notify it to their end.
+ * own; main itself only waits: for that thread and for signals, through an eventfd. Stop: refuse
+ * new work, let running requests finish within --drain-timeout (a second signal ends the wait),
+ * stop HTTP, then the workers, then the engine; the HTTP object goes last, because the other
+ * threads may notify it to their end.
  */
 #include <errno.h>
 #include <inttypes.h>
 #include <libgen.h>
 #include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -29,7 +32,7 @@
 #include "weights/checkpoint.h"
 #include "weights/tokenizer.h"
 
-enum { EXIT_USAGE = 2, LOADED_SIGNAL = SIGUSR1, DRAIN_POLL_MS = 20, SPARE_FILES = 128 };
+enum { EXIT_USAGE = 2, DRAIN_POLL_MS = 20, SPARE_FILES = 128 };
 
 struct program {
     struct options options;
@@ -48,11 +51,31 @@ struct program {
     pthread_t loader;
 };
 
+/* Shared with the signal handler and the loading thread. */
+static int event_fd = -1; /* written when one of the two below has changed */
+static atomic_int n_signals;
+static atomic_bool is_loaded; /* or failed to load */
+
 static int64_t monotonic_ms(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void send_event(void)
+{
+    const uint64_t one = 1;
+    if (write(event_fd, &one, sizeof(one)) < 0)
+        return; /* only when the counter is full, and then main is awake */
+}
+
+static void await_event(int timeout_ms)
+{
+    struct pollfd p = {event_fd, POLLIN, 0};
+    uint64_t count;
+    if (poll(&p, 1, timeout_ms) > 0 && read(event_fd, &count, sizeof(count)) < 0)
+        return;
 }
 
 /* Loading. */
@@ -134,7 +157,8 @@ static void *run_loader(void *context)
 {
     struct program *p = context;
     p->load_status = load(p, &p->load_error);
-    kill(getpid(), LOADED_SIGNAL);
+    atomic_store(&is_loaded, true);
+    send_event();
     return NULL;
 }
 
@@ -192,15 +216,25 @@ static void choose_log_level(const char *name)
     }
 }
 
-/* Signals are taken by sigwait in main alone: blocked here, before any other thread exists. */
-static void block_signals(sigset_t *set)
+static void on_signal(int signal_number)
 {
-    sigemptyset(set);
-    sigaddset(set, SIGTERM);
-    sigaddset(set, SIGINT);
-    sigaddset(set, LOADED_SIGNAL);
-    pthread_sigmask(SIG_BLOCK, set, NULL);
+    (void)signal_number;
+    int saved = errno;
+    n_signals++;
+    send_event();
+    errno = saved;
+}
+
+/* A handler, not sigwait: libraries start threads before main, which block nothing, and a
+ * signal that such a thread gets would end the process. */
+static enum status catch_signals(struct error *err)
+{
+    event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    if (event_fd < 0 || sigaction(SIGTERM, &action, NULL) || sigaction(SIGINT, &action, NULL))
+        return fail(err, STATUS_IO, "signals cannot be caught: %s", strerror(errno));
     signal(SIGPIPE, SIG_IGN);
+    return STATUS_OK;
 }
 
 static enum status start_http(struct program *p, struct error *err)
@@ -227,7 +261,9 @@ static enum status start(struct program *p, struct error *err)
     p->is_terminal = isatty(STDERR_FILENO);
     p->last_percent = -1;
     p->load_start_ms = monotonic_ms();
-    enum status st = start_http(p, err);
+    enum status st = catch_signals(err);
+    if (!st)
+        st = start_http(p, err);
     if (st)
         return st;
     printf("latte-server %s listening on %s\n", latte_version, http_url(p->http));
@@ -242,17 +278,16 @@ static enum status start(struct program *p, struct error *err)
 /* Stopping. */
 
 /* True when every request could finish. */
-static bool drain(struct program *p, const sigset_t *signals)
+static bool drain(struct program *p)
 {
     log_event(LOG_INFO, "draining", "%d requests have %" PRId64 " s to finish",
               http_n_active(p->http), p->options.drain_timeout);
     routes_drain(p->routes);
     http_drain(p->http);
     int64_t end_ms = monotonic_ms() + p->options.drain_timeout * 1000;
-    const struct timespec poll = {0, DRAIN_POLL_MS * 1000000L};
     while (http_n_active(p->http)) {
-        int signal_number = sigtimedwait(signals, NULL, &poll);
-        bool again = signal_number == SIGTERM || signal_number == SIGINT;
+        await_event(DRAIN_POLL_MS);
+        bool again = n_signals > 1;
         if (again || monotonic_ms() > end_ms) {
             log_event(LOG_WARN, "stopping", "%s: %d requests are cut off",
                       again ? "second signal" : "drain timeout", http_n_active(p->http));
@@ -273,12 +308,12 @@ static void stop(struct program *p)
     chat_template_close(p->chat_template);
 }
 
-/* From loaded to the end; the exit code. */
-static int serve(struct program *p, const sigset_t *signals)
+/* From loading to the end; the exit code. */
+static int serve(struct program *p)
 {
-    int signal_number = 0;
-    sigwait(signals, &signal_number);
-    if (signal_number != LOADED_SIGNAL) { /* nothing is served yet, and loading cannot be cut */
+    while (!atomic_load(&is_loaded) && !n_signals)
+        await_event(-1);
+    if (!atomic_load(&is_loaded)) { /* nothing is served yet, and loading cannot be cut short */
         http_stop(p->http);
         log_event(LOG_INFO, "stopped", "by a signal while loading");
         _exit(0);
@@ -290,10 +325,9 @@ static int serve(struct program *p, const sigset_t *signals)
     }
     routes_publish(p->routes, &p->model);
     log_listening(p);
-    do
-        sigwait(signals, &signal_number);
-    while (signal_number == LOADED_SIGNAL);
-    return drain(p, signals) ? 0 : 1;
+    while (!n_signals)
+        await_event(-1);
+    return drain(p) ? 0 : 1;
 }
 
 int main(int argc, char **argv)
@@ -312,13 +346,11 @@ int main(int argc, char **argv)
     if (p->options.help || p->options.version)
         return 0;
 
-    sigset_t signals;
-    block_signals(&signals);
     int code = 1;
     if (start(p, &err))
         fprintf(stderr, "latte-server: %s\n", err.text);
     else
-        code = serve(p, &signals);
+        code = serve(p);
     stop(p);
     log_event(LOG_INFO, "stopped", "exit code %d", code);
     return code;
