@@ -633,7 +633,7 @@ static void on_connection(void *server, struct MHD_Connection *mhd, void **socke
     if (what == MHD_CONNECTION_NOTIFY_STARTED) {
         *socket_context = s->entering;
         s->entering->place = INSIDE;
-    } else if (*socket_context) {
+    } else if (*socket_context != s->entering) { /* else it did not get in: see inside_enter */
         loop_forget(*socket_context);
         *socket_context = NULL;
     }

@@ -499,6 +499,31 @@ static void test_framing_on_kept_connection(void **state)
     toy_close();
 }
 
+/* "100 Continue" is said only to those whose body is wanted. */
+static void test_expect(void **state)
+{
+    (void)state;
+    toy_open(NULL);
+    int fd = raw_connect(&toy.at);
+    struct bytes out = {0};
+    raw_text(fd, POST "Content-Length: 2\r\nExpect: 100-continue\r\n" CLOSE);
+    assert_true(raw_await(fd, &out, "HTTP/1.1 100 Continue\r\n\r\n", WAIT_MS));
+    raw_text(fd, "{}");
+    assert_true(raw_read(fd, &out, WAIT_MS));
+    assert_int_equal(count(&out, "HTTP/1.1 200 OK"), 1);
+    bytes_free(&out);
+    close(fd);
+    static const struct {
+        const char *text;
+        int code;
+    } refused[] = {
+        {POST "Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n", 413},
+        {POST "Content-Type: a/b\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n", 415}};
+    for (size_t i = 0; i < COUNT_OF(refused); i++)
+        expect_raw(refused[i].text, strlen(refused[i].text), refused[i].code);
+    toy_close();
+}
+
 static void fill_header(struct bytes *out, bool in_target, size_t n)
 {
     bytes_text(out, in_target ? "GET /" : "GET /hello HTTP/1.1\r\nHost: x\r\nX-Long: ");
@@ -1009,6 +1034,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_framing),
         cmocka_unit_test(test_framing_on_kept_connection),
+        cmocka_unit_test(test_expect),
         cmocka_unit_test(test_long_headers),
         cmocka_unit_test(test_keep_alive_and_pipelining),
         cmocka_unit_test(test_header_byte_by_byte),
