@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "server/http.h"
 #include "server/metrics.h"
@@ -34,13 +33,6 @@ struct generation {
     bool failed;
     struct error error;
 };
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 /* ---- jobs ---------------------------------------------------------------------------------- */
 
@@ -109,7 +101,7 @@ static double seconds_between(int64_t from_ns, int64_t to_ns)
 static void observe(const struct generation *g, const struct sequence *s,
                     const struct job_snapshot *snapshot)
 {
-    int64_t end = snapshot->finished_ns ? snapshot->finished_ns : now_ns();
+    int64_t end = snapshot->finished_ns ? snapshot->finished_ns : job_clock_ns();
     int64_t n_output = s->output.n_tokens, arrival = g->setup.arrival_ns;
     metrics_observe(METRIC_E2E_LATENCY, seconds_between(arrival, end));
     if (snapshot->admitted_ns)

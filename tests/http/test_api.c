@@ -1259,6 +1259,41 @@ static void test_hang_up(void **state)
     assert_true(server_await_metric(&server, "latte_requests_running", 0, 10000));
 }
 
+static int raw_post(const struct server *s, const char *body)
+{
+    char text[500];
+    int n =
+        snprintf(text, sizeof(text),
+                 "POST " COMPLETIONS " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                 "Content-Length: %zu\r\n\r\n%s",
+                 strlen(body), body);
+    int fd = raw_connect(s);
+    raw_write(fd, text, (size_t)n);
+    return fd;
+}
+
+/* A stream that waits long for its first token begins without it, and is kept alive. When the
+ * one in front of it leaves, it goes on. */
+static void test_waiting_stream(void **state)
+{
+    (void)state;
+    struct server s;
+    server_start(&s, (const char *const[]){"--max-slots", "1", "--keepalive-interval", "1", NULL});
+    struct bytes first_out = {0}, out = {0};
+    int first = raw_post(&s, "{" P ",\"max_tokens\":900000,\"ignore_eos\":true,\"stream\":true}");
+    assert_true(raw_await(first, &first_out, "data: ", 30000));
+    int fd = raw_post(&s, "{" P ",\"max_tokens\":3,\"ignore_eos\":true,\"stream\":true}");
+    assert_true(raw_await(fd, &out, ": keep-alive", 30000));
+    assert_true(!strncmp(out.data, "HTTP/1.1 200", 12));
+    assert_null(strstr(out.data, "data: "));
+    close(first);
+    assert_true(raw_await(fd, &out, "data: [DONE]", 30000));
+    close(fd);
+    bytes_free(&out);
+    bytes_free(&first_out);
+    server_stop(&s);
+}
+
 static void test_metrics(void **state)
 {
     (void)state;
@@ -1309,6 +1344,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_queue_full),
         cmocka_unit_test(test_request_timeout),
         cmocka_unit_test(test_hang_up),
+        cmocka_unit_test(test_waiting_stream),
         cmocka_unit_test(test_metrics),
     };
     return cmocka_run_group_tests(tests, start_server, stop_server);

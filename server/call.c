@@ -1,0 +1,291 @@
+/* call.c - see call.h */
+#include "server/call.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "server/metrics.h"
+
+/* Bodies beyond this are read on a worker. */
+enum { INLINE_BODY_BYTES = 64 << 10 };
+
+static uint64_t random_u64(void)
+{
+    uint64_t value = 0;
+    while (getrandom(&value, sizeof(value), 0) < 0 && errno == EINTR)
+        ;
+    return value;
+}
+
+static void prepare_on_worker(struct work_item *item)
+{
+    call_prepare((struct call *)item);
+}
+
+static void call_free(struct call *c)
+{
+    for (size_t i = 0; i < c->n_prompts; i++)
+        token_list_free(&c->lists[i]);
+    codec_request_free(&c->request);
+    bytes_free(&c->reply);
+    arena_free(&c->arena);
+    free(c);
+}
+
+static void list_starting(struct call *c)
+{
+    struct routes *r = c->routes;
+    c->next = r->starting;
+    if (r->starting)
+        r->starting->previous = c;
+    r->starting = c;
+}
+
+static void unlist_starting(struct call *c)
+{
+    struct routes *r = c->routes;
+    if (c->previous)
+        c->previous->next = c->next;
+    else if (r->starting == c)
+        r->starting = c->next;
+    if (c->next)
+        c->next->previous = c->previous;
+    c->previous = c->next = NULL;
+}
+
+static void note_tokens(struct call *c)
+{
+    struct codec_usage usage = stream_usage(c->generation);
+    http_note_tokens(c->http, usage.prompt_tokens, usage.completion_tokens);
+}
+
+/* The request is over, answered or abandoned. */
+static void on_close(void *context, bool delivered)
+{
+    (void)delivered;
+    struct call *c = context;
+    if (c->generation)
+        note_tokens(c);
+    unlist_starting(c);
+    stream_close(c->generation);
+    c->generation = NULL;
+    c->http = NULL;
+    if (!c->working)
+        call_free(c);
+}
+
+void call_reply_json(struct http_request *http, struct bytes *body)
+{
+    if (!body->failed) {
+        http_reply_take(http, 200, "application/json", body);
+        return;
+    }
+    struct error err;
+    fail(&err, STATUS_NOMEM, "out of memory while writing the reply");
+    bytes_free(body);
+    http_fail(http, &err, NULL);
+}
+
+static void begin_stream(struct call *c)
+{
+    unlist_starting(c);
+    c->streaming = true;
+    http_set_header(c->http, "Cache-Control", "no-cache");
+    http_set_header(c->http, "X-Accel-Buffering", "no");
+    http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
+}
+
+/* See how a generation stands that has not been answered yet. The call may be gone afterwards. */
+static void step(struct call *c)
+{
+    switch (stream_poll(c->generation)) {
+    case STREAM_WAITING:
+        if (!c->deferred)
+            http_defer(c->http);
+        c->deferred = true;
+        return;
+    case STREAM_READY:
+        begin_stream(c);
+        return;
+    case STREAM_FAILED:
+        note_tokens(c);
+        http_fail(c->http, stream_error(c->generation), NULL);
+        return;
+    case STREAM_DONE:
+        note_tokens(c);
+        stream_write(c->generation, &c->reply);
+        call_reply_json(c->http, &c->reply);
+        return;
+    }
+}
+
+static enum status submit(void *context, struct job *job, struct error *err)
+{
+    return engine_submit(context, job, err);
+}
+
+/* What is left of the request's time, 0 for no deadline; TIMEOUT when none is. */
+static enum status remaining_ms(const struct call *c, int64_t *out, struct error *err)
+{
+    int64_t timeout_ms = c->routes->options->request_timeout * 1000;
+    int64_t elapsed_ms = (job_clock_ns() - http_arrival_ns(c->http)) / 1000000;
+    if (timeout_ms && elapsed_ms >= timeout_ms)
+        return fail(err, STATUS_TIMEOUT, "the request's time of %lld s was over before it began",
+                    (long long)(timeout_ms / 1000));
+    *out = timeout_ms ? timeout_ms - elapsed_ms : 0;
+    return STATUS_OK;
+}
+
+static void fill_reply(const struct call *c, struct codec_reply *reply)
+{
+    const struct codec_request *q = &c->request;
+    *reply = (struct codec_reply){
+        .api = c->api,
+        .chunk = q->stream,
+        .created = time(NULL),
+        .model = c->model->name,
+        .fingerprint = c->routes->fingerprint,
+        .usage_field = q->stream && q->include_usage,
+    };
+    snprintf(reply->id, sizeof(reply->id), "%s-%016llx%08x",
+             c->api == CODEC_CHAT ? "chatcmpl" : "cmpl", (unsigned long long)random_u64(),
+             (unsigned)random_u64());
+}
+
+static enum status open_generation(struct call *c, struct error *err)
+{
+    const struct model_config *config = c->routes->info.config;
+    if (!c->request.has_seed)
+        c->request.seed = random_u64();
+    stop_rules_init(&c->rules, &c->request, config->eos_token_id, config->n_eos);
+    struct stream_setup setup = {
+        .request = &c->request,
+        .tokenizer = c->model->tokenizer,
+        .rules = &c->rules,
+        .prompts = c->prompts,
+        .n_prompts = c->n_prompts,
+        .arrival_ns = http_arrival_ns(c->http),
+        .owner = c,
+        .submit = submit,
+        .submit_context = c->model->engine,
+    };
+    fill_reply(c, &setup.reply);
+    enum status st = remaining_ms(c, &setup.deadline_ms, err);
+    return st ? st : stream_open(&c->generation, &setup, err);
+}
+
+static void start_generation(struct call *c)
+{
+    struct error err;
+    enum status st = open_generation(c, &err);
+    if (st) {
+        if (st == STATUS_BUSY)
+            metrics_add(METRIC_QUEUE_REJECTIONS, 1);
+        http_fail(c->http, &err, NULL);
+        return;
+    }
+    c->started_ns = job_clock_ns();
+    if (c->request.stream)
+        list_starting(c);
+    note_tokens(c);
+    step(c);
+}
+
+/* After prepare: answer, or start the jobs. */
+static void conclude(struct call *c)
+{
+    metrics_add(METRIC_UNKNOWN_FIELDS, (uint64_t)c->request.n_unknown_fields);
+    http_drop_body(c->http);
+    if (c->status)
+        http_fail(c->http, &c->error, c->code);
+    else if (c->api == CODEC_TOKENIZE || c->api == CODEC_DETOKENIZE)
+        call_reply_json(c->http, &c->reply);
+    else
+        start_generation(c);
+}
+
+static void on_prepared(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    if (c->http)
+        conclude(c);
+    else
+        call_free(c);
+}
+
+void call_refuse(struct http_request *http, enum status status, const char *text)
+{
+    struct error err;
+    fail(&err, status, "%s", text);
+    http_fail(http, &err, NULL);
+}
+
+/* A large body outlives its request on a worker, so it is copied. */
+static bool keep_body(struct call *c)
+{
+    if (c->n_body <= INLINE_BODY_BYTES)
+        return true;
+    c->body = arena_copy(&c->arena, c->body, c->n_body);
+    return c->body != NULL;
+}
+
+const struct served_model *call_model(struct http_request *http, struct routes *r)
+{
+    const struct served_model *model = atomic_load_explicit(&r->model, memory_order_acquire);
+    if (!model)
+        call_refuse(http, STATUS_SHUTDOWN, "The model is still loading.");
+    return model;
+}
+
+void call_post(struct http_request *http, struct routes *r, enum codec_api api)
+{
+    const struct served_model *model = call_model(http, r);
+    bool generates = api == CODEC_COMPLETIONS || api == CODEC_CHAT;
+    if (!model)
+        return;
+    if (generates && atomic_load(&r->draining)) {
+        call_refuse(http, STATUS_SHUTDOWN, "The server is shutting down.");
+        return;
+    }
+    struct call *c = calloc(1, sizeof(*c));
+    if (!c) {
+        call_refuse(http, STATUS_NOMEM, "out of memory for a request");
+        return;
+    }
+    *c = (struct call){.routes = r, .http = http, .model = model, .api = api};
+    c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
+    c->body = http_body(http, &c->n_body);
+    http_on_close(http, on_close, c);
+    if (!keep_body(c)) {
+        call_refuse(http, STATUS_NOMEM, "out of memory for the body of a request");
+    } else if (c->n_body > INLINE_BODY_BYTES) {
+        c->working = c->deferred = true;
+        http_defer(http);
+        workers_submit(r->workers, &c->item);
+    } else {
+        call_prepare(c);
+        conclude(c);
+    }
+}
+
+void call_wake(struct call *c)
+{
+    if (c->streaming)
+        http_wake(c->http);
+    else if (c->http)
+        step(c);
+}
+
+void call_begin_late(struct routes *r)
+{
+    int64_t limit_ns = r->options->keepalive_interval * 1000000000, now = job_clock_ns();
+    for (struct call *c = r->starting, *next; c; c = next) {
+        next = c->next;
+        if (now - c->started_ns >= limit_ns)
+            begin_stream(c);
+    }
+}

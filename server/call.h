@@ -1,0 +1,89 @@
+/* call.h - one POST under way: from its body to its reply.
+ *
+ * Its body is read and its input tokenized (call_prepare; on a worker when the body is large),
+ * and then it is answered, or its jobs start and it waits for them. A call lives until the
+ * request is over and no worker has it.
+ *
+ * Threads: the io thread; call_prepare by a worker, which then alone has the call.
+ * Memory:  a call owns its arena, its request and its generation.
+ * Errors:  become the reply.
+ */
+#ifndef LATTE_SERVER_CALL_H
+#define LATTE_SERVER_CALL_H
+
+#include <stdatomic.h>
+
+#include "server/codec.h"
+#include "server/output.h"
+#include "server/routes.h"
+#include "server/stream.h"
+#include "server/workers.h"
+
+struct call;
+
+struct routes {
+    const struct options *options;
+    struct http_server *server;
+    struct workers *workers;
+    struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
+    struct call *starting; /* streams that have not begun to answer */
+
+    /* Written before `model` is published, constant afterwards. */
+    struct codec_context context;
+    struct engine_info info;
+    char fingerprint[96];
+
+    _Atomic(const struct served_model *) model; /* NULL while loading */
+    atomic_bool draining;
+};
+
+struct call {
+    struct work_item item; /* first: a worker hands it back */
+    struct routes *routes;
+    struct http_request *http; /* NULL once the request is over */
+    const struct served_model *model;
+    enum codec_api api;
+    const char *body; /* [n_body] */
+    size_t n_body;
+    bool working;   /* a worker has it */
+    bool deferred;  /* the connection is suspended */
+    bool streaming; /* the reply has begun */
+
+    enum status status; /* of preparing, with error and code */
+    struct error error;
+    const char *code; /* OpenAI's, or NULL */
+    struct arena arena;
+    struct codec_request request;
+    struct token_list *lists;      /* [n_prompts] */
+    struct stream_prompt *prompts; /* [n_prompts] */
+    size_t n_prompts;
+    struct stop_rules rules;
+    struct bytes reply;
+    struct generation *generation;
+    int64_t started_ns;
+    struct call *previous, *next; /* in routes->starting */
+};
+
+/* The model, or NULL with a 503 sent: it is loading. */
+const struct served_model *call_model(struct http_request *http, struct routes *r);
+
+/* Handle a POST of this API. */
+void call_post(struct http_request *http, struct routes *r, enum codec_api api);
+
+/* Everything before the engine: parse, check, tokenize; for tokenize and detokenize the whole
+ * reply. Sets status, error and code. Any thread. */
+void call_prepare(struct call *c);
+
+/* A job of the call has news. The call may be gone afterwards. */
+void call_wake(struct call *c);
+
+/* Begin those streams whose first token is long in coming: a stream keeps its status open
+ * until then, but not so long that somebody between us and the client gives up. */
+void call_begin_late(struct routes *r);
+
+/* Answer with an error of ours. */
+void call_refuse(struct http_request *http, enum status status, const char *text);
+/* Answer 200 with JSON, taking the buffer over. */
+void call_reply_json(struct http_request *http, struct bytes *body);
+
+#endif

@@ -1,0 +1,218 @@
+/* call_prepare.c - the part of a call before the engine: from a body to tokens. See call.h. */
+#include "server/call.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const char *input_field(const struct call *c)
+{
+    return c->request.n_messages ? "messages" : "prompt";
+}
+
+static enum status too_long(struct call *c, int64_t limit, int64_t found)
+{
+    c->code = "context_length_exceeded";
+    if (found < 0)
+        return fail_field(&c->error, STATUS_INVALID, input_field(c),
+                          "This model's maximum context length is %lld tokens. Your input is "
+                          "longer than that; please reduce its length.",
+                          (long long)limit);
+    return fail_field(&c->error, STATUS_INVALID, input_field(c),
+                      "This model's maximum context length is %lld tokens. However, your input "
+                      "has %lld tokens. Please reduce its length.",
+                      (long long)limit, (long long)found);
+}
+
+/* The most tokens a prompt may have. */
+static int64_t prompt_limit(const struct routes *r)
+{
+    int64_t limit = r->options->max_prompt_tokens, positions = r->info.max_position;
+    return positions > 0 && positions < limit ? positions : limit;
+}
+
+static enum status encode(struct call *c, struct codec_text text, unsigned flags,
+                          struct token_list *list)
+{
+    list->limit = (size_t)prompt_limit(c->routes);
+    enum status st =
+        tokenizer_encode(c->model->tokenizer, text.data, text.n, flags, list, &c->error);
+    return st == STATUS_TOO_LARGE ? too_long(c, (int64_t)list->limit, -1) : st;
+}
+
+static enum status take_prompts(struct call *c, size_t n)
+{
+    c->prompts = arena_take_array(&c->arena, n, sizeof(*c->prompts));
+    c->lists = arena_take_array(&c->arena, n, sizeof(*c->lists));
+    if (!c->prompts || !c->lists)
+        return fail(&c->error, STATUS_NOMEM, "out of memory for the prompts of a request");
+    c->n_prompts = n;
+    return STATUS_OK;
+}
+
+static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size_t n)
+{
+    int64_t limit = prompt_limit(c->routes);
+    if (n == 0) {
+        c->code = "empty_prompt";
+        return fail_field(&c->error, STATUS_INVALID, input_field(c),
+                          "Invalid '%s': expected at least one token, but got none.",
+                          input_field(c));
+    }
+    if (n > (size_t)limit)
+        return too_long(c, limit, (int64_t)n);
+    c->prompts[i].ids = ids;
+    c->prompts[i].n = n;
+    return STATUS_OK;
+}
+
+/* What echo gives back: the text as it was sent, or what the ids decode to. */
+static enum status set_echo(struct call *c, size_t i)
+{
+    const struct codec_prompt *p = &c->request.prompts[i];
+    c->prompts[i].echo = p->text;
+    if (p->text.data)
+        return STATUS_OK;
+    struct bytes text = {0};
+    enum status st = tokenizer_decode(c->model->tokenizer, p->tokens, p->n_tokens,
+                                      c->request.skip_special_tokens, &text, &c->error);
+    char *copy = st ? NULL : arena_copy(&c->arena, text.data, text.n);
+    c->prompts[i].echo = (struct codec_text){copy, text.n};
+    bytes_free(&text);
+    if (!st && !copy)
+        st = fail(&c->error, STATUS_NOMEM, "out of memory for the echo of a prompt");
+    return st;
+}
+
+static enum status prepare_prompt(struct call *c, size_t i)
+{
+    const struct codec_prompt *p = &c->request.prompts[i];
+    enum status st = STATUS_OK;
+    if (p->text.data) {
+        unsigned flags = c->request.add_special_tokens ? TOKENIZER_ADD_SPECIAL : 0;
+        st = encode(c, p->text, flags, &c->lists[i]);
+        if (!st)
+            st = set_prompt(c, i, c->lists[i].ids, c->lists[i].n);
+    } else {
+        st = set_prompt(c, i, p->tokens, p->n_tokens);
+    }
+    if (!st && c->request.echo)
+        st = set_echo(c, i);
+    return st;
+}
+
+static enum status prepare_completion(struct call *c)
+{
+    enum status st = take_prompts(c, c->request.n_prompts);
+    for (size_t i = 0; i < c->request.n_prompts && !st; i++)
+        st = prepare_prompt(c, i);
+    return st;
+}
+
+/* Render the messages and tokenize the text. What the template refuses is the request's
+ * fault, and so is chat with a model that has no template. */
+static enum status encode_chat(struct call *c, struct token_list *list)
+{
+    const struct codec_request *q = &c->request;
+    unsigned flags = (q->add_generation_prompt ? CHAT_ADD_GENERATION_PROMPT : 0) |
+                     (q->continue_final_message ? CHAT_CONTINUE_FINAL_MESSAGE : 0);
+    struct bytes text = {0};
+    enum status st = chat_template_render(c->model->chat_template, q->messages, q->n_messages,
+                                          flags, &text, &c->error);
+    if (st == STATUS_UNSUPPORTED || st == STATUS_INVALID) {
+        snprintf(c->error.field, sizeof(c->error.field), "messages");
+        st = c->error.status = STATUS_INVALID;
+    } else if (text.failed) {
+        st = fail(&c->error, STATUS_NOMEM, "out of memory for the text of a conversation");
+    }
+    if (!st) {
+        unsigned special = q->add_special_tokens ? TOKENIZER_ADD_SPECIAL : 0;
+        st = encode(c, (struct codec_text){text.n ? text.data : "", text.n}, special, list);
+    }
+    bytes_free(&text);
+    return st;
+}
+
+/* The texts that end an assistant's turn, where the tokenizer knows them as tokens. */
+static void add_template_stops(struct call *c)
+{
+    const char *texts[4];
+    struct codec_request *q = &c->request;
+    int n = q->ignore_eos ? 0 : chat_template_stops(c->model->chat_template, texts);
+    for (int i = 0; i < n && q->n_stop_tokens < SAMPLER_MAX_STOP_TOKENS; i++) {
+        int32_t id = tokenizer_find(c->model->tokenizer, texts[i], strlen(texts[i]));
+        if (id >= 0 && id < c->routes->context.vocab_size)
+            q->stop_tokens[q->n_stop_tokens++] = id;
+    }
+}
+
+static enum status prepare_chat(struct call *c)
+{
+    enum status st = take_prompts(c, 1);
+    if (!st)
+        st = encode_chat(c, &c->lists[0]);
+    if (!st)
+        st = set_prompt(c, 0, c->lists[0].ids, c->lists[0].n);
+    if (!st)
+        add_template_stops(c);
+    return st;
+}
+
+static enum status prepare_tokenize(struct call *c)
+{
+    const struct codec_request *q = &c->request;
+    unsigned flags = (q->add_special_tokens ? TOKENIZER_ADD_SPECIAL : 0) |
+                     (q->parse_special ? 0 : TOKENIZER_NO_PARSE_SPECIAL);
+    struct token_list list = {0};
+    enum status st =
+        q->n_messages ? encode_chat(c, &list) : encode(c, q->prompts[0].text, flags, &list);
+    if (!st)
+        codec_write_tokenized(&c->reply, q, c->model->tokenizer, list.ids, list.n,
+                              prompt_limit(c->routes));
+    token_list_free(&list);
+    return st;
+}
+
+static enum status prepare_detokenize(struct call *c)
+{
+    const struct codec_prompt *p = c->request.prompts;
+    struct bytes text = {0};
+    enum status st = tokenizer_decode(c->model->tokenizer, p->tokens, p->n_tokens,
+                                      c->request.skip_special_tokens, &text, &c->error);
+    if (!st)
+        codec_write_detokenized(&c->reply, text.n ? text.data : "", text.n);
+    c->reply.failed |= text.failed;
+    bytes_free(&text);
+    return st;
+}
+
+static enum status check_model(struct call *c)
+{
+    const char *name = c->request.model;
+    if (!name || !strcmp(name, c->model->name))
+        return STATUS_OK;
+    struct codec_text shown = codec_clip(name);
+    c->code = "model_not_found";
+    return fail_field(&c->error, STATUS_NOT_FOUND, "model",
+                      "The model `%.*s` does not exist; this server has `%s`.", (int)shown.n,
+                      shown.data, codec_clip(c->model->name).data);
+}
+
+void call_prepare(struct call *c)
+{
+    static enum status (*const steps[CODEC_API_COUNT])(struct call *) = {
+        [CODEC_COMPLETIONS] = prepare_completion,
+        [CODEC_CHAT] = prepare_chat,
+        [CODEC_TOKENIZE] = prepare_tokenize,
+        [CODEC_DETOKENIZE] = prepare_detokenize,
+    };
+    enum status st = codec_read(&c->request, c->api, c->body, c->n_body, &c->routes->context,
+                                &c->arena, &c->error);
+    c->code = c->request.code;
+    if (!st)
+        st = check_model(c);
+    if (!st)
+        st = steps[c->api](c);
+    if (!st && c->reply.failed)
+        st = fail(&c->error, STATUS_NOMEM, "out of memory while writing the reply");
+    c->status = st;
+}
