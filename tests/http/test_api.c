@@ -11,6 +11,7 @@
 
 #include "engine/base/json.h"
 #include "engine/base/utf8.h"
+#include "tests/unit/model_files.h"
 
 #define COMPLETIONS "/v1/completions"
 #define CHAT "/v1/chat/completions"
@@ -310,7 +311,7 @@ static void test_chat_chunks(void **state)
     streamed_free(&s);
 }
 
-static void test_models(void **state)
+static void test_model_list(void **state)
 {
     (void)state;
     struct reply reply;
@@ -712,7 +713,10 @@ static void test_stop_strings(void **state)
     for (size_t at = 3; at + 12 < n && n_tried < 6; at += n / 8) {
         char stop[16] = {0};
         memcpy(stop, text + at, 7);
-        if (utf8_valid_prefix(stop, 7) != 7 || strpbrk(stop, "\"\\\n\r\t"))
+        bool plain = utf8_valid_prefix(stop, 7) == 7;
+        for (int i = 0; i < 7; i++)
+            plain = plain && (unsigned char)stop[i] >= ' ' && !strchr("\"\\\x7f", stop[i]);
+        if (!plain)
             continue;
         n_tried++;
         size_t expected = (size_t)(strstr(text, stop) - text);
@@ -1259,6 +1263,28 @@ static void test_hang_up(void **state)
     assert_true(server_await_metric(&server, "latte_requests_running", 0, 10000));
 }
 
+/* A model without a chat template, or with one that nobody knows, completes but does not chat. */
+static void test_no_template(void **state)
+{
+    (void)state;
+    static const char *const configs[] = {"{}", "{\"chat_template\":\"{{ something(else) }}\"}"};
+    for (size_t i = 0; i < COUNT_OF(configs); i++) {
+        char dir[160];
+        struct server s;
+        struct reply reply;
+        make_tiny_model(dir, sizeof(dir));
+        test_file_write(dir, "tokenizer_config.json", configs[i], strlen(configs[i]));
+        server_start(&s, (const char *const[]){"--model", dir, NULL});
+        cJSON_Delete(post_to(&s, COMPLETIONS, "{" P ",\"max_tokens\":1}"));
+        client_post(&s, CHAT, "{" M "}", &reply);
+        assert_error_object(&reply, 400, "invalid_request_error", NULL);
+        assert_non_null(strstr(reply.body.data, "template"));
+        reply_free(&reply);
+        server_stop(&s);
+        test_dir_remove(dir);
+    }
+}
+
 static int raw_post(const struct server *s, const char *body)
 {
     char text[500];
@@ -1316,7 +1342,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_completion_shape),
         cmocka_unit_test(test_chat_shape),
         cmocka_unit_test(test_chat_chunks),
-        cmocka_unit_test(test_models),
+        cmocka_unit_test(test_model_list),
         cmocka_unit_test(test_usage_counts_tokens),
         cmocka_unit_test(test_tokenize),
         cmocka_unit_test(test_chat_prompts),
@@ -1343,6 +1369,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_queue_full),
         cmocka_unit_test(test_request_timeout),
+        cmocka_unit_test(test_no_template),
         cmocka_unit_test(test_hang_up),
         cmocka_unit_test(test_waiting_stream),
         cmocka_unit_test(test_metrics),
