@@ -1,6 +1,6 @@
 """Trains a Latte language model from scratch; stops on a clock or after a number of tokens.
 
-    python train.py --data DATA --config ../latte-12m/config.json --out RUN --minutes 17
+    python train.py --data DATA --config ../latte-12m/config.json --out RUN --minutes 10
 
 Training is stateful: each of --rows rows reads its own strip of text in segments of --segment
 tokens, and the state of every layer goes, without gradient, from one segment to the next. So the
@@ -215,7 +215,7 @@ def arguments():
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=17, help="length of the run, by the clock")
+    parser.add_argument("--minutes", type=float, default=10, help="length of the run, by the clock")
     parser.add_argument("--tokens", type=int, help="length of the run in tokens, instead")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--segment", type=int, default=1024)
