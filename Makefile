@@ -27,8 +27,8 @@ LDFLAGS  += -pthread $(SAN_FLAGS)
 LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lopenblas -lm
 TEST_LIBS := -lcmocka -lcurl -lyaml
 
-# Mains are linked one by one; everything else goes into one archive.
-MAINS    := server/main.c engine/run_main.c tests/bench/bench_main.c
+# What belongs to one program is linked into it; everything else goes into one archive.
+MAINS    := server/main.c
 LIB_SRC  := $(filter-out $(MAINS),$(wildcard engine/base/*.c engine/*.c engine/kernels/*.c weights/*.c server/*.c))
 LIB_OBJ  := $(LIB_SRC:%.c=$(BUILD)/%.o)
 LIB      := $(BUILD)/liblatte.a
@@ -38,6 +38,7 @@ UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/u
 HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/http/test_*.c))
 HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/test_*.c),$(wildcard tests/http/*.c)) tests/unit/model_files.c)
 UNIT_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/unit/test_*.c),$(wildcard tests/unit/*.c)))
+RUN_SRC    := $(wildcard engine/run/*.c)
 BENCH_SRC  := $(wildcard tests/bench/*.c)
 FUZZERS    := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
 FUZZ_HELP  := $(BUILD)/tests/fuzz/driver.o $(BUILD)/tests/fuzz/files.o
@@ -83,7 +84,7 @@ $(LIB): $(LIB_OBJ)
 $(BUILD)/latte-server: $(BUILD)/server/main.o $(LIB)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
-$(BUILD)/latte-run: $(BUILD)/engine/run_main.o $(LIB)
+$(BUILD)/latte-run: $(RUN_SRC:%.c=$(BUILD)/%.o) $(LIB)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(BUILD)/latte-bench: $(BENCH_SRC:%.c=$(BUILD)/%.o) $(LIB)

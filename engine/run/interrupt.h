@@ -1,0 +1,24 @@
+/* interrupt.h - Ctrl-C ends the generation, and what there is is still reported.
+ *
+ * The first SIGINT or SIGTERM cancels the current job; with no job, or the second time, it ends
+ * the process with INTERRUPTED_EXIT.
+ *
+ * Threads: a thread of its own acts on signals; the functions are for main.
+ * Memory:  the current job is borrowed: take it back (NULL) before releasing it.
+ * Errors:  NOMEM when the thread cannot be started.
+ */
+#ifndef LATTE_RUN_INTERRUPT_H
+#define LATTE_RUN_INTERRUPT_H
+
+#include <stdbool.h>
+
+#include "engine/base/error.h"
+#include "engine/job.h"
+
+enum { INTERRUPTED_EXIT = 130 }; /* as shells have it */
+
+enum status interrupt_catch(struct error *err);
+void interrupt_set_job(struct job *job); /* what a signal cancels; NULL for nothing */
+bool interrupt_happened(void);           /* a job was cancelled by a signal */
+
+#endif

@@ -1,0 +1,45 @@
+/* main.c - latte-run: one prompt on the terminal, or the perplexity of a text.
+ *
+ * The completion goes to stdout as it comes, everything else to stderr. Exit code 0; 1 with one
+ * sentence on any error; 130 after Ctrl-C, which ends the generation and still reports.
+ *
+ * Threads: main, the engine's, and one that acts on SIGINT and SIGTERM.
+ */
+#include <stdio.h>
+
+#include "engine/base/version.h"
+#include "engine/run/interrupt.h"
+#include "engine/run/run.h"
+
+static enum status run(struct run *r, struct error *err)
+{
+    enum status st = interrupt_catch(err);
+    if (!st)
+        st = run_load(r, err);
+    if (!st)
+        st = r->options.perplexity_file ? perplexity(r, err) : complete(r, err);
+    run_close(r);
+    return st;
+}
+
+int main(int argc, char **argv)
+{
+    struct run r = {0};
+    struct error err;
+    enum status st = run_options_parse(&r.options, argc, argv, &err);
+    if (!st && r.options.help) {
+        run_options_help();
+        return 0;
+    }
+    if (!st && r.options.version) {
+        puts("latte-run " LATTE_VERSION);
+        return 0;
+    }
+    if (!st)
+        st = run(&r, &err);
+    if (st) {
+        fprintf(stderr, "latte-run: %s\n", err.text);
+        return 1;
+    }
+    return interrupt_happened() ? INTERRUPTED_EXIT : 0;
+}

@@ -1,0 +1,196 @@
+/* options.c - see options.h */
+#include "engine/run/options.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum value_kind { VALUE_FLAG, VALUE_TEXT, VALUE_NUMBER, VALUE_INT, VALUE_SEED };
+
+struct option_row {
+    const char *name;
+    char letter; /* 0 for none */
+    const char *argument, *help;
+    enum value_kind kind;
+    size_t offset; /* in struct run_options */
+};
+
+#define ROW(name, letter, argument, kind, field, help)                                             \
+    {                                                                                              \
+        name, letter, argument, help, kind, offsetof(struct run_options, field)                    \
+    }
+
+static const struct option_row rows[] = {
+    ROW("model", 'm', "DIR", VALUE_TEXT, model_dir, "model directory"),
+    ROW("prompt", 'p', "TEXT", VALUE_TEXT, prompt, "text to complete"),
+    ROW("file", 'f', "FILE", VALUE_TEXT, prompt_file, "read the prompt from FILE, - for stdin"),
+    ROW("chat", 'c', NULL, VALUE_FLAG, chat, "answer the prompt through the model's chat template"),
+    ROW("system", 0, "TEXT", VALUE_TEXT, system, "with --chat: the system message"),
+    ROW("max-tokens", 'n', "N", VALUE_INT, max_tokens,
+        "tokens at most (default: the model's, else 256)"),
+    ROW("temperature", 't', "X", VALUE_NUMBER, temperature, "0 is greedy"),
+    ROW("top-k", 0, "N", VALUE_INT, top_k, "keep the N likeliest tokens, 0 for all"),
+    ROW("top-p", 0, "X", VALUE_NUMBER, top_p, "keep the likeliest tokens that sum to X"),
+    ROW("min-p", 0, "X", VALUE_NUMBER, min_p, "keep tokens X times as likely as the likeliest"),
+    ROW("typical-p", 0, "X", VALUE_NUMBER, typical_p, "keep the most typical tokens that sum to X"),
+    ROW("repetition-penalty", 0, "X", VALUE_NUMBER, repetition_penalty, "1 is none"),
+    ROW("seed", 's', "N", VALUE_SEED, seed, "the same seed gives the same text"),
+    ROW("ignore-eos", 0, NULL, VALUE_FLAG, ignore_eos, "go on after the end of the text"),
+    ROW("echo", 0, NULL, VALUE_FLAG, echo, "print the prompt first"),
+    ROW("perplexity", 0, "FILE", VALUE_TEXT, perplexity_file,
+        "print perplexity and bits per byte of FILE instead, - for stdin"),
+    ROW("threads", 0, "N", VALUE_INT, threads, "0 (default): one per core"),
+    ROW("device", 0, "NAME", VALUE_TEXT, device, "auto, cpu or ref"),
+    ROW("weight-dtype", 0, "NAME", VALUE_TEXT, weight_dtype, "auto, f32 or bf16"),
+    ROW("quiet", 'q', NULL, VALUE_FLAG, quiet, "nothing but the text"),
+    ROW("help", 'h', NULL, VALUE_FLAG, help, "print this"),
+    ROW("version", 0, NULL, VALUE_FLAG, version, "print the version"),
+};
+enum { N_ROWS = sizeof(rows) / sizeof(rows[0]) };
+
+void run_options_help(void)
+{
+    printf(
+        "Usage: latte-run -m DIR -p TEXT [options]\n\n"
+        "Complete a prompt with a Latte model. Sampling options that are not given are those of\n"
+        "the model's generation_config.json.\n\n");
+    for (int i = 0; i < N_ROWS; i++) {
+        char name[40];
+        snprintf(name, sizeof(name), "--%s%s%s", rows[i].name, rows[i].argument ? " " : "",
+                 rows[i].argument ? rows[i].argument : "");
+        if (rows[i].letter)
+            printf("  -%c, %-24s %s\n", rows[i].letter, name, rows[i].help);
+        else
+            printf("      %-24s %s\n", name, rows[i].help);
+    }
+}
+
+static enum status set_option(struct run_options *o, const struct option_row *row, const char *text,
+                              struct error *err)
+{
+    void *field = (char *)o + row->offset;
+    const char *end = text;
+    bool in_range = true;
+    errno = 0;
+    switch (row->kind) {
+    case VALUE_FLAG:
+        *(bool *)field = true;
+        return STATUS_OK;
+    case VALUE_TEXT:
+        *(const char **)field = text;
+        return STATUS_OK;
+    case VALUE_NUMBER:
+        *(double *)field = strtod(text, (char **)&end);
+        in_range = isfinite(*(double *)field);
+        break;
+    case VALUE_INT:
+        *(int64_t *)field = strtoll(text, (char **)&end, 10);
+        in_range = !errno && llabs(*(int64_t *)field) <= INT32_MAX;
+        break;
+    case VALUE_SEED:
+        *(uint64_t *)field = strtoull(text, (char **)&end, 10);
+        in_range = !errno;
+        o->has_seed = true;
+        break;
+    }
+    if (end == text || *end || !in_range)
+        return fail(err, STATUS_INVALID, "--%s: \"%s\" is not a number it takes", row->name, text);
+    return STATUS_OK;
+}
+
+static enum status check_options(const struct run_options *o, struct error *err)
+{
+    int n_texts = (o->prompt != NULL) + (o->prompt_file != NULL) + (o->perplexity_file != NULL);
+    if (!o->model_dir)
+        return fail(err, STATUS_INVALID, "no model: give its directory with -m DIR");
+    if (n_texts != 1)
+        return fail(err, STATUS_INVALID, "give one of -p TEXT, -f FILE and --perplexity FILE%s",
+                    n_texts ? ", not several" : "");
+    if (o->system && !o->chat)
+        return fail(err, STATUS_INVALID, "--system is for --chat");
+    if (o->max_tokens != INT64_MIN && o->max_tokens < 0)
+        return fail(err, STATUS_INVALID, "--max-tokens is %" PRId64 "; it must be 0 or more",
+                    o->max_tokens);
+    return STATUS_OK;
+}
+
+/* The rows as getopt_long wants them. A long option's value is FIRST_LONG + its row. */
+struct getopt_tables {
+    struct option longs[N_ROWS + 1];
+    char shorts[2 * N_ROWS + 2];
+};
+
+enum { FIRST_LONG = 1000 };
+
+static void fill_tables(struct getopt_tables *t)
+{
+    char *s = t->shorts;
+    *t = (struct getopt_tables){0};
+    *s++ = ':'; /* a missing value is told from an unknown option */
+    for (int i = 0; i < N_ROWS; i++) {
+        int has_argument = rows[i].argument ? required_argument : no_argument;
+        t->longs[i] = (struct option){rows[i].name, has_argument, NULL, FIRST_LONG + i};
+        if (!rows[i].letter)
+            continue;
+        *s++ = rows[i].letter;
+        if (rows[i].argument)
+            *s++ = ':';
+    }
+}
+
+/* The row of what getopt_long returned, NULL for none. */
+static const struct option_row *row_of(int found)
+{
+    if (found >= FIRST_LONG)
+        return &rows[found - FIRST_LONG];
+    for (int i = 0; i < N_ROWS; i++)
+        if (rows[i].letter == found)
+            return &rows[i];
+    return NULL;
+}
+
+static enum status read_options(struct run_options *o, int argc, char **argv, struct error *err)
+{
+    struct getopt_tables tables;
+    fill_tables(&tables);
+    opterr = 0;
+    for (int c; (c = getopt_long(argc, argv, tables.shorts, tables.longs, NULL)) != -1;) {
+        const struct option_row *row = row_of(c);
+        if (c == ':')
+            return fail(err, STATUS_INVALID, "%s needs a value", argv[optind - 1]);
+        if (!row)
+            return fail(err, STATUS_INVALID, "%s is no option; see --help", argv[optind - 1]);
+        enum status st = set_option(o, row, optarg, err);
+        if (st)
+            return st;
+    }
+    return STATUS_OK;
+}
+
+enum status run_options_parse(struct run_options *out, int argc, char **argv, struct error *err)
+{
+    struct run_options o = {
+        .device = "auto",
+        .weight_dtype = "auto",
+        .temperature = NAN,
+        .top_p = NAN,
+        .min_p = NAN,
+        .typical_p = NAN,
+        .repetition_penalty = NAN,
+        .top_k = INT64_MIN,
+        .max_tokens = INT64_MIN,
+    };
+    enum status st = read_options(&o, argc, argv, err);
+    if (!st && !o.help && !o.version && optind < argc)
+        st = fail(err, STATUS_INVALID,
+                  "\"%s\" is left over; a prompt of several words needs quotes", argv[optind]);
+    if (!st && !o.help && !o.version)
+        st = check_options(&o, err);
+    if (!st)
+        *out = o;
+    return st;
+}

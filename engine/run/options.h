@@ -1,0 +1,32 @@
+/* options.h - the command line of latte-run.
+ *
+ * Threads: no shared state.
+ * Memory:  texts are borrowed from argv.
+ * Errors:  INVALID, a sentence that names the option.
+ */
+#ifndef LATTE_RUN_OPTIONS_H
+#define LATTE_RUN_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "engine/base/error.h"
+
+/* What the command line says nothing about is NULL, false, NAN, or INT64_MIN. */
+struct run_options {
+    const char *model_dir, *prompt, *prompt_file, *perplexity_file, *system;
+    const char *device, *weight_dtype; /* as in engine.h */
+    double temperature, top_p, min_p, typical_p, repetition_penalty;
+    int64_t top_k, max_tokens; /* within int32 */
+    int64_t threads;           /* 0: one per core */
+    uint64_t seed;
+    bool has_seed, ignore_eos, echo, chat, quiet, help, version;
+};
+
+/* With help or version given nothing else is asked for; otherwise there is a model and exactly
+ * one text. argv is permuted. */
+enum status run_options_parse(struct run_options *out, int argc, char **argv, struct error *err);
+
+void run_options_help(void); /* to stdout */
+
+#endif
