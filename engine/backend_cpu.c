@@ -317,7 +317,8 @@ enum status backend_cpu_open_as(struct backend **out, const struct backend_optio
     c->options = *options;
     c->kernels = kernels;
     openblas_set_num_threads(1); /* the pool's threads each call it for a part */
-    c->library_gemm = cpu_library_is_right();
+    c->library_gemm =
+        (kernels != kernels_find("avx512") || cpu_library_is_wide()) && cpu_library_is_right();
     enum status st = pool_open(&c->pool, options->n_threads, err);
     if (!st)
         st = take_memory(c, err);

@@ -81,6 +81,8 @@ enum status backend_cpu_open_as(struct backend **out, const struct backend_optio
 size_t cpu_linear_scratch(const struct backend_options *options);
 /* Compare the library's GEMM with plain loops: it has been wrong on processors it is older than. */
 bool cpu_library_is_right(void);
+/* Does the library compute with AVX-512 here? Otherwise the AVX-512 kernels are twice as fast. */
+bool cpu_library_is_wide(void);
 void cpu_plan_rows(struct cpu *c);
 
 enum status cpu_linear_open(struct backend *b, struct linear *out, const void *src,

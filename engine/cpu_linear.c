@@ -336,6 +336,16 @@ static bool product_is_right(int m, int n, int k)
     return true;
 }
 
+bool cpu_library_is_wide(void)
+{
+    static const char *const wide[] = {"SkylakeX", "Cooperlake", "SapphireRapids"};
+    const char *core = openblas_get_corename();
+    for (size_t i = 0; i < sizeof(wide) / sizeof(*wide); i++)
+        if (!strcmp(core, wide[i]))
+            return true;
+    return false;
+}
+
 bool cpu_library_is_right(void)
 {
     static const int sizes[][3] = {{1, 1, 1},     {3, 17, 5},     {16, 16, 16}, {33, 65, 97},

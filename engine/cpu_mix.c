@@ -549,6 +549,7 @@ void cpu_window(struct backend *b, struct buffer *out, const struct buffer *p0,
     struct cpu *c = cpu_of(b);
     const struct step *step = c->step;
     int H = shape->n_heads, KV = shape->n_kv_heads;
+    CHECK(H * shape->head_dim <= c->options.max_dim);
     struct window_call call = {
         .cpu = c,
         .out = values(out),

@@ -15,11 +15,17 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 /* About 20 microseconds: longer than the gap between two ops of a step, shorter than what
  * another process would miss. */
 enum { N_SPINS = 600 };
+
+/* When another process has put aside a worker that holds an item, the loop waits for as long
+ * as that process may run. The caller then works alone for a while, in proportion to what it
+ * lost, instead of losing as much in every loop. */
+enum { STALL_NS = 300000, ALONE_FACTOR = 8 };
 
 struct pool {
     _Alignas(64) _Atomic uint64_t left; /* loop number << 32 | items not yet taken */
@@ -34,6 +40,7 @@ struct pool {
     void *context;
     uint32_t n_items;
 
+    int64_t alone_until_ns; /* the caller's own; 0: not alone */
     int n_threads;
     int n_started;
     struct worker *workers; /* [n_threads - 1], owned */
@@ -122,6 +129,28 @@ static void *worker_main(void *argument)
     return NULL;
 }
 
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void note_wait(struct pool *p, int64_t since_ns)
+{
+    int64_t now = now_ns(), lost = now - since_ns;
+    if (lost > STALL_NS)
+        p->alone_until_ns = now + lost * ALONE_FACTOR / (p->n_threads - 1);
+}
+
+/* Is the caller still to work alone? */
+static bool is_alone(struct pool *p)
+{
+    if (p->alone_until_ns && now_ns() >= p->alone_until_ns)
+        p->alone_until_ns = 0;
+    return p->alone_until_ns != 0;
+}
+
 static void wait_for_items(struct pool *p, uint32_t n_items)
 {
     for (int i = 0; i < N_SPINS; i++) {
@@ -129,6 +158,7 @@ static void wait_for_items(struct pool *p, uint32_t n_items)
             return;
         pause_cpu();
     }
+    int64_t since_ns = now_ns();
     atomic_store(&p->caller_sleeps, 1);
     for (;;) {
         uint32_t done = atomic_load(&p->n_done);
@@ -137,6 +167,7 @@ static void wait_for_items(struct pool *p, uint32_t n_items)
         futex_wait(&p->n_done, done);
     }
     atomic_store(&p->caller_sleeps, 0);
+    note_wait(p, since_ns);
 }
 
 static void wake_workers(struct pool *p, int n_wanted)
@@ -148,7 +179,7 @@ static void wake_workers(struct pool *p, int n_wanted)
 
 void pool_run(struct pool *p, int n_items, pool_fn *fn, void *context)
 {
-    if (n_items <= 1 || p->n_threads == 1) {
+    if (n_items <= 1 || p->n_threads == 1 || is_alone(p)) {
         for (int i = 0; i < n_items; i++)
             fn(context, i, 0);
         return;

@@ -242,7 +242,7 @@ static void gemm_bf16(const struct gemm *g)
 /* ---- dot products of rows with rows ---- */
 
 /* VL dot products at once, n_a x VL/n_a of them; sums[i * VL/n_a + j] = a_i . b_j. */
-INLINE vec dots_block(const float *const *a, const float *const *b, int n_a, int k)
+INLINE vec dots_block(const float *const *a, const float *const *b, size_t ahead, int n_a, int k)
 {
     vec acc[VL];
     int n_b = VL / n_a;
@@ -258,6 +258,8 @@ INLINE vec dots_block(const float *const *a, const float *const *b, int n_a, int
         UNROLL
         for (int j = 0; j < n_b; j++) {
             vec y = v_get(b[j] + at, lanes);
+            if (n_a == 1) /* one row does too little work for the keys to arrive unasked */
+                __builtin_prefetch(b[j] + at + ahead);
             UNROLL
             for (int i = 0; i < n_a; i++)
                 acc[i * n_b + j] = v_fma(x[i], y, acc[i * n_b + j]);
@@ -276,21 +278,36 @@ INLINE void row_pointers(const float **rows, const float *base, size_t stride, i
     }
 }
 
+/* Store what is inside the n_a x n_b results that are left. */
+INLINE void store_dots(float *out, size_t out_stride, vec sums, int step_a, int n_a, int n_b,
+                       const float *bias)
+{
+    if (step_a == 1) {
+        int lanes = n_b < VL ? n_b : VL;
+        v_put(out, bias ? v_add(sums, v_get(bias, lanes)) : sums, lanes);
+        return;
+    }
+    float results[VL];
+    int step_b = VL / step_a;
+    v_store(results, sums);
+    for (int r = 0; r < step_a && r < n_a; r++)
+        for (int c = 0; c < step_b && c < n_b; c++)
+            out[(size_t)r * out_stride + c] = results[r * step_b + c] + (bias ? bias[c] : 0);
+}
+
 static void dots(float *out, size_t out_stride, const float *a, size_t a_stride, int n_a,
                  const float *b, size_t b_stride, int n_b, const float *bias, int k)
 {
     int step_a = n_a > 1 ? 4 : 1, step_b = VL / step_a;
+    size_t ahead = (size_t)step_b * b_stride;
     for (int i = 0; i < n_a; i += step_a) {
         const float *x[4], *y[VL];
         row_pointers(x, a, a_stride, i, step_a, n_a);
         for (int j = 0; j < n_b; j += step_b) {
-            float sums[VL];
             row_pointers(y, b, b_stride, j, step_b, n_b);
-            v_store(sums, step_a == 4 ? dots_block(x, y, 4, k) : dots_block(x, y, 1, k));
-            for (int r = 0; r < step_a && i + r < n_a; r++)
-                for (int c = 0; c < step_b && j + c < n_b; c++)
-                    out[(size_t)(i + r) * out_stride + j + c] =
-                        sums[r * step_b + c] + (bias ? bias[j + c] : 0);
+            vec sums = step_a == 4 ? dots_block(x, y, ahead, 4, k) : dots_block(x, y, ahead, 1, k);
+            store_dots(out + (size_t)i * out_stride + j, out_stride, sums, step_a, n_a - i, n_b - j,
+                       bias ? bias + j : NULL);
         }
     }
 }
@@ -640,7 +657,7 @@ INLINE void accumulate_columns(float *out, size_t out_stride, const float *keep,
                                int rows, const float *v, size_t v_stride, int n_keys, int vecs,
                                int lanes)
 {
-    vec acc[4][4];
+    vec acc[4][8];
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
@@ -663,15 +680,22 @@ INLINE void accumulate_columns(float *out, size_t out_stride, const float *keep,
         v_put(out + i * out_stride + j * VL, acc[i][j], lanes);
 }
 
+#define ACCUMULATE_WHILE(vecs)                                                                     \
+    for (; i + vecs * VL <= d; i += vecs * VL)                                                     \
+    accumulate_columns(out + i, out_stride, keep, p, rows, v + i, v_stride, n_keys, vecs, VL)
+
 INLINE void accumulate_rows(float *out, size_t out_stride, const float *keep, const float *p,
                             int rows, const float *v, size_t v_stride, int n_keys, int d)
 {
     int i = 0;
-    for (; i + VALUE_VECS * VL <= d; i += VALUE_VECS * VL)
-        accumulate_columns(out + i, out_stride, keep, p, rows, v + i, v_stride, n_keys, VALUE_VECS,
-                           VL);
-    for (; i + VL <= d; i += VL)
-        accumulate_columns(out + i, out_stride, keep, p, rows, v + i, v_stride, n_keys, 1, VL);
+    /* As many sums at a time as there are registers: each waits for its own last product. */
+    if (rows == 1)
+        ACCUMULATE_WHILE(8);
+    if (rows == 1)
+        ACCUMULATE_WHILE(6);
+    ACCUMULATE_WHILE(VALUE_VECS);
+    ACCUMULATE_WHILE(2);
+    ACCUMULATE_WHILE(1);
     if (i < d)
         accumulate_columns(out + i, out_stride, keep, p, rows, v + i, v_stride, n_keys, 1, d - i);
 }

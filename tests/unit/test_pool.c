@@ -73,6 +73,30 @@ static void test_after_a_pause(void **state)
     pool_close(p);
 }
 
+/* A worker that is put aside while it holds an item: the loop waits for it, and the caller
+ * then works alone for a while. Nothing is lost or done twice on the way there and back. */
+static void stall_item(void *context, int item, int thread)
+{
+    if (thread > 0)
+        usleep(1000);
+    count_item(context, item, thread);
+}
+
+static void test_after_a_stall(void **state)
+{
+    (void)state;
+    static struct tally t;
+    struct pool *p;
+    assert_int_equal(pool_open(&p, 3, NULL), STATUS_OK);
+    for (int loop = 0; loop < 300; loop++) {
+        t = (struct tally){.n_threads = 3, .work = 200};
+        pool_run(p, 50, loop % 100 ? count_item : stall_item, &t);
+        for (int i = 0; i < 50; i++)
+            assert_int_equal(t.times[i], 1);
+    }
+    pool_close(p);
+}
+
 static void test_bad_sizes(void **state)
 {
     (void)state;
@@ -91,6 +115,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_item_once),
         cmocka_unit_test(test_after_a_pause),
+        cmocka_unit_test(test_after_a_stall),
         cmocka_unit_test(test_bad_sizes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
