@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -32,51 +31,10 @@ enum {
     STREAM_BLOCK_BYTES = 4096, /* for clients without chunked encoding */
     BODY_GRACE_S = 30,         /* a body must come at BODY_RATE bytes/s after this */
     BODY_RATE = 1024,
-    MAX_HEADERS = 16,
     SPARE_CONNECTIONS = 64,
 };
 
 static const char comment[] = ": keep-alive\n\n";
-
-struct header {
-    const char *name, *value;
-};
-
-struct http_request {
-    struct connection *connection;
-    struct http_server *server;
-    struct MHD_Connection *mhd;
-    struct arena arena;
-    const char *method, *path, *param;
-    const struct http_route *route; /* NULL when nothing matched */
-    char id[REQUEST_ID_BYTES];
-    int key_index;
-    int64_t arrival_ns;
-    struct http_framing framing;
-
-    struct bytes body;
-    uint64_t n_received, n_drained; /* body bytes kept or dropped */
-    bool handled;                   /* the handler was called */
-    bool deferred, suspended;
-    bool gone; /* the client left: nothing more is sent */
-
-    struct MHD_Response *response; /* chosen, not queued yet; owned */
-    int code;                      /* of the response, 0 while there is none */
-    bool refused;                  /* by this layer: the body is dropped */
-    struct header headers[MAX_HEADERS];
-    int n_headers;
-
-    http_source_read *read; /* of a stream */
-    void *read_context;
-    bool is_event_stream, comment_due;
-    char tail[2];         /* the last bytes of the stream */
-    int64_t last_sent_ns; /* on a stream */
-    uint64_t n_sent;
-
-    void (*on_close)(void *context, bool delivered);
-    void *on_close_context;
-    int64_t prompt_tokens, output_tokens;
-};
 
 /* Replies. */
 
@@ -186,10 +144,9 @@ void http_defer(struct http_request *r)
 }
 
 /* A refusal of this layer: what comes of the body is dropped. */
-static void refuse(struct http_request *r, int http_code, const char *message)
+void request_refuse(struct http_request *r, int http_code, const char *message)
 {
     http_drop_body(r);
-    r->refused = true;
     reply_error(r, http_code, message, NULL, NULL);
 }
 
@@ -292,145 +249,6 @@ static struct http_verdict check_framing(struct http_request *r, const char *ver
     return http_framing_verdict(&r->framing, r->server->options.max_body_mb << 20);
 }
 
-static bool is_sane_id(const char *id)
-{
-    size_t n = strlen(id);
-    for (size_t i = 0; i < n; i++) {
-        bool ok = (id[i] >= '0' && id[i] <= '9') || (id[i] >= 'a' && id[i] <= 'z') ||
-                  (id[i] >= 'A' && id[i] <= 'Z') || strchr("-_.", id[i]);
-        if (!ok)
-            return false;
-    }
-    return n > 0 && n < REQUEST_ID_BYTES;
-}
-
-/* The client's own id when it is harmless in a log; else one of ours, that none can guess the
- * next of: a counter run through a 64-bit mix. */
-static void choose_id(struct http_request *r)
-{
-    const char *given = http_header(r, "X-Request-Id");
-    if (given && is_sane_id(given)) {
-        snprintf(r->id, sizeof(r->id), "%s", given);
-        return;
-    }
-    struct http_server *s = r->server;
-    uint64_t x = s->id_seed + ++s->n_requests * 0x9E3779B97F4A7C15ull;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    snprintf(r->id, sizeof(r->id), "req_%016llx%08llx", (unsigned long long)(x ^ (x >> 31)),
-             (unsigned long long)(s->n_requests & 0xFFFFFFFF));
-}
-
-static bool is_json_type(const char *type)
-{
-    /* curl -d says "form" of anything; nobody sends a form here. */
-    static const char *const accepted[] = {"application/json", "application/x-www-form-urlencoded",
-                                           "text/json"};
-    if (!type)
-        return true;
-    size_t n = strcspn(type, "; \t");
-    for (size_t i = 0; i < sizeof(accepted) / sizeof(*accepted); i++) {
-        if (strlen(accepted[i]) == n && !strncasecmp(type, accepted[i], n))
-            return true;
-    }
-    return n > 17 && !strncasecmp(type, "application/", 12) &&
-           !strncasecmp(type + n - 5, "+json", 5);
-}
-
-static bool is_utf8_charset(const char *type)
-{
-    const char *charset = type ? strcasestr(type, "charset=") : NULL;
-    if (!charset)
-        return true;
-    charset += 8;
-    charset += *charset == '"';
-    return !strncasecmp(charset, "utf-8", 5) || !strncasecmp(charset, "us-ascii", 8);
-}
-
-static void check_json_body(struct http_request *r)
-{
-    const char *type = http_header(r, "Content-Type");
-    const char *coding = http_header(r, "Content-Encoding");
-    if (!r->framing.n_length && !r->framing.n_coding)
-        refuse(r, 411, "The request has no body: send JSON with Content-Length, or chunked.");
-    else if (!is_json_type(type) || !is_utf8_charset(type))
-        refuse(r, 415, "The body must be JSON in UTF-8: Content-Type: application/json.");
-    else if (coding && strcasecmp(coding, "identity"))
-        refuse(r, 415, "The body must not be compressed: no Content-Encoding is supported.");
-}
-
-static void check_key(struct http_request *r)
-{
-    struct api_keys *keys = r->server->keys;
-    if (!keys)
-        return;
-    const char *authorization = http_header(r, "Authorization");
-    r->key_index = api_keys_find(keys, authorization);
-    if (r->key_index != API_KEYS_NONE || (r->route->flags & HTTP_ROUTE_OPEN))
-        return;
-    http_set_header(r, "WWW-Authenticate", "Bearer realm=\"latte-server\"");
-    if (authorization)
-        refuse(r, 401, "Incorrect API key provided.");
-    else
-        refuse(r, 401,
-               "You didn't provide an API key. Send it in an Authorization header: "
-               "Authorization: Bearer YOUR_KEY.");
-}
-
-static void refuse_method(struct http_request *r)
-{
-    struct bytes allow = {0};
-    const struct http_config *config = &r->server->config;
-    route_allow(config->routes, config->n_routes, r->path, &allow);
-    http_set_header(r, "Allow", allow.data ? allow.data : "OPTIONS");
-    bytes_free(&allow);
-    char message[160];
-    snprintf(message, sizeof(message), "Not allowed to %.32s on %.96s.", r->method, r->path);
-    refuse(r, 405, message);
-}
-
-/* A browser asks before it sends; without --cors-origin it gets no permission. */
-static void reply_options(struct http_request *r)
-{
-    struct bytes allow = {0};
-    const struct http_config *config = &r->server->config;
-    route_allow(config->routes, config->n_routes, r->path, &allow);
-    const char *methods = allow.data ? allow.data : "OPTIONS";
-    http_set_header(r, "Allow", methods);
-    if (r->server->options.cors_origin) {
-        const char *wanted = http_header(r, "Access-Control-Request-Headers");
-        http_set_header(r, "Access-Control-Allow-Methods", methods);
-        http_set_header(r, "Access-Control-Allow-Headers",
-                        wanted ? wanted : "Authorization, Content-Type");
-        http_set_header(r, "Access-Control-Max-Age", "600");
-    }
-    bytes_free(&allow);
-    r->refused = true;
-    http_reply(r, 204, NULL, "", 0);
-}
-
-/* Find the route and refuse what can be refused by the header alone. */
-static void route(struct http_request *r)
-{
-    const struct http_config *config = &r->server->config;
-    struct route_match found = route_find(config->routes, config->n_routes, r->method, r->path);
-    r->route = found.route;
-    r->param = found.param;
-    char message[160];
-    if (!found.path_exists) {
-        snprintf(message, sizeof(message), "Invalid URL (%.32s %.96s)", r->method, r->path);
-        refuse(r, 404, message);
-    } else if (!strcmp(r->method, "OPTIONS")) {
-        reply_options(r);
-    } else if (!found.route) {
-        refuse_method(r);
-    } else {
-        check_key(r);
-        if (!r->code && (found.route->flags & HTTP_ROUTE_JSON))
-            check_json_body(r);
-    }
-}
-
 /* The path of "http://host/path" is what follows the host. */
 static const char *path_of(const char *url)
 {
@@ -463,13 +281,13 @@ static struct http_request *request_begin(struct http_server *s, struct MHD_Conn
     r->arrival_ns = http_now_ns();
     r->prompt_tokens = r->output_tokens = -1;
     s->n_active++;
-    choose_id(r);
+    request_choose_id(r);
     struct http_verdict verdict = check_framing(r, version);
     if (verdict.code) {
         http_set_header(r, "Connection", "close");
-        refuse(r, verdict.code, verdict.message);
+        request_refuse(r, verdict.code, verdict.message);
     } else {
-        route(r);
+        request_admit(r);
     }
     return r;
 }
@@ -498,18 +316,18 @@ static void keep_body(struct http_request *r, const char *data, size_t n)
     size_t limit = (size_t)s->options.max_body_mb << 20;
     size_t all = (size_t)s->options.max_buffered_mb << 20;
     if (n > limit - r->body.n) {
-        refuse(r, 413, "The request body is larger than the server accepts.");
+        request_refuse(r, 413, "The request body is larger than the server accepts.");
         return;
     }
     if (s->buffered_bytes > all || r->body.n + n > all - s->buffered_bytes + r->body.cap) {
-        refuse(r, 503, "The server is receiving as much as it can hold. Try again later.");
+        request_refuse(r, 503, "The server is receiving as much as it can hold. Try again later.");
         return;
     }
     size_t before = r->body.cap;
     bytes_append(&r->body, data, n);
     s->buffered_bytes += r->body.cap - before;
     if (r->body.failed)
-        refuse(r, 503, "The server is out of memory.");
+        request_refuse(r, 503, "The server is out of memory.");
 }
 
 /* False: the client sends on and on after it was refused. */

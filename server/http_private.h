@@ -1,6 +1,7 @@
 /* http_private.h - what http.c, http_loop.c and their helpers share; for no one else.
  *
  *   http.c         requests and replies: the owner of libmicrohttpd
+ *   http_admit.c   what a request's header decides: route, key, type of body
  *   http_loop.c    the io thread: epoll, accept, the door, timers, stop order
  *   http_socket.c  listening sockets and socket options
  *   http_route.c   paths and methods
@@ -32,6 +33,7 @@ enum {
     REQUEST_ID_BYTES = 72,
     CLIENT_BYTES = 64,
     PEEK_BYTES = HTTP_HEADER_LIMIT + 1,
+    MAX_HEADERS = 16, /* that a handler sets */
 };
 
 enum connection_place { AT_DOOR, LINGERING, INSIDE };
@@ -46,6 +48,46 @@ struct connection {
     int64_t deadline_ns;       /* for the header, or the end of lingering; 0 for none */
     size_t header_seen;        /* inside, between requests: bytes of the next header */
     char client[CLIENT_BYTES]; /* its address, for the log */
+};
+
+struct header {
+    const char *name, *value;
+};
+
+/* One request, from its header to on_completed in http.c, which frees it. */
+struct http_request {
+    struct connection *connection;
+    struct http_server *server;
+    struct MHD_Connection *mhd;
+    struct arena arena;
+    const char *method, *path, *param;
+    const struct http_route *route; /* NULL when nothing matched */
+    char id[REQUEST_ID_BYTES];
+    int key_index;
+    int64_t arrival_ns;
+    struct http_framing framing;
+
+    struct bytes body;
+    uint64_t n_received, n_drained; /* body bytes kept or dropped */
+    bool handled;                   /* the handler was called */
+    bool deferred, suspended;
+    bool gone; /* the client left: nothing more is sent */
+
+    struct MHD_Response *response; /* chosen, not queued yet; owned */
+    int code;                      /* of the response, 0 while there is none */
+    struct header headers[MAX_HEADERS];
+    int n_headers;
+
+    http_source_read *read; /* of a stream */
+    void *read_context;
+    bool is_event_stream, comment_due;
+    char tail[2];         /* the last bytes of the stream */
+    int64_t last_sent_ns; /* on a stream */
+    uint64_t n_sent;
+
+    void (*on_close)(void *context, bool delivered);
+    void *on_close_context;
+    int64_t prompt_tokens, output_tokens;
 };
 
 struct http_server {
@@ -96,6 +138,10 @@ void route_allow(const struct http_route *routes, size_t n, const char *path, st
 const char *http_reason(int http_code);
 const char *http_error_code(int http_code); /* OpenAI's "code" for errors of this layer */
 
+/* http_admit.c */
+void request_choose_id(struct http_request *r);
+void request_admit(struct http_request *r); /* find the route, or refuse */
+
 /* http_loop.c */
 enum status loop_open(struct http_server *s, struct error *err);
 void loop_close(struct http_server *s);
@@ -103,7 +149,10 @@ void *loop_run(void *server);
 /* Forget a connection whose socket the library closes. */
 void loop_forget(struct connection *c);
 
-/* http.c, called by the loop */
+/* http.c */
+/* A refusal of this layer: what comes of the body is dropped. */
+void request_refuse(struct http_request *r, int http_code, const char *message);
+/* Called by the loop: */
 bool inside_enter(struct connection *c, const struct sockaddr_storage *address,
                   socklen_t n_address);
 void inside_hang_up(struct connection *c); /* the client will send no more */
