@@ -20,8 +20,8 @@ SAN_FLAGS_thread  := -fsanitize=thread
 SAN_FLAGS := $(SAN_FLAGS_$(SAN))
 
 CFLAGS   ?= $(OPT) -g
-CFLAGS   += -std=gnu11 -Wall -Wextra -Wshadow -Werror -Wmissing-prototypes -Wstrict-prototypes \
-            -fno-omit-frame-pointer -pthread $(if $(SAN),-fno-optimize-sibling-calls)
+CFLAGS   += -std=gnu11 -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prototypes \
+            -Werror -Wno-error=maybe-uninitialized -fno-omit-frame-pointer -pthread $(if $(SAN),-fno-optimize-sibling-calls)
 CPPFLAGS += -I. -D_GNU_SOURCE
 LDFLAGS  += -pthread $(SAN_FLAGS)
 LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lopenblas -lm
