@@ -234,7 +234,7 @@ static void add_seq(struct model *m, struct step *step, const struct model_seq *
     CHECK(seq->n_rows >= 1 && seq->n_rows <= m->options.max_rows - step->n_rows);
     const uint64_t position = m->state->positions[seq->slot];
     const int64_t limit = model_max_position(m) ? model_max_position(m) : INT64_MAX;
-    CHECK(position <= (uint64_t)(limit - seq->n_rows));
+    CHECK(seq->n_rows <= limit && position <= (uint64_t)(limit - seq->n_rows));
 
     m->slot_used[seq->slot] = true;
     m->arrays.seq_slot[step->n_seqs] = seq->slot;

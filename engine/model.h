@@ -22,9 +22,9 @@
 struct model;
 
 struct model_options {
-    int n_slots;            /* sessions whose state is resident, at least 1 */
-    int max_rows;           /* most rows of one step */
-    int max_logit_rows;     /* most rows whose logits one step returns; 0 means max_rows */
+    int n_slots;             /* sessions whose state is resident, at least 1 */
+    int max_rows;            /* most rows of one step */
+    int max_logit_rows;      /* most rows whose logits one step returns; 0 means max_rows */
     enum dtype weight_dtype; /* DTYPE_F32 or DTYPE_BF16: how matrices are kept */
 };
 
@@ -49,12 +49,13 @@ void model_backend_options(const struct model_config *config, const struct model
                            struct backend_options *out);
 
 /* Advance the sequences' slots by their rows.
- *   tokens [sum of n_rows]  host, in sequence order, each in 0..V-1 (asserted)
- *   seqs   [n_seqs]         each slot at most once
+ *   tokens [sum of n_rows]  host, in sequence order, each in 0..V-1; at most max_rows
+ *   seqs   [n_seqs]         1..n_slots of them, each slot at most once
  *   logits                  set to host memory [n_logit_rows, V] f32, rows in order of the
  *                           sequences (LOGITS_LAST gives one row, LOGITS_ALL n_rows), valid
  *                           until the next step
- * A slot must not pass model_max_position (asserted). */
+ * A slot must not pass model_max_position. All of this is asserted, max_logit_rows too. logits
+ * is NULL when no sequence wants any. On failure the slots' states are lost. */
 enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
                        int n_seqs, const float **logits, struct error *err);
 
@@ -75,7 +76,8 @@ void model_set_position(struct model *m, int slot, uint64_t position);
  * are listed in state.h. Reading shows what the slot's own tokens left and nothing of an earlier
  * session. To restore a state write every tensor, then set the position. */
 struct state_tensor {
-    char name[64]; /* "layers.3.latent_m" | latent_alpha | latent_s | ring_k | ring_v | conv | rglru */
+    char name[64]; /* "layers.3.latent_m" | latent_alpha | latent_s | ring_k | ring_v | conv | rglru
+                    */
     int n_dims;
     int64_t shape[3];
     int64_t n_values; /* f32 */
@@ -83,8 +85,7 @@ struct state_tensor {
 int model_n_state_tensors(const struct model *m);
 const struct state_tensor *model_state_tensor(const struct model *m, int i);
 enum status model_state_read(struct model *m, int slot, int i, float *out, struct error *err);
-enum status model_state_write(struct model *m, int slot, int i, const float *in,
-                              struct error *err);
+enum status model_state_write(struct model *m, int slot, int i, const float *in, struct error *err);
 
 /* Facts. */
 const struct model_config *model_config(const struct model *m);

@@ -7,9 +7,12 @@
 #include "tests/unit/unit.h"
 
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "engine/state.h"
 #include "tests/unit/model_files.h"
@@ -610,6 +613,48 @@ static void note_progress(void *context, uint64_t done, uint64_t total)
     *p = (struct progress){done, total, p->n_calls + 1};
 }
 
+/* How a child that feeds n tokens to slot 0 ends: its wait status. */
+static int status_of_feeding(struct run *r, int n)
+{
+    int32_t tokens[RUN_MAX_ROWS] = {0};
+    pid_t child = fork();
+    if (child == 0) {
+        fclose(stderr);
+        run_feed(r, 0, tokens, n, LOGITS_NONE, NULL);
+        _exit(0);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return status;
+}
+
+/* A ring of full attention must not wrap: going past it is caught, from wherever one starts. */
+static void test_position_limit_is_asserted(void **state)
+{
+    (void)state;
+    enum { LIMIT = 32 };
+    char dir[100];
+    const char *config =
+        "{\"vocab_size\":64,\"hidden_size\":16,\"num_hidden_layers\":1,\"intermediate_size\":24,"
+        "\"num_attention_heads\":2,\"layer_type\":\"full_attention\","
+        "\"max_position_embeddings\":32,\"norm\":\"rmsnorm\",\"mlp\":\"gated\"}";
+    assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
+    assert_int_equal(model_files_write(dir, config, 3, NULL), 0);
+    struct run r;
+    run_open(&r, dir, &(struct run_options){"ref", 1, DTYPE_F32, 1});
+    assert_int_equal(model_max_position(r.model), LIMIT);
+    for (int position = 0; position <= LIMIT; position += 8) {
+        model_set_position(r.model, 0, (uint64_t)position);
+        if (position < LIMIT)
+            assert_true(WIFEXITED(status_of_feeding(&r, LIMIT - position)));
+        int status = status_of_feeding(&r, LIMIT - position + 1);
+        assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+        assert_true(WIFSIGNALED(status_of_feeding(&r, RUN_MAX_ROWS)));
+    }
+    run_close(&r);
+    test_dir_remove(dir);
+}
+
 static void test_progress_reaches_the_end(void **state)
 {
     (void)state;
@@ -646,6 +691,7 @@ int main(void)
         cmocka_unit_test(test_encoders_are_refused),
         cmocka_unit_test(test_every_allocation_may_fail),
         cmocka_unit_test(test_sizes_that_overflow),
+        cmocka_unit_test(test_position_limit_is_asserted),
         cmocka_unit_test(test_progress_reaches_the_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
