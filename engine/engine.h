@@ -30,8 +30,9 @@ struct engine_options {
     int step_tokens;          /* rows of one step at most: decode rows and prompt chunks. Raised
                                * to n_slots - 1 + chunk_tokens where it is less, so that no
                                * prompt starves. */
-    int chunk_tokens;         /* prompt rows one sequence brings to a step at most. Chunks begin at
-                               * multiples of it, so a result does not depend on the load. */
+    int chunk_tokens;         /* prompt rows one sequence brings to a step at most (256 at most
+                               * where the prompt is scored). Chunks begin at multiples of it,
+                               * so a result does not depend on the load. */
     size_t max_prompt_tokens; /* longer prompts are TOO_LARGE at submission; 0: no limit */
     progress_fn *progress;    /* loading, may be NULL */
     void *progress_context;
@@ -46,11 +47,16 @@ void engine_options_init(struct engine_options *o);
 enum status engine_open(struct engine **out, const struct engine_options *options,
                         struct error *err);
 
-/* Ends running jobs with SHUTDOWN, joins the thread, releases everything. Accepts NULL. */
+/* Ends queued and running jobs with SHUTDOWN after the step that is on its way, joins the thread,
+ * releases everything, the ready list too: a reader that is to see the end asks its job. No other
+ * thread may be in a call, or call later; jobs live on. wake may be called until this returns.
+ * Accepts NULL. */
 void engine_close(struct engine *e);
 
 /* Queue a job; the engine takes a reference of its own. BUSY when the queue is full, SHUTDOWN
- * when draining, DEVICE when the device failed, INVALID or TOO_LARGE for a request out of range. */
+ * when draining, DEVICE when the device failed, INVALID or TOO_LARGE for a request out of range.
+ * A refused job is as before and may be submitted again; an accepted one never again. Looks at
+ * every token of the prompt, waits for nothing but a short lock. */
 enum status engine_submit(struct engine *e, struct job *job, struct error *err);
 
 /* The next job that was parked and now has tokens or has finished; NULL when there is none.

@@ -70,8 +70,9 @@ void job_release(struct job *job); /* accepts NULL */
 /* Copy up to max tokens out of the ring, in order; returns how many. */
 size_t job_read(struct job *job, struct job_token *out, size_t max);
 /* True: the ring is empty and the job unfinished, and the reader will be woken when that
- * changes (through the ready list). False: there is something to read, or it has finished. */
-bool job_park(struct job *job);
+ * changes (through the ready list). False: there is something to read, or it has finished, and
+ * nobody will wake a reader that goes away now. */
+bool job_park(struct job *job) __attribute__((warn_unused_result));
 void job_snapshot(struct job *job, struct job_snapshot *out);
 /* Ask to stop; takes effect before the next step. Harmless when finished. */
 void job_cancel(struct job *job);

@@ -2,8 +2,10 @@
  *
  * A job waits in a bounded queue (first in, first out) until one of n_slots slots is free.
  * Every step takes one row of every decoding slot, then chunks of prompts, in turns, while the
- * step has room. Chunks begin at multiples of chunk_tokens from the job's first token and are
- * taken whole, so which rows share a chunk does not depend on the load. Before each step,
+ * step has room. Chunks begin at multiples of chunk_tokens (of at most 256 for scored prompts,
+ * whose rows all need logits) from the job's first token and are taken whole, so which rows share
+ * a chunk does not depend on the load. So a decoding job waits for max_rows rows at most from one
+ * token to the next, however many prompts arrive. Before each step,
  * cancelled and overdue jobs end, those in the queue too. A job whose ring has no room misses
  * steps until its reader makes some. With nothing to do the thread sleeps.
  *

@@ -912,8 +912,10 @@ static int read_ready(struct scheduler *s)
     int n = 0;
     while ((job = scheduler_take_ready(s))) {
         struct job_token tokens[8];
-        n += (int)job_read(job, tokens, 8);
-        job_park(job);
+        size_t got;
+        do {
+            n += (int)(got = job_read(job, tokens, 8));
+        } while (!job_park(job) && got);
         job_release(job);
     }
     return n;
