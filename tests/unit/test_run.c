@@ -156,6 +156,24 @@ static void test_completions(void **state)
     assert_string_equal(a.out, b.out);
 }
 
+/* --chat is the completion of what the template writes, up to its end of turn. */
+static void test_chat(void **state)
+{
+    (void)state;
+    static const char *const rendered =
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\n";
+    static struct result a, b;
+    run(&a, NULL, false,
+        ARGS("-m", dir, "-c", "-p", "Hello", "--system", "Be brief.", "-n", "12", "-s", "5"));
+    run(&b, NULL, false, ARGS("-m", dir, "-p", rendered, "-n", "12", "-s", "5"));
+    assert_true(a.code == 0 && b.code == 0);
+    assert_string_equal(a.out, b.out);
+    assert_true(strlen(a.out) > 2);
+    run(&a, NULL, false, ARGS("-m", short_dir, "-c", "-p", "Hello"));
+    assert_true(a.code == 1 && strstr(a.err, "template"));
+}
+
 static void test_interrupt(void **state)
 {
     (void)state;
@@ -266,6 +284,10 @@ static int make_models(void **state)
     (void)state;
     make_dir(dir, "\"num_latents\":8,\"layer_type\":\"macchiato\",\"latent_input\":\"rglru\","
                   "\"sliding_window\":8");
+    size_t n;
+    char *chat = test_file_read("weights/latte-12m/tokenizer_config.json", &n);
+    assert_true(chat && !test_file_write(dir, "tokenizer_config.json", chat, n));
+    free(chat);
     make_dir(short_dir, "\"layer_type\":\"full_attention\",\"max_position_embeddings\":32");
     return 0;
 }
@@ -281,9 +303,10 @@ static int remove_models(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refusals),    cmocka_unit_test(test_help_and_version),
-        cmocka_unit_test(test_completions), cmocka_unit_test(test_interrupt),
-        cmocka_unit_test(test_perplexity),  cmocka_unit_test(test_context_limit),
+        cmocka_unit_test(test_refusals),      cmocka_unit_test(test_help_and_version),
+        cmocka_unit_test(test_completions),   cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_interrupt),     cmocka_unit_test(test_perplexity),
+        cmocka_unit_test(test_context_limit),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');
