@@ -9,8 +9,10 @@
 
 #include "server/metrics.h"
 
-/* Bodies beyond this are read on a worker. */
-enum { INLINE_BODY_BYTES = 64 << 10 };
+enum {
+    INLINE_BODY_BYTES = 64 << 10, /* bodies beyond this are read on a worker */
+    MAX_REPLY_BYTES = 256 << 20,  /* that wait to be sent, of one request */
+};
 
 static uint64_t random_u64(void)
 {
@@ -167,6 +169,7 @@ static enum status open_generation(struct call *c, struct error *err)
         .rules = &c->rules,
         .prompts = c->prompts,
         .n_prompts = c->n_prompts,
+        .max_bytes = MAX_REPLY_BYTES,
         .arrival_ns = http_arrival_ns(c->http),
         .owner = c,
         .submit = submit,

@@ -5,9 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What one choice's text, or one of its lists, may grow to before it is sent. */
-enum { MAX_REPLY_BYTES = 256 << 20 };
-
 /* How many of the last prompt tokens are looked at to see whether there is text before. */
 enum { CONTEXT_TOKENS = 8 };
 
@@ -223,13 +220,6 @@ void output_finish(struct output *o, bool by_token)
 
 /* ---- the prompt ---------------------------------------------------------------------------- */
 
-static void limit_sizes(struct output *o)
-{
-    o->text.limit = o->lists.ids.limit = MAX_REPLY_BYTES;
-    for (int i = 0; i < 4; i++)
-        o->lists.logprobs[i].limit = MAX_REPLY_BYTES;
-}
-
 /* Whether the prompt ends in text, which the output then continues: the rules about the space
  * in front of a text's first word are over. */
 static bool has_text(const struct tokenizer *t, const int32_t *prompt, size_t n_prompt)
@@ -249,7 +239,6 @@ void output_init(struct output *o, const struct output_options *options, const i
                  size_t n_prompt)
 {
     *o = (struct output){.options = *options, .echo = {"", 0}};
-    limit_sizes(o);
     detokenizer_init(&o->detokenizer, options->tokenizer, options->skip_special);
     detokenizer_init(&o->echo_detokenizer, options->tokenizer, false);
     if (has_text(options->tokenizer, prompt, n_prompt)) {
@@ -307,13 +296,15 @@ void output_take(struct output *o)
     codec_lists_clear(&o->lists);
 }
 
-enum status output_status(const struct output *o)
+size_t output_bytes(const struct output *o)
 {
-    bool failed = o->lost || o->text.failed || codec_lists_failed(&o->lists);
-    size_t most = o->text.n > o->lists.ids.n ? o->text.n : o->lists.ids.n;
+    size_t n = o->text.n + o->detokenizer.run.n + o->lists.ids.n;
     for (int i = 0; i < 4; i++)
-        most = o->lists.logprobs[i].n > most ? o->lists.logprobs[i].n : most;
-    if (!failed)
-        return STATUS_OK;
-    return most > MAX_REPLY_BYTES / 2 ? STATUS_TOO_LARGE : STATUS_NOMEM;
+        n += o->lists.logprobs[i].n;
+    return n + o->n_pending * sizeof(*o->pending);
+}
+
+bool output_failed(const struct output *o)
+{
+    return o->lost || o->text.failed || codec_lists_failed(&o->lists);
 }

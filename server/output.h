@@ -7,7 +7,7 @@
  *
  * Threads: one at a time.
  * Memory:  owns its buffers; rules and texts are borrowed.
- * Errors:  a lost append is remembered: output_status.
+ * Errors:  a lost append is remembered: output_failed.
  */
 #ifndef LATTE_SERVER_OUTPUT_H
 #define LATTE_SERVER_OUTPUT_H
@@ -99,7 +99,10 @@ void output_finish(struct output *o, bool by_token);
 /* Forget text and lists that are ready: they have been written. */
 void output_take(struct output *o);
 
-/* OK, or what text was lost to: NOMEM, or TOO_LARGE for a reply beyond its limit. */
-enum status output_status(const struct output *o);
+/* Bytes of text and lists that are held: ready, held back, or pending. */
+size_t output_bytes(const struct output *o);
+
+/* Whether memory ran out and something was lost. */
+bool output_failed(const struct output *o);
 
 #endif

@@ -19,6 +19,8 @@ struct sequence {
     const struct stream_prompt *prompt;
     int64_t index;      /* of the choice */
     const char *finish; /* OpenAI's finish_reason once it is over */
+    size_t n_bytes;     /* of its output, as counted in the generation's */
+    bool begun;         /* its first token came */
     bool role_sent, prompt_sent, finish_sent;
 };
 
@@ -26,6 +28,7 @@ struct generation {
     struct stream_setup setup;
     struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
     size_t n_sequences, n_running;
+    size_t n_bytes; /* held by all outputs */
     struct codec_usage usage;
     struct bytes events; /* framed, not sent yet */
     size_t n_sent;       /* bytes of events that were read */
@@ -42,7 +45,7 @@ static void fill_sampling(struct sampling_params *p, const struct codec_request 
     sampling_params_init(p);
     p->temperature = (float)q->temperature;
     p->top_k = (int)q->top_k;
-    p->top_p = q->top_p > 0 ? (float)q->top_p : 1e-9f; /* 0: the most likely token alone */
+    p->top_p = fmaxf((float)q->top_p, 1e-9f); /* 0: the most likely token alone */
     p->min_p = (float)q->min_p;
     p->typical_p = (float)q->typical_p;
     p->repetition_penalty = (float)q->repetition_penalty;
@@ -93,6 +96,16 @@ static void drop_job(struct generation *g, struct sequence *s)
     g->n_running--;
 }
 
+/* Drop all that run, counted as ended this way. */
+static void drop_jobs(struct generation *g, const char *reason)
+{
+    for (size_t i = 0; i < g->n_sequences; i++) {
+        if (g->sequences[i].job)
+            metrics_count_finish(reason);
+        drop_job(g, &g->sequences[i]);
+    }
+}
+
 static double seconds_between(int64_t from_ns, int64_t to_ns)
 {
     return (double)(to_ns - from_ns) / 1e9;
@@ -132,25 +145,46 @@ static void end_with_error(struct generation *g, const struct error *err)
 {
     g->error = *err;
     g->failed = true;
-    for (size_t i = 0; i < g->n_sequences; i++)
-        drop_job(g, &g->sequences[i]);
-    metrics_count_finish("error");
+    drop_jobs(g, "error");
+}
+
+static enum status fail_too_large(const struct stream_setup *setup, struct error *err)
+{
+    return fail(err, STATUS_TOO_LARGE, "the reply is over %zu bytes; ask for less, or stream it",
+                setup->max_bytes);
 }
 
 static void end_without_room(struct generation *g, enum status st)
 {
     struct error err;
     if (st == STATUS_TOO_LARGE)
-        fail(&err, st, "the reply is over 256 MiB; ask for less, or stream it");
+        fail_too_large(&g->setup, &err);
     else
-        fail(&err, STATUS_NOMEM, "out of memory while writing the reply");
+        fail(&err, st, "out of memory while writing the reply");
     end_with_error(g, &err);
+}
+
+/* Bring the count of held bytes up to date. */
+static void count_bytes(struct generation *g, struct sequence *s)
+{
+    size_t n = output_bytes(&s->output);
+    g->n_bytes += n - s->n_bytes;
+    s->n_bytes = n;
+}
+
+/* What stands in the way of going on with a sequence's output. */
+static enum status check_room(const struct generation *g, const struct sequence *s)
+{
+    if (output_failed(&s->output))
+        return STATUS_NOMEM;
+    return g->n_bytes > g->setup.max_bytes ? STATUS_TOO_LARGE : STATUS_OK;
 }
 
 static void push_tokens(struct generation *g, struct sequence *s, const struct job_token *tokens,
                         size_t n)
 {
     int64_t before = s->output.n_tokens;
+    s->begun |= n > 0;
     for (size_t i = 0; i < n && !s->output.stopped; i++) {
         if (tokens[i].is_prompt)
             output_push_prompt(&s->output, &tokens[i]);
@@ -160,6 +194,7 @@ static void push_tokens(struct generation *g, struct sequence *s, const struct j
     int64_t n_new = s->output.n_tokens - before;
     g->usage.completion_tokens += n_new;
     metrics_add(METRIC_GENERATION_TOKENS, (uint64_t)n_new);
+    count_bytes(g, s);
 }
 
 /* The ring is drained and the job has finished. */
@@ -171,6 +206,10 @@ static void end_sequence(struct generation *g, struct sequence *s,
         return;
     }
     output_finish(&s->output, snapshot->finish == FINISH_STOP && snapshot->stopped_by_token);
+    if (output_failed(&s->output)) {
+        end_without_room(g, STATUS_NOMEM);
+        return;
+    }
     bool length = snapshot->finish == FINISH_LENGTH && !s->output.stopped;
     finish_sequence(g, s, length ? "length" : "stop");
 }
@@ -183,8 +222,9 @@ static bool advance_sequence(struct generation *g, struct sequence *s)
     job_snapshot(s->job, &snapshot); /* before the ring: what finished has put all its tokens */
     size_t n = job_read(s->job, tokens, READ_TOKENS);
     push_tokens(g, s, tokens, n);
-    if (output_status(&s->output)) {
-        end_without_room(g, output_status(&s->output));
+    enum status st = check_room(g, s);
+    if (st) {
+        end_without_room(g, st);
     } else if (s->output.stopped) {
         finish_sequence(g, s, "stop");
     } else if (n < READ_TOKENS && snapshot.finish != FINISH_NONE) {
@@ -230,7 +270,8 @@ static size_t list_bytes(const struct output *o)
     return o->lists.logprobs[0].n + o->lists.ids.n;
 }
 
-/* Frame what a choice has to say, if anything. Chat gives the role first and the finish_reason
+/* Frame what a choice has to say, if anything: an echo waits for the first token, as the status
+ * of the reply does. Chat gives the role first and the finish_reason
  * in a last event of its own; completions put it beside the last text. */
 static void write_events(struct generation *g, struct sequence *s)
 {
@@ -238,7 +279,7 @@ static void write_events(struct generation *g, struct sequence *s)
     struct output *o = &s->output;
     bool end = s->finish && !s->finish_sent;
     bool any = o->ready || (s->finish ? list_bytes(o) > 0 : list_bytes(o) > LIST_BYTES);
-    if (!any && !end)
+    if (!end && !(any && s->begun))
         return;
     if (chat && !s->role_sent) {
         write_event(g, s, &(struct codec_choice){.role = true});
@@ -249,6 +290,7 @@ static void write_events(struct generation *g, struct sequence *s)
         c.finish = chat ? NULL : s->finish;
         write_event(g, s, &c);
         output_take(o);
+        count_bytes(g, s);
     }
     if (end && chat)
         write_event(g, s, &(struct codec_choice){.finish = s->finish});
@@ -335,10 +377,10 @@ ssize_t stream_read(void *context, char *out, size_t max)
         g->events.n = g->n_sent = 0;
         if (!g->ended)
             progress(g);
-        if (g->events.failed)
-            return HTTP_SOURCE_ABORT;
         if (g->failed && !g->ended)
             write_error_event(g);
+        if (g->events.failed)
+            return HTTP_SOURCE_ABORT;
     }
     size_t left = g->events.n - g->n_sent;
     if (!left)
@@ -426,16 +468,24 @@ static void init_sequence(struct generation *g, size_t i)
         output_echo(&s->output, s->prompt->echo);
 }
 
-enum status stream_open(struct generation **out, const struct stream_setup *setup,
-                        struct error *err)
+static enum status check_echo(const struct stream_setup *setup, struct error *err)
+{
+    size_t limit = setup->max_bytes / (size_t)setup->request->best_of, n_bytes = 0;
+    for (size_t i = 0; setup->request->echo && i < setup->n_prompts; i++)
+        n_bytes += setup->prompts[i].echo.n;
+    return n_bytes > limit ? fail_too_large(setup, err) : STATUS_OK;
+}
+
+/* A generation whose jobs are still to be made, or NULL. */
+static struct generation *new_generation(const struct stream_setup *setup)
 {
     struct generation *g = calloc(1, sizeof(*g));
-    size_t best_of = (size_t)setup->request->best_of, n = setup->n_prompts * best_of;
+    size_t n = setup->n_prompts * (size_t)setup->request->best_of;
     if (g)
         g->sequences = calloc(n, sizeof(*g->sequences));
     if (!g || !g->sequences) {
         free(g);
-        return fail(err, STATUS_NOMEM, "out of memory for the choices of a request");
+        return NULL;
     }
     g->setup = *setup;
     g->n_sequences = n;
@@ -443,8 +493,20 @@ enum status stream_open(struct generation **out, const struct stream_setup *setu
         init_sequence(g, i);
     for (size_t i = 0; i < setup->n_prompts; i++)
         g->usage.prompt_tokens += (int64_t)setup->prompts[i].n;
-    enum status st = STATUS_OK;
-    for (size_t i = 0; i < n && !st; i++)
+    return g;
+}
+
+enum status stream_open(struct generation **out, const struct stream_setup *setup,
+                        struct error *err)
+{
+    enum status st = check_echo(setup, err);
+    if (st)
+        return st;
+    struct generation *g = new_generation(setup);
+    if (!g)
+        return fail(err, STATUS_NOMEM, "out of memory for the choices of a request");
+    size_t best_of = (size_t)setup->request->best_of;
+    for (size_t i = 0; i < g->n_sequences && !st; i++)
         st = start_job(g, &g->sequences[i], (uint32_t)(i % best_of), err);
     if (st) {
         stream_close(g);
@@ -460,8 +522,8 @@ void stream_close(struct generation *g)
 {
     if (!g)
         return;
-    if (g->open && g->n_running)
-        metrics_count_finish("abort");
+    if (g->open)
+        drop_jobs(g, "abort");
     for (size_t i = 0; i < g->n_sequences; i++) {
         drop_job(g, &g->sequences[i]);
         output_free(&g->sequences[i].output);

@@ -9,7 +9,7 @@
  * Memory:  owns its jobs' references and all buffers; request, rules, prompts, tokenizer and
  *          the texts of reply are borrowed until stream_close.
  * Errors:  the first job that fails ends the generation with that job's error; NOMEM and
- *          TOO_LARGE (a reply beyond the buffers' limit) end it as well.
+ *          TOO_LARGE (over max_bytes held for all choices together) end it as well.
  */
 #ifndef LATTE_SERVER_STREAM_H
 #define LATTE_SERVER_STREAM_H
@@ -41,6 +41,7 @@ struct stream_setup {
     const struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
     struct codec_reply reply;
+    size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */
     int64_t deadline_ms; /* for the jobs; 0: none */
     void *owner;         /* what job_user of the jobs gives */
@@ -49,7 +50,8 @@ struct stream_setup {
     void *submit_context;
 };
 
-/* Make and submit all jobs. When one is refused the others are cancelled, and nothing is left. */
+/* Make and submit all jobs. When one is refused the others are cancelled, and nothing is left.
+ * TOO_LARGE when the prompts alone, once per choice that echoes them, are beyond the limit. */
 enum status stream_open(struct generation **out, const struct stream_setup *setup,
                         struct error *err);
 /* Cancel what still runs and release everything. Accepts NULL. */

@@ -451,6 +451,7 @@ static enum status scene_open(struct scene *s, size_t n_prompts, struct error *e
                   .model = "m",
                   .fingerprint = "f",
                   .usage_field = s->request.include_usage},
+        .max_bytes = 1 << 16,
         .submit = fake_submit,
         .submit_context = &s->engine,
     };
@@ -739,6 +740,76 @@ static void test_refused_submission(void **state)
     fake_release(&s.engine);
 }
 
+/* The echo of a stream is no reason to begin it: the status is open until the first token. */
+static void test_echo_waits(void **state)
+{
+    (void)state;
+    struct scene s;
+    scene_init(&s, CODEC_COMPLETIONS, true);
+    s.request.echo = true;
+    s.prompts[0].echo = (struct codec_text){"echo ", 5};
+    scene_start(&s, 1);
+    assert_int_equal(stream_poll(s.generation), STREAM_WAITING);
+    put(&s.engine, 0, "a", -1);
+    assert_int_equal(stream_poll(s.generation), STREAM_READY);
+    struct bytes out = {0};
+    assert_false(read_all(&s, &out, 4096));
+    cJSON *v = event(&out, 0);
+    assert_text(v, "choices.0.text", "echo a");
+    cJSON_Delete(v);
+    bytes_free(&out);
+    scene_end(&s);
+}
+
+/* The limit holds for all choices together, and for a whole reply only. */
+static void test_reply_limit(void **state)
+{
+    (void)state;
+    for (int stream = 0; stream < 2; stream++) {
+        struct scene s;
+        scene_init(&s, CODEC_COMPLETIONS, stream);
+        s.request.n = s.request.best_of = 4;
+        s.request.n_logprobs = 0;
+        s.request.max_tokens = 10000;
+        scene_start(&s, 1);
+        enum stream_state last = STREAM_WAITING;
+        struct bytes out = {0};
+        size_t n_put = 0;
+        for (; n_put < 2000 && last != STREAM_FAILED; n_put++) {
+            for (size_t i = 0; i < 4; i++)
+                put(&s.engine, i, "a", -1);
+            last = stream_poll(s.generation);
+            if (stream)
+                assert_false(read_all(&s, &out, 4096));
+        }
+        assert_int_equal(last == STREAM_FAILED, !stream);
+        if (!stream) {
+            assert_int_equal(stream_error(s.generation)->status, STATUS_TOO_LARGE);
+            assert_true(n_put > 200); /* 64 KB over 4 choices of some 20 bytes a token */
+        }
+        bytes_free(&out);
+        scene_end(&s);
+    }
+}
+
+static void test_echo_limit(void **state)
+{
+    (void)state;
+    for (int n = 2; n < 4; n++) {
+        struct scene s;
+        struct error err;
+        static char text[1 << 15];
+        memset(text, 'x', sizeof(text));
+        scene_init(&s, CODEC_COMPLETIONS, false);
+        s.request.echo = true;
+        s.request.n = s.request.best_of = n;
+        s.prompts[0].echo = (struct codec_text){text, sizeof(text)};
+        assert_int_equal(scene_open(&s, 1, &err), n == 2 ? STATUS_OK : STATUS_TOO_LARGE);
+        assert_int_equal(s.engine.n, n == 2 ? 2 : 0);
+        scene_end(&s);
+    }
+}
+
 /* A reader that does not read leaves the tokens in the ring. */
 static void test_slow_reader(void **state)
 {
@@ -820,6 +891,9 @@ int main(void)
         cmocka_unit_test(test_stop_cancels),
         cmocka_unit_test(test_errors),
         cmocka_unit_test(test_refused_submission),
+        cmocka_unit_test(test_echo_waits),
+        cmocka_unit_test(test_reply_limit),
+        cmocka_unit_test(test_echo_limit),
         cmocka_unit_test(test_slow_reader),
         cmocka_unit_test(test_out_of_memory),
     };
