@@ -13,9 +13,8 @@ enum { RING_TOKENS = 128, RING_TOKENS_SCORED = 512 };
 
 struct job {
     /* Fixed after job_new and job_attach. */
-    struct job_request request;
-    int32_t *prompt;         /* [n_prompt], owned */
-    struct logit_bias *bias; /* [n_logit_bias], owned */
+    struct job_request request; /* its prompt is always shared: a reference */
+    struct logit_bias *bias;    /* [n_logit_bias], owned */
     size_t ring_size;
     int64_t deadline_ns;
 
@@ -84,10 +83,21 @@ static void *copy_of(const void *source, size_t count, size_t size)
 
 static void free_job(struct job *job)
 {
-    free(job->prompt);
+    prompt_release(job->request.shared);
     free(job->bias);
     free(job->ring);
     free(job);
+}
+
+/* The prompt of a request, with a reference for the job. */
+static enum status hold_prompt(struct prompt **out, const struct job_request *r, struct error *err)
+{
+    if (!r->shared)
+        return prompt_new(out, r->prompt, r->n_prompt, err);
+    CHECK(r->prompt == prompt_ids(r->shared));
+    prompt_hold(r->shared);
+    *out = r->shared;
+    return STATUS_OK;
 }
 
 enum status job_new(struct job **out, const struct job_request *request, struct error *err)
@@ -100,16 +110,19 @@ enum status job_new(struct job **out, const struct job_request *request, struct 
         return fail(err, STATUS_NOMEM, "job: out of memory");
     const struct sampling_params *sampling = &request->sampling;
     job->request = *request;
+    job->request.shared = NULL;
     job->ring_size = ring_size(request);
-    job->prompt = copy_of(request->prompt, request->n_prompt, sizeof(*job->prompt));
     job->bias = copy_of(sampling->logit_bias, (size_t)sampling->n_logit_bias, sizeof(*job->bias));
     job->ring = calloc(job->ring_size, sizeof(*job->ring));
-    if (!job->prompt || !job->bias || !job->ring) {
+    if (!job->bias || !job->ring)
+        st = fail(err, STATUS_NOMEM, "job: out of memory");
+    if (!st)
+        st = hold_prompt(&job->request.shared, request, err);
+    if (st) {
         free_job(job);
-        return fail(err, STATUS_NOMEM, "job with a prompt of %zu tokens: out of memory",
-                    request->n_prompt);
+        return st;
     }
-    job->request.prompt = job->prompt;
+    job->request.prompt = prompt_ids(job->request.shared);
     job->request.sampling.logit_bias = job->bias;
     atomic_init(&job->n_references, 1);
     atomic_init(&job->cancelled, false);

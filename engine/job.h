@@ -8,8 +8,9 @@
  *
  * Threads: job_read, job_park, job_cancel by the reader; job_put, job_finish by the engine
  *          thread; the lock guards the fields listed in the .c. job_release by any holder.
- * Memory:  the job owns copies of prompt and parameters. Counted references: the reader's, the
- *          engine's, and the ready list's while the job is on it; the last release frees.
+ * Memory:  the job owns copies of its parameters, and of its prompt unless that is shared.
+ *          Counted references: the reader's, the engine's, and the ready list's while the job
+ *          is on it; the last release frees.
  *          A job outlives the engine if its reader still holds it.
  * Errors:  job_new: INVALID, NOMEM. Nothing else can fail.
  */
@@ -21,16 +22,18 @@
 #include <stdint.h>
 
 #include "engine/base/error.h"
+#include "engine/prompt.h"
 #include "engine/sampler.h"
 
 struct job;
 
 struct job_request {
-    const int32_t *prompt; /* [n_prompt], at least 1 token, each in 0..V-1; copied */
+    const int32_t *prompt; /* [n_prompt], at least 1 token, each in 0..V-1; copied if not shared */
     size_t n_prompt;
-    int64_t max_tokens;  /* output tokens, 0 or more (0: only process and score the prompt) */
-    int64_t deadline_ms; /* from submission; 0 for none */
-    int prompt_logprobs; /* -1: none; k: score each prompt token, with the top k */
+    struct prompt *shared; /* the holder of `prompt`, which the job then holds too; or NULL */
+    int64_t max_tokens;    /* output tokens, 0 or more (0: only process and score the prompt) */
+    int64_t deadline_ms;   /* from submission; 0 for none */
+    int prompt_logprobs;   /* -1: none; k: score each prompt token, with the top k */
     struct sampling_params sampling; /* copied, logit_bias too */
     void *user;                      /* the reader's own pointer, see job_user */
 };

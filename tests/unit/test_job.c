@@ -39,6 +39,27 @@ static void put(struct job *job, int32_t token)
     job_put(job, &(struct job_token){.token = token, .logprob = NAN});
 }
 
+/* Jobs of one request read one copy of its prompt, which lives as long as any of them. */
+static void test_shares_a_prompt(void **state)
+{
+    (void)state;
+    const int32_t ids[] = {5, 6, 7};
+    struct prompt *prompt;
+    assert_int_equal(prompt_new(&prompt, ids, 3, NULL), STATUS_OK);
+    struct job_request request = {
+        .prompt = prompt_ids(prompt), .n_prompt = 3, .shared = prompt, .max_tokens = 1};
+    sampling_params_init(&request.sampling);
+    struct job *jobs[2];
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(job_new(&jobs[i], &request, NULL), STATUS_OK);
+    assert_ptr_equal(job_request(jobs[0])->prompt, prompt_ids(prompt));
+    prompt_release(prompt);
+    job_release(jobs[0]);
+    assert_ptr_equal(job_request(jobs[1])->prompt, request.prompt);
+    assert_memory_equal(job_request(jobs[1])->prompt, ids, sizeof(ids));
+    job_release(jobs[1]);
+}
+
 static void test_copies_the_request(void **state)
 {
     (void)state;
@@ -336,6 +357,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_copies_the_request),
+        cmocka_unit_test(test_shares_a_prompt),
         cmocka_unit_test(test_refuses),
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_ring_sizes),
