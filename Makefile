@@ -3,6 +3,7 @@
 #   SAN=address|thread   build with AddressSanitizer + UBSan, or ThreadSanitizer
 #   CUDA=0|1             with the GPU backend (needs nvcc)
 #   OPT=-O2              optimisation flags
+#   V=1                  print whole commands
 #
 # Objects go to build/<variant>/, so changing a variable never needs a clean.
 
@@ -14,6 +15,10 @@ ARGS   ?=
 
 VARIANT := $(if $(SAN),san-$(SAN),release)$(if $(filter 1,$(CUDA)),-cuda)
 BUILD   := build/$(VARIANT)
+
+# One short line a file, or with V=1 the commands.
+Q   := $(if $(V),,@)
+say := @$(if $(V),:,echo " ")
 
 SAN_FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=all
 SAN_FLAGS_thread  := -fsanitize=thread
@@ -79,38 +84,47 @@ http-tests: $(HTTP_TESTS) $(BUILD)/latte-server
 
 $(LIB): $(LIB_OBJ)
 	@rm -f $@
-	ar rcs $@ $^
+	$(say) AR $@
+	$(Q)ar rcs $@ $^
 
 $(BUILD)/latte-server: $(BUILD)/server/main.o $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(BUILD)/latte-run: $(RUN_SRC:%.c=$(BUILD)/%.o) $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(BUILD)/latte-bench: $(BENCH_SRC:%.c=$(BUILD)/%.o) $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) -lcurl
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) -lcurl
 
 # An archive, so that a test which stands in for a file (test_scheduler for model.c) can.
 $(BUILD)/libunit.a: $(UNIT_HELP)
 	@rm -f $@
-	ar rcs $@ $^
+	$(say) AR $@
+	$(Q)ar rcs $@ $^
 
 $(BUILD)/tests/unit/test_%: $(BUILD)/tests/unit/test_%.o $(BUILD)/libunit.a $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
 
 $(BUILD)/tests/unit/test_run: | $(BUILD)/latte-run
 
 $(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
 
 $(BUILD)/server/openapi.o: openapi.yaml
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(SAN_FLAGS) -MMD -MP -c -o $@ $<
+	$(say) CC $<
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(SAN_FLAGS) -MMD -MP -c -o $@ $<
 
 $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_HELP) $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 fuzz: ## mutate the inputs of every parser under ASan (FUZZ_SECONDS each)
 	@$(MAKE) --no-print-directory -j$$(nproc) SAN=address fuzz-run
