@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/random.h>
 #include <time.h>
 
@@ -24,14 +25,16 @@ static uint64_t random_u64(void)
 
 static void prepare_on_worker(struct work_item *item)
 {
-    call_prepare((struct call *)item);
+    struct call *c = (struct call *)item;
+    call_prepare(c);
+    free(c->own_body);
+    c->own_body = NULL;
 }
 
 static void call_free(struct call *c)
 {
     for (size_t i = 0; i < c->n_prompts; i++)
         token_list_free(&c->lists[i]);
-    codec_request_free(&c->request);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
@@ -232,8 +235,10 @@ static bool keep_body(struct call *c)
 {
     if (c->n_body <= INLINE_BODY_BYTES)
         return true;
-    c->body = arena_copy(&c->arena, c->body, c->n_body);
-    return c->body != NULL;
+    c->own_body = malloc(c->n_body);
+    if (c->own_body)
+        c->body = memcpy(c->own_body, c->body, c->n_body);
+    return c->own_body != NULL;
 }
 
 const struct served_model *call_model(struct http_request *http, struct routes *r)

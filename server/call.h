@@ -43,8 +43,9 @@ struct call {
     struct http_request *http; /* NULL once the request is over */
     const struct served_model *model;
     enum codec_api api;
-    const char *body; /* [n_body] */
+    const char *body; /* [n_body], until it is prepared */
     size_t n_body;
+    char *own_body; /* a copy for the worker, which frees it; NULL for small ones */
     bool working;   /* a worker has it */
     bool deferred;  /* the connection is suspended */
     bool streaming; /* the reply has begun */
@@ -71,7 +72,8 @@ const struct served_model *call_model(struct http_request *http, struct routes *
 void call_post(struct http_request *http, struct routes *r, enum codec_api api);
 
 /* Everything before the engine: parse, check, tokenize; for tokenize and detokenize the whole
- * reply. Sets status, error and code. Any thread. */
+ * reply. Sets status, error and code. The request's parsed tree is gone afterwards: it may be
+ * large, and a stream lives long. Any thread. */
 void call_prepare(struct call *c);
 
 /* A job of the call has news. The call may be gone afterwards. */

@@ -4,6 +4,9 @@
 #include <stdio.h>
 #include <string.h>
 
+/* Tokens of prompts times choices of one request, unless --max-prompt-tokens is more. */
+enum { MAX_COPIED_TOKENS = 4 << 20 };
+
 static const char *input_field(const struct call *c)
 {
     return c->request.n_messages ? "messages" : "prompt";
@@ -21,6 +24,23 @@ static enum status too_long(struct call *c, int64_t limit, int64_t found)
                       "This model's maximum context length is %lld tokens. However, your input "
                       "has %lld tokens. Please reduce its length.",
                       (long long)limit, (long long)found);
+}
+
+/* Every choice is a job with a copy of its prompt: what all of them may copy. */
+static enum status check_copies(struct call *c)
+{
+    int64_t limit = c->routes->options->max_prompt_tokens, total = 0;
+    if (limit < MAX_COPIED_TOKENS)
+        limit = MAX_COPIED_TOKENS;
+    for (size_t i = 0; i < c->n_prompts; i++)
+        total += (int64_t)c->prompts[i].n * c->request.best_of;
+    if (total <= limit)
+        return STATUS_OK;
+    c->code = "context_length_exceeded";
+    return fail_field(&c->error, STATUS_INVALID, input_field(c),
+                      "This request's prompts times choices have %lld tokens; this server permits "
+                      "%lld in one request.",
+                      (long long)total, (long long)limit);
 }
 
 /* The most tokens a prompt may have. */
@@ -69,14 +89,16 @@ static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size
 static enum status set_echo(struct call *c, size_t i)
 {
     const struct codec_prompt *p = &c->request.prompts[i];
-    c->prompts[i].echo = p->text;
-    if (p->text.data)
-        return STATUS_OK;
+    struct codec_text echo = p->text;
     struct bytes text = {0};
-    enum status st = tokenizer_decode(c->model->tokenizer, p->tokens, p->n_tokens,
-                                      c->request.skip_special_tokens, &text, &c->error);
-    char *copy = st ? NULL : arena_copy(&c->arena, text.data, text.n);
-    c->prompts[i].echo = (struct codec_text){copy, text.n};
+    enum status st = STATUS_OK;
+    if (!echo.data) {
+        st = tokenizer_decode(c->model->tokenizer, p->tokens, p->n_tokens,
+                              c->request.skip_special_tokens, &text, &c->error);
+        echo = (struct codec_text){text.data, text.n};
+    }
+    char *copy = st || text.failed ? NULL : arena_copy(&c->arena, echo.data, echo.n);
+    c->prompts[i].echo = (struct codec_text){copy, echo.n};
     bytes_free(&text);
     if (!st && !copy)
         st = fail(&c->error, STATUS_NOMEM, "out of memory for the echo of a prompt");
@@ -105,7 +127,7 @@ static enum status prepare_completion(struct call *c)
     enum status st = take_prompts(c, c->request.n_prompts);
     for (size_t i = 0; i < c->request.n_prompts && !st; i++)
         st = prepare_prompt(c, i);
-    return st;
+    return st ? st : check_copies(c);
 }
 
 /* Render the messages and tokenize the text. What the template refuses is the request's
@@ -153,6 +175,8 @@ static enum status prepare_chat(struct call *c)
     if (!st)
         st = set_prompt(c, 0, c->lists[0].ids, c->lists[0].n);
     if (!st)
+        st = check_copies(c);
+    if (!st)
         add_template_stops(c);
     return st;
 }
@@ -190,11 +214,11 @@ static enum status check_model(struct call *c)
     const char *name = c->request.model;
     if (!name || !strcmp(name, c->model->name))
         return STATUS_OK;
-    struct codec_text shown = codec_clip(name);
+    struct codec_text shown = codec_clip(name), ours = codec_clip(c->model->name);
     c->code = "model_not_found";
     return fail_field(&c->error, STATUS_NOT_FOUND, "model",
-                      "The model `%.*s` does not exist; this server has `%s`.", (int)shown.n,
-                      shown.data, codec_clip(c->model->name).data);
+                      "The model `%.*s` does not exist; this server has `%.*s`.", (int)shown.n,
+                      shown.data, (int)ours.n, ours.data);
 }
 
 void call_prepare(struct call *c)
@@ -214,5 +238,6 @@ void call_prepare(struct call *c)
         st = steps[c->api](c);
     if (!st && c->reply.failed)
         st = fail(&c->error, STATUS_NOMEM, "out of memory while writing the reply");
+    codec_request_free(&c->request);
     c->status = st;
 }

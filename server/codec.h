@@ -5,8 +5,9 @@
  * strict mode. JSON null stands for an absent field wherever the field is optional.
  *
  * Threads: no shared state; one thread at a time per request (the io thread or a worker).
- * Memory:  a request borrows strings from its parsed tree and arrays from the caller's arena;
- *          codec_request_free releases the tree, and with it every text of the request.
+ * Memory:  a request borrows its input's texts and the model's name from its parsed tree, and
+ *          arrays and stop strings from the caller's arena; codec_request_free releases the
+ *          tree. What says how to generate outlives it.
  * Errors:  INVALID naming the field, UNSUPPORTED is never used for fields (it means 415), NOMEM.
  *          `code` of the request then holds OpenAI's error code.
  */
@@ -103,6 +104,7 @@ struct codec_request {
  * case. Arrays come from arena a. */
 enum status codec_read(struct codec_request *out, enum codec_api api, const char *body, size_t n,
                        const struct codec_context *context, struct arena *a, struct error *err);
+/* Release the parsed tree; model, prompts and messages are then NULL and 0. May be repeated. */
 void codec_request_free(struct codec_request *q);
 
 /* The i-th field that an API, the object stream_options, or a message knows; NULL behind the

@@ -56,7 +56,10 @@ static enum status add_stop(struct reader *r, const cJSON *v, const char *path)
                            "Invalid '%s': string too long. Expected at most %d bytes, but got %zu "
                            "instead.",
                            path, CODEC_MAX_STOP_BYTES, n);
-    q->stops[q->n_stops++] = (struct codec_text){v->valuestring, n};
+    const char *copy = arena_copy(r->arena, v->valuestring, n);
+    if (!copy)
+        return codec_no_memory(r);
+    q->stops[q->n_stops++] = (struct codec_text){copy, n};
     return STATUS_OK;
 }
 

@@ -196,4 +196,8 @@ void codec_request_free(struct codec_request *q)
 {
     cJSON_Delete(q->tree);
     q->tree = NULL;
+    q->model = NULL;
+    q->prompts = NULL;
+    q->messages = NULL;
+    q->n_prompts = q->n_messages = 0;
 }

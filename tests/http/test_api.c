@@ -950,6 +950,14 @@ static void test_large_bodies(void **state)
     assert_true(s.done);
     assert_string_equal(s.finish[0], "length");
     streamed_free(&s);
+    /* Its texts are there as long as they are needed. */
+    v = post(COMPLETIONS,
+             "{\"prompt\":\"%s\",\"echo\":true,\"max_tokens\":9,\"stop\":\" the\","
+             "\"logit_bias\":{\"%d\":100}}",
+             text, id_of(" the"));
+    assert_string_equal(get_text(v, "choices.0.text"), text);
+    assert_string_equal(get_text(v, "choices.0.finish_reason"), "stop");
+    cJSON_Delete(v);
     /* A fault in one is found there as well. */
     struct bytes bad = {0};
     bytes_format(&bad, "{\"prompt\":\"%s\",\"temperature\":3}", text);
@@ -1170,6 +1178,26 @@ static void test_limits(void **state)
     server_stop(&s);
 }
 
+/* Every choice copies its prompt, so a long one has less of them. */
+static void test_prompt_times_choices(void **state)
+{
+    (void)state;
+    char *ids = calloc(1, 2 * 40000);
+    assert_non_null(ids);
+    for (int i = 0; i < 40000; i++)
+        memcpy(ids + 2 * i, "5,", 2);
+    ids[2 * 40000 - 1] = '\0';
+    struct bytes body = {0};
+    bytes_format(&body, "{\"prompt\":[%s],\"n\":105}", ids); /* 4,200,000 tokens */
+    struct reply reply;
+    client_post(&server, COMPLETIONS, body.data, &reply);
+    assert_error_object(&reply, 400, "invalid_request_error", "context_length_exceeded");
+    assert_non_null(strstr(reply.body.data, "4200000"));
+    reply_free(&reply);
+    bytes_free(&body);
+    free(ids);
+}
+
 /* One slot, one place in the queue: what does not fit is refused at once, nothing lingers. */
 static void test_queue_full(void **state)
 {
@@ -1367,6 +1395,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_deep_nesting),
         cmocka_unit_test(test_unknown_fields),
         cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_prompt_times_choices),
         cmocka_unit_test(test_queue_full),
         cmocka_unit_test(test_request_timeout),
         cmocka_unit_test(test_no_template),

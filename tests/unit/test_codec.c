@@ -339,6 +339,12 @@ static void test_values(void **state)
     assert_true(q->echo && q->ignore_eos && q->include_stop && q->return_token_ids &&
                 !q->skip_special_tokens);
     assert_int_equal(q->n_unknown_fields, 0);
+    codec_request_free(&p.request); /* what says how to generate is still there */
+    assert_null(q->model);
+    assert_int_equal(q->n_prompts, 0);
+    assert_memory_equal(q->stops[0].data, "x", 1);
+    assert_memory_equal(q->stops[1].data, "\xc3\xa9", 2);
+    assert_int_equal(q->logit_bias[1].token, 6);
     drop(&p);
 }
 
