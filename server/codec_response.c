@@ -28,28 +28,6 @@ static void write_logprob(struct bytes *out, float value)
     bytes_text(out, text);
 }
 
-/* A piece as text: what is no UTF-8 becomes U+FFFD. */
-static void write_piece(struct bytes *out, const struct bytes *piece)
-{
-    if (utf8_valid_prefix(piece->data, piece->n) == piece->n) {
-        bytes_json_string(out, piece->n ? piece->data : "", piece->n);
-        return;
-    }
-    struct bytes text = {0};
-    for (size_t i = 0; i < piece->n;) {
-        int n = utf8_next(piece->data + i, piece->n - i);
-        size_t step = n > 0 ? (size_t)n : n < 0 ? (size_t)-n : piece->n - i;
-        if (n > 0)
-            bytes_append(&text, piece->data + i, step);
-        else
-            bytes_append(&text, "\xef\xbf\xbd", 3);
-        i += step;
-    }
-    bytes_json_string(out, text.data, text.n);
-    out->failed |= text.failed;
-    bytes_free(&text);
-}
-
 /* As OpenAI's completions show a token that is no text by itself: bytes:\xe2\x82. */
 static void write_piece_or_bytes(struct bytes *out, const struct bytes *piece)
 {
@@ -94,7 +72,7 @@ static void write_chat_token(struct bytes *out, const struct tokenizer *t, int32
     struct bytes piece = {0};
     tokenizer_piece(t, id, &piece);
     bytes_text(out, "\"token\":");
-    write_piece(out, &piece);
+    bytes_json_lossy(out, piece.data, piece.n);
     bytes_text(out, ",\"logprob\":");
     write_logprob(out, logprob);
     bytes_text(out, ",\"bytes\":");
@@ -127,16 +105,14 @@ static void write_completion_piece(struct bytes *out, const struct tokenizer *t,
     bytes_free(&piece);
 }
 
-/* Whether two tokens have the same name in a map from names. */
-static bool same_piece(const struct tokenizer *t, int32_t a, int32_t b)
+/* Whether a piece is the same as one of the n before it. */
+static bool is_repeated(const struct bytes *pieces, int n)
 {
-    struct bytes x = {0}, y = {0};
-    tokenizer_piece(t, a, &x);
-    tokenizer_piece(t, b, &y);
-    bool same = a == b || (x.n == y.n && (!x.n || !memcmp(x.data, y.data, x.n)));
-    bytes_free(&x);
-    bytes_free(&y);
-    return same;
+    for (int i = 0; i < n; i++)
+        if (pieces[i].n == pieces[n].n &&
+            (!pieces[n].n || !memcmp(pieces[i].data, pieces[n].data, pieces[n].n)))
+            return true;
+    return false;
 }
 
 /* {"piece": logprob}: the k most likely, and the token itself when it is not among them. Of
@@ -144,28 +120,21 @@ static bool same_piece(const struct tokenizer *t, int32_t a, int32_t b)
 static void add_top_map(struct bytes *out, const struct tokenizer *t, const struct job_token *token,
                         int n_top)
 {
-    bool own = true, first = true;
+    struct bytes pieces[SAMPLER_MAX_TOP_LOGPROBS + 1] = {0}; /* the token's own is the last */
     bytes_char(out, '{');
-    for (int i = 0; i < n_top; i++) {
-        bool seen = false;
-        for (int j = 0; j < i && !seen; j++)
-            seen = same_piece(t, token->top[i].token, token->top[j].token);
-        own = own && !same_piece(t, token->top[i].token, token->token);
-        if (seen)
+    for (int i = 0; i <= n_top; i++) {
+        tokenizer_piece(t, i < n_top ? token->top[i].token : token->token, &pieces[i]);
+        out->failed |= pieces[i].failed;
+        if (is_repeated(pieces, i))
             continue;
-        bytes_text(out, first ? "" : ",");
-        first = false;
-        write_completion_piece(out, t, token->top[i].token);
+        bytes_text(out, i ? "," : "");
+        write_piece_or_bytes(out, &pieces[i]);
         bytes_char(out, ':');
-        write_logprob(out, token->top[i].logprob);
-    }
-    if (own) {
-        bytes_text(out, first ? "" : ",");
-        write_completion_piece(out, t, token->token);
-        bytes_char(out, ':');
-        write_logprob(out, token->logprob);
+        write_logprob(out, i < n_top ? token->top[i].logprob : token->logprob);
     }
     bytes_char(out, '}');
+    for (int i = 0; i <= n_top; i++)
+        bytes_free(&pieces[i]);
 }
 
 static void add_completion_logprob(struct bytes lists[4], const struct tokenizer *t,
@@ -375,7 +344,7 @@ static void write_token_strings(struct bytes *out, const struct tokenizer *t, co
         piece.n = 0;
         tokenizer_piece(t, ids[i], &piece);
         bytes_text(out, i ? "," : "");
-        write_piece(out, &piece);
+        bytes_json_lossy(out, piece.data, piece.n);
     }
     bytes_char(out, ']');
     out->failed |= piece.failed;

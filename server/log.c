@@ -10,7 +10,6 @@
 #include <unistd.h>
 
 #include "engine/base/bytes.h"
-#include "engine/base/utf8.h"
 
 enum { LINE_BYTES = 8192, MESSAGE_BYTES = 2048 };
 
@@ -27,26 +26,10 @@ bool log_enabled(enum log_level level)
     return (int)level >= atomic_load_explicit(&least_level, memory_order_relaxed);
 }
 
-/* A JSON string of text that came from anywhere: what is not UTF-8 becomes U+FFFD. */
-static void append_string(struct bytes *b, const char *text)
-{
-    struct bytes clean = {0};
-    for (size_t n = strlen(text), at = 0; at < n;) {
-        int length = utf8_next(text + at, n - at);
-        if (length > 0)
-            bytes_append(&clean, text + at, (size_t)length);
-        else
-            bytes_text(&clean, "\xEF\xBF\xBD");
-        at += length > 0 ? (size_t)length : length < 0 ? (size_t)-length : n - at;
-    }
-    bytes_json_string(b, clean.data ? clean.data : "", clean.n);
-    bytes_free(&clean);
-}
-
 static void append_member(struct bytes *b, const char *name, const char *value)
 {
     bytes_format(b, ",\"%s\":", name);
-    append_string(b, value ? value : "");
+    bytes_json_lossy(b, value ? value : "", value ? strlen(value) : 0); /* from anywhere */
 }
 
 static void begin_line(struct bytes *b, enum log_level level, const char *event)

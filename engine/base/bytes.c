@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/base/utf8.h"
+
 /* Make room for n more bytes and a terminator. */
 static bool reserve(struct bytes *b, size_t n)
 {
@@ -92,9 +94,8 @@ static void escape(struct bytes *b, unsigned char c)
     }
 }
 
-void bytes_json_string(struct bytes *b, const char *text, size_t n)
+static void append_escaped(struct bytes *b, const char *text, size_t n)
 {
-    bytes_char(b, '"');
     size_t start = 0;
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
@@ -105,6 +106,28 @@ void bytes_json_string(struct bytes *b, const char *text, size_t n)
         start = i + 1;
     }
     bytes_append(b, text + start, n - start);
+}
+
+void bytes_json_string(struct bytes *b, const char *text, size_t n)
+{
+    bytes_char(b, '"');
+    append_escaped(b, text, n);
+    bytes_char(b, '"');
+}
+
+void bytes_json_lossy(struct bytes *b, const char *text, size_t n)
+{
+    bytes_char(b, '"');
+    for (size_t at = 0; at < n;) {
+        size_t sound = utf8_valid_prefix(text + at, n - at);
+        append_escaped(b, text + at, sound);
+        at += sound;
+        if (at == n)
+            break;
+        int length = utf8_next(text + at, n - at); /* 0: a character cut off by the end */
+        at += length ? (size_t)-length : n - at;
+        bytes_text(b, "\xEF\xBF\xBD");
+    }
     bytes_char(b, '"');
 }
 

@@ -28,6 +28,9 @@ void bytes_format(struct bytes *b, const char *format, ...) __attribute__((forma
 /* A JSON string with its quotes. text must be valid UTF-8; control characters are escaped. */
 void bytes_json_string(struct bytes *b, const char *text, size_t n);
 
+/* The same for text that may be anything: each ill-formed part of it becomes one U+FFFD. */
+void bytes_json_lossy(struct bytes *b, const char *text, size_t n);
+
 /* A finite double or float as the shortest JSON number that reads back equal; null otherwise. */
 void bytes_json_number(struct bytes *b, double value);
 

@@ -209,6 +209,40 @@ static void test_json_string(void **state)
     }
 }
 
+/* The expected texts are what Python's bytes.decode("utf-8", "replace") gives. */
+static void test_json_lossy(void **state)
+{
+    (void)state;
+#define X "\xef\xbf\xbd"
+    static const struct {
+        const char *text;
+        size_t n;
+        const char *json;
+    } table[] = {
+        {NULL, 0, "\"\""},
+        {"a\"\n", 3, "\"a\\\"\\n\""},
+        {"h\xc3\xa9", 3, "\"h\xc3\xa9\""},
+        {"\xff\xfe"
+         "a",
+         3, "\"" X X "a\""},
+        {"a\xe2\x82", 3, "\"a" X "\""}, /* cut off: one part */
+        {"\xe2\x82"
+         "a\x80",
+         4, "\"" X "a" X "\""},
+        {"\xed\xa0\x80", 3, "\"" X X X "\""}, /* a surrogate: three */
+        {"\xf0\x9f\x98"
+         "b\xf0\x9f",
+         6, "\"" X "b" X "\""},
+    };
+#undef X
+    for (size_t i = 0; i < COUNT_OF(table); i++) {
+        struct bytes b = {0};
+        bytes_json_lossy(&b, table[i].text, table[i].n);
+        assert_string_equal(b.data, table[i].json);
+        bytes_free(&b);
+    }
+}
+
 static void test_json_number(void **state)
 {
     (void)state;
@@ -354,13 +388,13 @@ static void test_fail_alloc(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_error),       cmocka_unit_test(test_long_error),
-        cmocka_unit_test(test_check),       cmocka_unit_test(test_cut_error),
-        cmocka_unit_test(test_arena),       cmocka_unit_test(test_arena_limits),
-        cmocka_unit_test(test_bytes),       cmocka_unit_test(test_bytes_limit),
-        cmocka_unit_test(test_json_string), cmocka_unit_test(test_json_number),
-        cmocka_unit_test(test_file),        cmocka_unit_test(test_out_of_memory),
-        cmocka_unit_test(test_fail_alloc),
+        cmocka_unit_test(test_error),         cmocka_unit_test(test_long_error),
+        cmocka_unit_test(test_check),         cmocka_unit_test(test_cut_error),
+        cmocka_unit_test(test_arena),         cmocka_unit_test(test_arena_limits),
+        cmocka_unit_test(test_bytes),         cmocka_unit_test(test_bytes_limit),
+        cmocka_unit_test(test_json_string),   cmocka_unit_test(test_json_number),
+        cmocka_unit_test(test_json_lossy),    cmocka_unit_test(test_file),
+        cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fail_alloc),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
