@@ -61,6 +61,16 @@ static void unlist_starting(struct call *c)
     c->previous = c->next = NULL;
 }
 
+static void unlist_woken(struct call *c)
+{
+    struct call **link = &c->routes->woken;
+    while (c->is_woken && *link != c)
+        link = &(*link)->woken_next;
+    if (c->is_woken)
+        *link = c->woken_next;
+    c->is_woken = false;
+}
+
 static void note_tokens(struct call *c)
 {
     struct codec_usage usage = stream_usage(c->generation);
@@ -75,6 +85,7 @@ static void on_close(void *context, bool delivered)
     if (c->generation)
         note_tokens(c);
     unlist_starting(c);
+    unlist_woken(c);
     stream_close(c->generation);
     c->generation = NULL;
     c->http = NULL;
@@ -282,10 +293,23 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
 
 void call_wake(struct call *c)
 {
-    if (c->streaming)
-        http_wake(c->http);
-    else if (c->http)
-        step(c);
+    if (c->is_woken)
+        return;
+    c->is_woken = true;
+    c->woken_next = c->routes->woken;
+    c->routes->woken = c;
+}
+
+void call_run_woken(struct routes *r)
+{
+    for (struct call *c; (c = r->woken);) {
+        r->woken = c->woken_next;
+        c->is_woken = false;
+        if (c->streaming)
+            http_wake(c->http);
+        else
+            step(c); /* the call may be gone afterwards */
+    }
 }
 
 void call_begin_late(struct routes *r)

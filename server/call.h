@@ -27,6 +27,7 @@ struct routes {
     struct workers *workers;
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
+    struct call *woken;    /* calls with news, to be looked at once each */
 
     /* Written before `model` is published, constant afterwards. */
     struct codec_context context;
@@ -63,6 +64,8 @@ struct call {
     struct generation *generation;
     int64_t started_ns;
     struct call *previous, *next; /* in routes->starting */
+    struct call *woken_next;      /* in routes->woken, when is_woken */
+    bool is_woken;
 };
 
 /* The model, or NULL with a 503 sent: it is loading. */
@@ -76,8 +79,9 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api);
  * large, and a stream lives long. Any thread. */
 void call_prepare(struct call *c);
 
-/* A job of the call has news. The call may be gone afterwards. */
+/* A job of the call has news: call_run_woken will see to it, once for all jobs of a step. */
 void call_wake(struct call *c);
+void call_run_woken(struct routes *r);
 
 /* Begin those streams whose first token is long in coming: a stream keeps its status open
  * until then, but not so long that somebody between us and the client gives up. */

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "engine/base/error.h"
 
@@ -87,7 +88,6 @@ struct options {
 enum status options_parse(struct options *out, int argc, char **argv, struct error *err);
 
 /* Write the help text to a stream. */
-#include <stdio.h>
 void options_print_help(FILE *out);
 
 /* The version of this build, "0.1.0". */

@@ -171,6 +171,7 @@ void routes_on_notify(void *context)
             call_wake(c);
         job_release(job);
     }
+    call_run_woken(r);
 }
 
 void routes_on_tick(void *context)
