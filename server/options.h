@@ -43,7 +43,7 @@
     X(max_tokens_limit, INT, "max-tokens-limit", "1000000", 1, 1000000000, "N",                    \
       "largest max_tokens a request may ask for")                                                  \
     X(max_choices, INT, "max-choices", "128", 1, 1024, "N",                                        \
-      "most sequences (prompts x best_of) one request may ask for")                                \
+      "most sequences (prompts x best_of) one request may ask for; never over --max-queue")        \
     X(request_timeout, INT, "request-timeout", "0", 0, 86400, "SECONDS",                           \
       "deadline of a request from its arrival; 0: none")                                           \
     X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \

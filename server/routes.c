@@ -255,7 +255,7 @@ static void fill_context(struct routes *r)
         .vocab_size = r->info.config->vocab_size,
         .max_prompt_tokens = o->max_prompt_tokens,
         .max_tokens_limit = o->max_tokens_limit,
-        .max_choices = o->max_choices,
+        .max_choices = o->max_choices < o->max_queue ? o->max_choices : o->max_queue,
         .strict_fields = o->strict_fields,
         .chat_max_tokens = chat < o->max_tokens_limit ? chat : o->max_tokens_limit,
         .temperature = or_default(d->temperature, 1),

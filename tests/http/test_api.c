@@ -979,6 +979,8 @@ static void test_large_bodies(void **state)
  */
 
 #define P "\"prompt\":\"x\""
+#define ENDLESS P ",\"max_tokens\":900000,\"ignore_eos\":true,\"stream\":true"
+#define ABORTED "latte_request_success_total{finish_reason=\"abort\"}"
 #define M "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
 
 /* The codec's own test has more; these go all the way. param NULL: null. */
@@ -1198,28 +1200,47 @@ static void test_prompt_times_choices(void **state)
     free(ids);
 }
 
-/* One slot, one place in the queue: what does not fit is refused at once, nothing lingers. */
+/* POST to completions on a connection of its own, left open. */
+static int raw_post(const struct server *s, const char *body)
+{
+    char text[500];
+    int n =
+        snprintf(text, sizeof(text),
+                 "POST " COMPLETIONS " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                 "Content-Length: %zu\r\n\r\n%s",
+                 strlen(body), body);
+    int fd = raw_connect(s);
+    raw_write(fd, text, (size_t)n);
+    return fd;
+}
+
+/* One slot, two places in the queue: what does not fit is refused at once, nothing lingers. */
 static void test_queue_full(void **state)
 {
     (void)state;
     struct server s;
-    server_start(&s, (const char *const[]){"--max-slots", "1", "--max-queue", "1", NULL});
+    server_start(&s, (const char *const[]){"--max-slots", "1", "--max-queue", "2", NULL});
+    int running = raw_post(&s, "{" ENDLESS "}");
+    assert_true(server_await_metric(&s, "latte_requests_running", 1, 30000));
+    int waiting = raw_post(&s, "{" ENDLESS "}");
+    assert_true(server_await_metric(&s, "latte_requests_waiting", 1, 30000));
     struct reply reply;
-    client_post(&s, COMPLETIONS, "{" P ",\"n\":8,\"max_tokens\":100000,\"ignore_eos\":true}",
-                &reply);
+    client_post(&s, COMPLETIONS, "{" P ",\"n\":2}", &reply);
     assert_error_object(&reply, 429, "rate_limit_error", NULL);
     char after[32];
     assert_true(reply_header(&reply, "Retry-After", after, sizeof(after)));
     reply_free(&reply);
-    /* The refused request's other jobs are gone soon: there is room again. */
-    int code = 0;
-    for (int i = 0; i < 200 && code != 200; i++, sleep_ms(10)) {
-        client_post(&s, COMPLETIONS, "{" P ",\"max_tokens\":2}", &reply);
-        code = reply.code;
-        reply_free(&reply);
-    }
-    assert_int_equal(code, 200);
-    assert_true(server_metric(&s, "latte_queue_rejections_total") >= 1);
+    assert_true(server_metric(&s, "latte_queue_rejections_total") == 1);
+    /* Of the refused request nothing is left in the queue. */
+    assert_true(server_await_metric(&s, "latte_requests_waiting", 1, 30000));
+    /* What never has room is not told to come again. */
+    client_post(&s, COMPLETIONS, "{" P ",\"n\":3}", &reply);
+    assert_error_object(&reply, 400, "invalid_request_error", "integer_above_max_value");
+    reply_free(&reply);
+    close(running);
+    close(waiting);
+    assert_true(server_await_metric(&s, "latte_requests_running", 0, 30000));
+    cJSON_Delete(post_to(&s, COMPLETIONS, "{" P ",\"n\":2,\"max_tokens\":2}"));
     server_stop(&s);
 }
 
@@ -1313,19 +1334,6 @@ static void test_no_template(void **state)
     }
 }
 
-static int raw_post(const struct server *s, const char *body)
-{
-    char text[500];
-    int n =
-        snprintf(text, sizeof(text),
-                 "POST " COMPLETIONS " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                 "Content-Length: %zu\r\n\r\n%s",
-                 strlen(body), body);
-    int fd = raw_connect(s);
-    raw_write(fd, text, (size_t)n);
-    return fd;
-}
-
 /* A stream that waits long for its first token begins without it, and is kept alive. When the
  * one in front of it leaves, it goes on. */
 static void test_waiting_stream(void **state)
@@ -1334,7 +1342,7 @@ static void test_waiting_stream(void **state)
     struct server s;
     server_start(&s, (const char *const[]){"--max-slots", "1", "--keepalive-interval", "1", NULL});
     struct bytes first_out = {0}, out = {0};
-    int first = raw_post(&s, "{" P ",\"max_tokens\":900000,\"ignore_eos\":true,\"stream\":true}");
+    int first = raw_post(&s, "{" ENDLESS "}");
     assert_true(raw_await(first, &first_out, "data: ", 30000));
     int fd = raw_post(&s, "{" P ",\"max_tokens\":3,\"ignore_eos\":true,\"stream\":true}");
     assert_true(raw_await(fd, &out, ": keep-alive", 30000));
@@ -1346,6 +1354,42 @@ static void test_waiting_stream(void **state)
     bytes_free(&out);
     bytes_free(&first_out);
     server_stop(&s);
+}
+
+/* The end of the access log tells tokens as usage does; -1: the line has none. */
+static void assert_logged_tokens(int prompt, int output)
+{
+    char tokens[80] = "";
+    if (prompt >= 0)
+        snprintf(tokens, sizeof(tokens), ",\"prompt_tokens\":%d,\"output_tokens\":%d", prompt,
+                 output);
+    bool found = false;
+    for (int i = 0; i < 500 && !found; i++, sleep_ms(10)) { /* written after the reply */
+        char *log = server_log(&server), *line = NULL;
+        for (char *at = log; (at = strstr(at, "\"route\":\"/v1/completions\"")); at++)
+            line = at;
+        found = line && strstr(line, tokens) && (prompt >= 0 || !strstr(line, "_tokens"));
+        free(log);
+    }
+    assert_true(found);
+}
+
+static void test_logged_tokens(void **state)
+{
+    (void)state;
+    cJSON_Delete(post(COMPLETIONS,
+                      "{\"prompt\":[[5,6,7],[8]],\"n\":2,\"best_of\":3,\"max_tokens\":4,"
+                      "\"ignore_eos\":true}"));
+    assert_logged_tokens(4, 24);
+    struct streamed s;
+    stream(&s, COMPLETIONS,
+           "{\"prompt\":[5,6],\"max_tokens\":5,\"ignore_eos\":true,\"stream\":true}");
+    streamed_free(&s);
+    assert_logged_tokens(2, 5);
+    struct reply reply;
+    client_post(&server, COMPLETIONS, "{}", &reply);
+    reply_free(&reply);
+    assert_logged_tokens(-1, -1);
 }
 
 static void test_metrics(void **state)
@@ -1360,6 +1404,22 @@ static void test_metrics(void **state)
     assert_true(server_metric(&server, "latte_generation_tokens_total") == output + 9);
     assert_true(server_metric(&server, "latte_time_to_first_token_seconds_count") == first + 1);
     assert_true(server_metric(&server, "latte_e2e_request_latency_seconds_count") == whole + 1);
+    /* A prompt counts once; every choice is observed, and one that is left counts as such. */
+    double aborted = server_metric(&server, ABORTED);
+    cJSON_Delete(post(COMPLETIONS, "{\"prompt\":[5,6],\"n\":3,\"max_tokens\":2,\"stream\":false,"
+                                   "\"ignore_eos\":true}"));
+    assert_true(server_metric(&server, "latte_prompt_tokens_total") == prompt + 5);
+    assert_true(server_metric(&server, "latte_generation_tokens_total") == output + 15);
+    assert_true(server_metric(&server, "latte_time_to_first_token_seconds_count") == first + 4);
+    assert_true(server_metric(&server, "latte_e2e_request_latency_seconds_count") == whole + 4);
+    struct client_request request = {.path = COMPLETIONS,
+                                     .body = "{" ENDLESS ",\"n\":2}",
+                                     .on_data = hang_up,
+                                     .context = &(size_t){0}};
+    struct reply reply;
+    client_send(&server, &request, &reply);
+    reply_free(&reply);
+    assert_true(server_await_metric(&server, ABORTED, (aborted < 0 ? 0 : aborted) + 2, 10000));
 }
 
 int main(int argc, char **argv)
@@ -1401,6 +1461,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_no_template),
         cmocka_unit_test(test_hang_up),
         cmocka_unit_test(test_waiting_stream),
+        cmocka_unit_test(test_logged_tokens),
         cmocka_unit_test(test_metrics),
     };
     return cmocka_run_group_tests(tests, start_server, stop_server);

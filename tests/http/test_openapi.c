@@ -262,12 +262,18 @@ static void check_keywords(yaml_node_t *schema)
     }
 }
 
+/* Both APIs take it. */
+static const char endless[] = "{\"prompt\":\"x\",\"n\":2,\"max_tokens\":1000000,"
+                              "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],"
+                              "\"ignore_eos\":true}";
+
 /* ---- servers ------------------------------------------------------------------------------------
  */
 
 #define KEY "0123456789abcdef"
 
 static struct server plain, tight, keyed, small, full;
+static int fillers[2]; /* connections that keep `full` full */
 
 static void start_keyed(void)
 {
@@ -308,6 +314,23 @@ static void load_document(const struct reply *reply)
     yaml_parser_delete(&parser);
 }
 
+/* One request runs, one waits, so that a third is too many. */
+static void fill_up(const struct server *s)
+{
+    static const char *const gauges[] = {"latte_requests_running", "latte_requests_waiting"};
+    for (int i = 0; i < 2; i++) {
+        char text[400];
+        const char *body = "{\"prompt\":\"x\",\"max_tokens\":1000000,\"ignore_eos\":true}";
+        int n = snprintf(text, sizeof(text),
+                         "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                         "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                         strlen(body), body);
+        fillers[i] = raw_connect(s);
+        raw_write(fillers[i], text, (size_t)n);
+        assert_true(server_await_metric(s, gauges[i], 1, 30000));
+    }
+}
+
 static int start_all(void **state)
 {
     (void)state;
@@ -315,7 +338,8 @@ static int start_all(void **state)
     server_start(&tight, (const char *const[]){"--request-timeout", "1", "--max-tokens-limit",
                                                "1000000000", NULL});
     server_start(&small, (const char *const[]){"--max-body-mb", "1", NULL});
-    server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "1", NULL});
+    server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "2", NULL});
+    fill_up(&full);
     start_keyed();
     struct reply reply;
     client_get(&plain, "/openapi.yaml", &reply);
@@ -332,6 +356,8 @@ static int stop_all(void **state)
     server_stop(&plain);
     server_stop(&tight);
     server_stop(&small);
+    close(fillers[0]);
+    close(fillers[1]);
     server_stop(&full);
     server_stop(&keyed);
     return 0;
@@ -453,10 +479,6 @@ static char *example_body(yaml_node_t *operation)
     cJSON_Delete(v);
     return text;
 }
-
-static const char endless[] = "{\"prompt\":\"x\",\"n\":8,\"max_tokens\":1000000,"
-                              "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],"
-                              "\"ignore_eos\":true}";
 
 /* Send what makes an operation answer with a status; false when nothing here can. */
 static bool provoke(const char *path, const char *method, int status, const char *example,
