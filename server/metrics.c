@@ -22,8 +22,10 @@ struct counter_row {
 };
 
 static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
-    [METRIC_PROMPT_TOKENS] = {"latte_prompt_tokens_total", "Tokens of admitted prompts."},
-    [METRIC_GENERATION_TOKENS] = {"latte_generation_tokens_total", "Tokens delivered."},
+    [METRIC_PROMPT_TOKENS] = {"latte_prompt_tokens_total",
+                              "Tokens of admitted prompts, each prompt once."},
+    [METRIC_GENERATION_TOKENS] = {"latte_generation_tokens_total",
+                                  "Tokens of all choices, up to where each ended."},
     [METRIC_UNKNOWN_FIELDS] = {"latte_unknown_request_fields_total",
                                "Request fields that are not known and were ignored or refused."},
     [METRIC_CLIENT_DISCONNECTS] = {"latte_client_disconnects_total",
@@ -40,26 +42,26 @@ struct histogram_row {
 
 static const struct histogram_row histogram_rows[METRIC_HISTOGRAM_COUNT] = {
     [METRIC_TIME_TO_FIRST_TOKEN] = {"latte_time_to_first_token_seconds",
-                                    "From a request's arrival to its first token.",
+                                    "From a request's arrival to a choice's first token.",
                                     {0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5,
                                      10, 20, 40, 80}},
     [METRIC_TIME_PER_TOKEN] = {"latte_time_per_output_token_seconds",
-                               "Mean time between the tokens of a request.",
+                               "Mean time between the tokens of a choice.",
                                {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
                                 0.1, 0.25, 0.5, 1, 2.5}},
     [METRIC_E2E_LATENCY] = {"latte_e2e_request_latency_seconds",
-                            "From a request's arrival to the end of its answer.",
+                            "From a request's arrival to the end of a choice.",
                             {0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320,
                              640}},
     [METRIC_QUEUE_TIME] = {"latte_request_queue_time_seconds",
-                           "From submission to a slot.",
+                           "From submission to a slot, by choice.",
                            {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
                             30, 60, 120}},
     [METRIC_PROMPT_LENGTH] = {"latte_request_prompt_tokens",
-                              "Tokens of a request's prompt.",
+                              "Prompt tokens of a choice.",
                               {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
     [METRIC_OUTPUT_LENGTH] = {"latte_request_generation_tokens",
-                              "Tokens of a request's answer.",
+                              "Output tokens of a choice.",
                               {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
 };
 
@@ -214,7 +216,8 @@ static void write_series(struct bytes *out)
         bytes_format(
             out, "latte_http_requests_total{method=\"%s\",route=\"%s\",code=\"%d\"} %" PRIu64 "\n",
             requests[i].method, requests[i].route, requests[i].code, requests[i].n);
-    write_head(out, "latte_request_success_total", "counter", "Generations by their end.");
+    write_head(out, "latte_request_success_total", "counter",
+               "Choices by their end: stop, length, abort (the client left), error.");
     for (int i = 0; i < n_finishes; i++)
         bytes_format(out, "latte_request_success_total{finish_reason=\"%s\"} %" PRIu64 "\n",
                      finishes[i].reason, finishes[i].n);

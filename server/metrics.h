@@ -1,7 +1,9 @@
 /* metrics.h - counters, gauges and histograms in Prometheus' text format.
  *
  * All metrics are named in the .c's one table with help texts, by the conventions of the
- * field: prefix latte_, base units (seconds, bytes), _total for counters.
+ * field: prefix latte_, base units (seconds, bytes), _total for counters. As elsewhere in the
+ * field, each choice of a request (n, best_of, many prompts) is observed as a generation of
+ * its own; one that is cut short counts by its end, and is not observed.
  *
  * Threads: any (atomics). Memory: static. Errors: none.
  */
@@ -14,22 +16,22 @@
 #include "engine/engine.h"
 
 enum metric_counter {
-    METRIC_PROMPT_TOKENS,        /* latte_prompt_tokens_total: tokens of admitted prompts */
-    METRIC_GENERATION_TOKENS,    /* latte_generation_tokens_total: tokens delivered */
-    METRIC_UNKNOWN_FIELDS,       /* latte_unknown_request_fields_total */
-    METRIC_CLIENT_DISCONNECTS,   /* latte_client_disconnects_total */
-    METRIC_QUEUE_REJECTIONS,     /* latte_queue_rejections_total */
-    METRIC_CONNECTIONS,          /* latte_connections_total: accepted */
+    METRIC_PROMPT_TOKENS,      /* latte_prompt_tokens_total: tokens of admitted prompts */
+    METRIC_GENERATION_TOKENS,  /* latte_generation_tokens_total: of all choices */
+    METRIC_UNKNOWN_FIELDS,     /* latte_unknown_request_fields_total */
+    METRIC_CLIENT_DISCONNECTS, /* latte_client_disconnects_total */
+    METRIC_QUEUE_REJECTIONS,   /* latte_queue_rejections_total */
+    METRIC_CONNECTIONS,        /* latte_connections_total: accepted */
     METRIC_COUNTER_COUNT
 };
 
 enum metric_histogram {
-    METRIC_TIME_TO_FIRST_TOKEN,  /* latte_time_to_first_token_seconds */
-    METRIC_TIME_PER_TOKEN,       /* latte_time_per_output_token_seconds: mean over a request */
-    METRIC_E2E_LATENCY,          /* latte_e2e_request_latency_seconds */
-    METRIC_QUEUE_TIME,           /* latte_request_queue_time_seconds */
-    METRIC_PROMPT_LENGTH,        /* latte_request_prompt_tokens */
-    METRIC_OUTPUT_LENGTH,        /* latte_request_generation_tokens */
+    METRIC_TIME_TO_FIRST_TOKEN, /* latte_time_to_first_token_seconds */
+    METRIC_TIME_PER_TOKEN,      /* latte_time_per_output_token_seconds: mean over a choice */
+    METRIC_E2E_LATENCY,         /* latte_e2e_request_latency_seconds */
+    METRIC_QUEUE_TIME,          /* latte_request_queue_time_seconds */
+    METRIC_PROMPT_LENGTH,       /* latte_request_prompt_tokens */
+    METRIC_OUTPUT_LENGTH,       /* latte_request_generation_tokens */
     METRIC_HISTOGRAM_COUNT
 };
 
