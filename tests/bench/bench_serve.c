@@ -16,7 +16,13 @@
 #include "engine/base/bytes.h"
 #include "tests/bench/bench.h"
 
-enum { MAX_STREAMS = 4096, MAX_LEVELS = 16, START_TIMEOUT_S = 120, LEVEL_TIMEOUT_S = 600 };
+enum {
+    MAX_STREAMS = 4096,
+    MAX_LEVELS = 16,
+    MIN_REQUESTS = 32, /* of a level: a median of two says nothing */
+    START_TIMEOUT_S = 120,
+    LEVEL_TIMEOUT_S = 600,
+};
 
 struct settings {
     const char *model_dir, *url, *threads;
@@ -208,8 +214,10 @@ static bool run_level(const struct settings *settings, const char *base, int n, 
     struct stream *streams = calloc((size_t)n, sizeof(*streams));
     CURLM *multi = curl_multi_init();
     bool ok = streams && multi && level.headers;
+    int least = (MIN_REQUESTS + n - 1) / n;
+    int rounds = settings->rounds > least ? settings->rounds : least;
     for (int i = 0; ok && i < n; i++) {
-        streams[i] = (struct stream){.level = &level, .rounds_left = settings->rounds};
+        streams[i] = (struct stream){.level = &level, .rounds_left = rounds};
         ok = (streams[i].curl = curl_easy_init()) != NULL;
     }
     double started = bench_now();
@@ -261,6 +269,7 @@ static pid_t start_server(const struct settings *settings, int port)
     snprintf(slots, sizeof(slots), "%d", most);
     pid_t pid = fork();
     if (pid == 0) {
+        dup2(STDERR_FILENO, STDOUT_FILENO); /* stdout is for the table */
         execl(path, path, "--model", settings->model_dir, "--port", port_text, "--max-slots", slots,
               "--threads", settings->threads, "--no-access-log", "--log-level", "warn",
               (char *)NULL);
@@ -303,7 +312,7 @@ static void usage(FILE *out)
           "  -m, --model DIR      start latte-server with this model on a free loopback port\n"
           "      --url URL        measure a server that runs already (http://127.0.0.1:8080)\n"
           "      --streams LIST   streams at once, comma separated (default 1,16,128,512)\n"
-          "      --rounds N       requests each stream sends (default 2)\n"
+          "      --rounds N       requests each stream sends (default 2; at least 32 in all)\n"
           "      --prompt-tokens N  about so many tokens of prompt (default 32)\n"
           "      --max-tokens N   tokens generated per request (default 64)\n"
           "      --threads N      the server's compute threads (default 0: all cores)\n"
@@ -410,14 +419,13 @@ int bench_serve(int argc, char **argv)
     if (!ok)
         fprintf(stderr, "latte-bench serve: no server became ready at %s\n", base);
     if (ok && !s.json)
-        printf("%s; %s; %d prompt words, %d tokens generated, %d requests a stream; the client "
-               "runs on the same cores\n\n"
+        printf("%s; %s; %d prompt words, %d tokens generated; the client runs on the same "
+               "cores\n\n"
                "| streams | requests | failed | TTFT p50 | TTFT p99 | gap p50   | gap p99   | "
                "tokens/s |\n"
                "|---------|----------|--------|----ms-----|----ms-----|----ms-----|----ms-----|----"
                "------|\n",
-               bench_machine(), s.model_dir ? s.model_dir : s.url, s.prompt_tokens, s.max_tokens,
-               s.rounds);
+               bench_machine(), s.model_dir ? s.model_dir : s.url, s.prompt_tokens, s.max_tokens);
     int seed = 0;
     bool good = ok;
     for (int i = 0; ok && i < s.n_levels; i++)
