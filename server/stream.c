@@ -1,41 +1,14 @@
-/* stream.c - see stream.h */
-#include "server/stream.h"
+/* stream.c - see stream.h. What a reply looks like is in stream_reply.c. */
+#include "server/stream_private.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "server/http.h"
 #include "server/metrics.h"
 
-/* Tokens read from a job at once, and the size at which lists are sent without any text. */
-enum { READ_TOKENS = 16, LIST_BYTES = 64 << 10 };
-
-/* One job and the choice it becomes. */
-struct sequence {
-    struct job *job; /* NULL once it is over */
-    struct output output;
-    const struct stream_prompt *prompt;
-    int64_t index;      /* of the choice */
-    const char *finish; /* OpenAI's finish_reason once it is over */
-    size_t n_bytes;     /* of its output, as counted in the generation's */
-    bool begun;         /* its first token came */
-    bool role_sent, prompt_sent, finish_sent;
-};
-
-struct generation {
-    struct stream_setup setup;
-    struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
-    size_t n_sequences, n_running;
-    size_t n_bytes; /* held by all outputs */
-    struct codec_usage usage;
-    struct bytes events; /* framed, not sent yet */
-    size_t n_sent;       /* bytes of events that were read */
-    bool open, ended;    /* all jobs were submitted; the last event is framed */
-    bool failed;
-    struct error error;
-};
+enum { READ_TOKENS = 16 }; /* from a job at once */
 
 /* ---- jobs ---------------------------------------------------------------------------------- */
 
@@ -71,6 +44,7 @@ static enum status start_job(struct generation *g, struct sequence *s, uint32_t 
     struct job_request request = {
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
+        .shared = s->prompt->shared,
         .max_tokens = q->max_tokens,
         .deadline_ms = g->setup.deadline_ms,
         .prompt_logprobs = q->echo ? (int)q->n_logprobs : -1,
@@ -164,8 +138,7 @@ static void end_without_room(struct generation *g, enum status st)
     end_with_error(g, &err);
 }
 
-/* Bring the count of held bytes up to date. */
-static void count_bytes(struct generation *g, struct sequence *s)
+void stream_count_bytes(struct generation *g, struct sequence *s)
 {
     size_t n = output_bytes(&s->output);
     g->n_bytes += n - s->n_bytes;
@@ -194,7 +167,7 @@ static void push_tokens(struct generation *g, struct sequence *s, const struct j
     int64_t n_new = s->output.n_tokens - before;
     g->usage.completion_tokens += n_new;
     metrics_add(METRIC_GENERATION_TOKENS, (uint64_t)n_new);
-    count_bytes(g, s);
+    stream_count_bytes(g, s);
 }
 
 /* The ring is drained and the job has finished. */
@@ -234,91 +207,12 @@ static bool advance_sequence(struct generation *g, struct sequence *s)
     return n > 0;
 }
 
-/* ---- events -------------------------------------------------------------------------------- */
+/* ---- progress ------------------------------------------------------------------------------ */
 
 struct codec_usage stream_usage(const struct generation *g)
 {
     return g->usage;
 }
-
-/* One event with one choice. Chat names the prompt's ids at the top of the first event. */
-static void write_event(struct generation *g, struct sequence *s, struct codec_choice *c)
-{
-    const struct codec_request *q = g->setup.request;
-    bool ids_now = q->return_token_ids && !s->prompt_sent;
-    bool chat = q->api == CODEC_CHAT;
-    if (ids_now && !chat) {
-        c->prompt_ids = s->prompt->ids;
-        c->n_prompt_ids = s->prompt->n;
-    }
-    c->index = s->index;
-    c->lists = &s->output.lists;
-    c->logprobs = q->n_logprobs >= 0 && !c->role;
-    c->ids = q->return_token_ids;
-    bytes_text(&g->events, "data: ");
-    codec_write_head(&g->events, &g->setup.reply, ids_now && chat ? s->prompt->ids : NULL,
-                     s->prompt->n);
-    codec_write_choice(&g->events, &g->setup.reply, c, true);
-    codec_write_tail(&g->events, &g->setup.reply,
-                     q->include_usage && q->continuous_usage ? &g->usage : NULL);
-    bytes_text(&g->events, "\n\n");
-    s->prompt_sent = true;
-}
-
-static size_t list_bytes(const struct output *o)
-{
-    return o->lists.logprobs[0].n + o->lists.ids.n;
-}
-
-/* Frame what a choice has to say, if anything: an echo waits for the first token, as the status
- * of the reply does. Chat gives the role first and the finish_reason
- * in a last event of its own; completions put it beside the last text. */
-static void write_events(struct generation *g, struct sequence *s)
-{
-    bool chat = g->setup.request->api == CODEC_CHAT;
-    struct output *o = &s->output;
-    bool end = s->finish && !s->finish_sent;
-    bool any = o->ready || (s->finish ? list_bytes(o) > 0 : list_bytes(o) > LIST_BYTES);
-    if (!end && !(any && s->begun))
-        return;
-    if (chat && !s->role_sent) {
-        write_event(g, s, &(struct codec_choice){.role = true});
-        s->role_sent = true;
-    }
-    if (any || !chat) {
-        struct codec_choice c = {.text = {o->text.data, o->ready}};
-        c.finish = chat ? NULL : s->finish;
-        write_event(g, s, &c);
-        output_take(o);
-        count_bytes(g, s);
-    }
-    if (end && chat)
-        write_event(g, s, &(struct codec_choice){.finish = s->finish});
-    s->finish_sent |= end;
-}
-
-static void write_last_events(struct generation *g)
-{
-    if (g->setup.request->include_usage) {
-        bytes_text(&g->events, "data: ");
-        codec_write_head(&g->events, &g->setup.reply, NULL, 0);
-        codec_write_tail(&g->events, &g->setup.reply, &g->usage);
-        bytes_text(&g->events, "\n\n");
-    }
-    bytes_text(&g->events, "data: [DONE]\n\n");
-    g->ended = true;
-}
-
-static void write_error_event(struct generation *g)
-{
-    bytes_text(&g->events, "data: ");
-    http_error_json(&g->events, http_status_of(g->error.status), g->error.text,
-                    *g->error.field ? g->error.field : NULL, NULL);
-    bytes_text(&g->events, "\n\n");
-    g->ended = true;
-}
-
-/* ---- progress ------------------------------------------------------------------------------ */
 
 /* One round over the jobs. True when anything happened. */
 static bool advance_all(struct generation *g)
@@ -330,9 +224,9 @@ static bool advance_all(struct generation *g)
     if (g->failed || !g->setup.request->stream)
         return any;
     for (size_t i = 0; i < g->n_sequences; i++)
-        write_events(g, &g->sequences[i]);
+        stream_reply_events(g, &g->sequences[i]);
     if (!g->n_running && !g->ended)
-        write_last_events(g);
+        stream_reply_end(g);
     return any;
 }
 
@@ -378,7 +272,7 @@ ssize_t stream_read(void *context, char *out, size_t max)
         if (!g->ended)
             progress(g);
         if (g->failed && !g->ended)
-            write_error_event(g);
+            stream_reply_error(g);
         if (g->events.failed)
             return HTTP_SOURCE_ABORT;
     }
@@ -389,61 +283,6 @@ ssize_t stream_read(void *context, char *out, size_t max)
     memcpy(out, g->events.data + g->n_sent, n);
     g->n_sent += n;
     return (ssize_t)n;
-}
-
-/* ---- whole replies ------------------------------------------------------------------------- */
-
-static double mean_logprob(const struct sequence *s)
-{
-    return s->output.n_tokens ? s->output.sum_logprob / (double)s->output.n_tokens : -INFINITY;
-}
-
-/* Put the likeliest sequences of one prompt first; equal ones stay in order. */
-static void rank(struct sequence *sequences, size_t n)
-{
-    for (size_t i = 1; i < n; i++) {
-        struct sequence s = sequences[i];
-        size_t j = i;
-        for (; j && mean_logprob(&sequences[j - 1]) < mean_logprob(&s); j--)
-            sequences[j] = sequences[j - 1];
-        sequences[j] = s;
-    }
-}
-
-static void write_whole_choice(struct generation *g, struct sequence *s, int64_t index,
-                               struct bytes *out)
-{
-    const struct codec_request *q = g->setup.request;
-    struct codec_choice c = {
-        .index = index,
-        .text = {s->output.text.data, s->output.ready},
-        .lists = &s->output.lists,
-        .logprobs = q->n_logprobs >= 0,
-        .ids = q->return_token_ids,
-        .finish = s->finish,
-    };
-    if (q->return_token_ids && q->api == CODEC_COMPLETIONS) {
-        c.prompt_ids = s->prompt->ids;
-        c.n_prompt_ids = s->prompt->n;
-    }
-    codec_write_choice(out, &g->setup.reply, &c, index == 0);
-}
-
-void stream_write(struct generation *g, struct bytes *out)
-{
-    const struct codec_request *q = g->setup.request;
-    size_t best_of = (size_t)q->best_of, n = (size_t)q->n;
-    bool ids = q->return_token_ids && q->api == CODEC_CHAT;
-    const struct stream_prompt *first = g->setup.prompts;
-    codec_write_head(out, &g->setup.reply, ids ? first->ids : NULL, first->n);
-    for (size_t p = 0; p < g->setup.n_prompts; p++) {
-        struct sequence *of_prompt = g->sequences + p * best_of;
-        if (best_of > n)
-            rank(of_prompt, best_of);
-        for (size_t i = 0; i < n; i++)
-            write_whole_choice(g, &of_prompt[i], (int64_t)(p * n + i), out);
-    }
-    codec_write_tail(out, &g->setup.reply, &g->usage);
 }
 
 /* ---- life ---------------------------------------------------------------------------------- */

@@ -1,0 +1,47 @@
+/* stream_private.h - what the files of a generation share; for no one else.
+ *
+ *   stream.c        jobs, their progress, the life of a generation
+ *   stream_reply.c  what its choices have to say, as events or as a whole
+ *
+ * Threads, memory, errors: as stream.h says.
+ */
+#ifndef LATTE_SERVER_STREAM_PRIVATE_H
+#define LATTE_SERVER_STREAM_PRIVATE_H
+
+#include "server/stream.h"
+
+/* One job and the choice it becomes. */
+struct sequence {
+    struct job *job; /* NULL once it is over */
+    struct output output;
+    const struct stream_prompt *prompt;
+    int64_t index;      /* of the choice */
+    const char *finish; /* OpenAI's finish_reason once it is over */
+    size_t n_bytes;     /* of its output, as counted in the generation's */
+    bool begun;         /* its first token came */
+    bool role_sent, prompt_sent, finish_sent;
+};
+
+struct generation {
+    struct stream_setup setup;
+    struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
+    size_t n_sequences, n_running;
+    size_t n_bytes; /* held by all outputs */
+    struct codec_usage usage;
+    struct bytes events; /* framed, not sent yet */
+    size_t n_sent;       /* bytes of events that were read */
+    bool open, ended;    /* all jobs were submitted; the last event is framed */
+    bool failed;
+    struct error error;
+};
+
+/* Bring the count of the bytes that a sequence's output holds up to date. */
+void stream_count_bytes(struct generation *g, struct sequence *s);
+
+/* Frame what a choice has to say, if anything; the end of all, with the usage when it was asked
+ * for; the generation's error, as the last event. */
+void stream_reply_events(struct generation *g, struct sequence *s);
+void stream_reply_end(struct generation *g);
+void stream_reply_error(struct generation *g);
+
+#endif
