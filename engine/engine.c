@@ -28,7 +28,7 @@ void engine_options_init(struct engine_options *o)
         .weight_dtype = "auto",
         .n_slots = 64,
         .max_queue = 1024,
-        .step_tokens = 512,
+        .step_tokens = 256,
         .chunk_tokens = 128,
     };
 }

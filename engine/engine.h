@@ -41,7 +41,7 @@ struct engine_options {
     void *wake_context;
 };
 
-/* Defaults: auto, auto, 0 threads, 64 slots, queue 1024, 512 step tokens, 128 chunk tokens. */
+/* Defaults: auto, auto, 0 threads, 64 slots, queue 1024, 256 step tokens, 128 chunk tokens. */
 void engine_options_init(struct engine_options *o);
 
 enum status engine_open(struct engine **out, const struct engine_options *options,

@@ -33,7 +33,7 @@
     X(max_slots, INT, "max-slots", "64", 1, 4096, "N", "sequences decoded together")               \
     X(max_queue, INT, "max-queue", "1024", 1, 1000000, "N",                                        \
       "jobs waiting for a slot; beyond it requests get 429")                                       \
-    X(step_tokens, INT, "step-tokens", "512", 1, 65536, "N", "rows of one engine step at most")    \
+    X(step_tokens, INT, "step-tokens", "256", 1, 65536, "N", "rows of one engine step at most")    \
     X(chunk_tokens, INT, "chunk-tokens", "128", 1, 65536, "N",                                     \
       "prompt tokens of one request processed in a step at most")                                  \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
