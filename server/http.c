@@ -317,17 +317,33 @@ void http_drop_body(struct http_request *r)
     bytes_free(&r->body);
 }
 
+/* Whether n bytes more fit into what all requests may hold together. */
+static bool has_room(const struct http_server *s, size_t n)
+{
+    size_t all = (size_t)s->options.max_buffered_mb << 20;
+    return s->buffered_bytes <= all && n <= all - s->buffered_bytes;
+}
+
+bool http_charge(struct http_request *r, size_t n_bytes)
+{
+    if (!has_room(r->server, n_bytes))
+        return false;
+    r->charged += n_bytes;
+    r->server->buffered_bytes += n_bytes;
+    return true;
+}
+
 /* Keep n more bytes, or refuse the request: the limit of one body, and of all together. */
 static void keep_body(struct http_request *r, const char *data, size_t n)
 {
     struct http_server *s = r->server;
     size_t limit = (size_t)s->options.max_body_mb << 20;
-    size_t all = (size_t)s->options.max_buffered_mb << 20;
+    size_t spare = r->body.cap - r->body.n;
     if (n > limit - r->body.n) {
         request_refuse(r, 413, "The request body is larger than the server accepts.");
         return;
     }
-    if (s->buffered_bytes > all || r->body.n + n > all - s->buffered_bytes + r->body.cap) {
+    if (!has_room(s, n > spare ? n - spare : 0)) {
         request_refuse(r, 503, "The server is receiving as much as it can hold. Try again later.");
         return;
     }
@@ -446,6 +462,7 @@ static void on_completed(void *server, struct MHD_Connection *mhd, void **contex
     if (r->response)
         MHD_destroy_response(r->response);
     http_drop_body(r);
+    s->buffered_bytes -= r->charged;
     arena_free(&r->arena);
     free(r);
     s->n_active--;

@@ -88,6 +88,9 @@ const char *http_body(const struct http_request *r, size_t *n);
 /* Free the body before the request ends: the memory of all bodies together is bounded by
  * --max-buffered-mb, and a stream may live long. */
 void http_drop_body(struct http_request *r);
+/* Count n_bytes more that the request holds (its prompts' tokens, say) against
+ * --max-buffered-mb, until it completes. False, and nothing is counted, when that is too much. */
+bool http_charge(struct http_request *r, size_t n_bytes);
 struct arena *http_arena(struct http_request *r);
 const char *
 http_request_id(const struct http_request *r);    /* the client's X-Request-Id if sane, else ours */

@@ -68,6 +68,7 @@ struct http_request {
     struct http_framing framing;
 
     struct bytes body;
+    size_t charged;                 /* bytes, by http_charge */
     uint64_t n_received, n_drained; /* body bytes kept or dropped */
     bool handled;                   /* the handler was called */
     bool deferred, suspended;
@@ -108,7 +109,7 @@ struct http_server {
     struct connection *connections; /* all of them */
     struct connection *entering;    /* being handed to the library */
     int n_lingering;
-    size_t buffered_bytes; /* memory of all request bodies */
+    size_t buffered_bytes; /* memory of all request bodies, and what was charged */
     uint64_t id_seed, n_requests;
     _Atomic bool notified, draining, stopping;
     _Atomic int n_active, n_connections;

@@ -48,7 +48,7 @@
       "deadline of a request from its arrival; 0: none")                                           \
     X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \
     X(max_buffered_mb, INT, "max-buffered-mb", "256", 1, 1048576, "MB",                            \
-      "memory for all request bodies being received together; beyond it 503")                      \
+      "memory of all request bodies and prompts together; beyond it 503")                      \
     X(max_connections, INT, "max-connections", "4096", 1, 65536, "N", "open connections")          \
     X(header_timeout, INT, "header-timeout", "10", 1, 3600, "SECONDS",                             \
       "time a client has to send a request's headers")                                             \

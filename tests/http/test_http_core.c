@@ -136,6 +136,15 @@ static void handle_abort(struct http_request *r, void *context)
     http_stream(r, 200, "text/plain", read_abort, hold(r));
 }
 
+/* Holds 1 MB beside its body for as long as it lives. */
+static void handle_charge(struct http_request *r, void *context)
+{
+    if (http_charge(r, 1 << 20))
+        handle_defer(r, context);
+    else
+        http_reply(r, 503, "text/plain", "no room", 7);
+}
+
 static void handle_fail(struct http_request *r, void *context)
 {
     (void)context;
@@ -155,6 +164,7 @@ static const struct http_route routes[] = {
     {"GET", "/endless", 0, handle_endless},
     {"GET", "/abort", 0, handle_abort},
     {"GET", "/fail", 0, handle_fail},
+    {"GET", "/charge", 0, handle_charge},
 };
 
 static void on_notify(void *context)
@@ -354,6 +364,38 @@ static void test_body_memory(void **state)
     close(fd);
     await((reply_free(&r), client_post(&toy.at, "/echo", "x", &r), r.code == 200));
     reply_free(&r);
+    toy_close();
+}
+
+/* What requests hold beside their bodies counts as these do, until they end. */
+static void test_charged_memory(void **state)
+{
+    (void)state;
+    const char *args[] = {"--max-buffered-mb", "2", NULL};
+    toy_open(args);
+    int fds[2];
+    for (int i = 0; i < 2; i++) {
+        fds[i] = raw_connect(&toy.at);
+        raw_text(fds[i], "GET /charge HTTP/1.1\r\nHost: x\r\n\r\n");
+        await(toy.n_open == i + 1);
+    }
+    struct reply r = {0};
+    client_get(&toy.at, "/charge", &r);
+    assert_int_equal(r.code, 503);
+    reply_free(&r);
+    client_post(&toy.at, "/echo", "x", &r);
+    assert_int_equal(r.code, 503);
+    toy.answer_all = 1; /* given back whether the request was answered or left */
+    http_notify(toy.http);
+    close(fds[1]);
+    await(toy.n_open == 0);
+    await((reply_free(&r), client_post(&toy.at, "/echo", "x", &r), r.code == 200));
+    reply_free(&r);
+    int fd = raw_connect(&toy.at);
+    raw_text(fd, "GET /charge HTTP/1.1\r\nHost: x\r\n\r\n");
+    await(toy.n_open == 1);
+    close(fd);
+    close(fds[0]);
     toy_close();
 }
 
@@ -1031,6 +1073,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_request_ids),
         cmocka_unit_test(test_bodies),
         cmocka_unit_test(test_body_memory),
+        cmocka_unit_test(test_charged_memory),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_framing),
         cmocka_unit_test(test_framing_on_kept_connection),
