@@ -975,6 +975,52 @@ static void test_ready_once(void **state)
     stop(s);
 }
 
+/* The next job of the ready list, waited for. */
+static struct job *await_ready(struct scheduler *s)
+{
+    struct job *job;
+    while (!(job = scheduler_take_ready(s)))
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    return job;
+}
+
+/* Readers that are parked learn of every end: of a running job and of those in the queue. */
+static void test_ends_reach_parked_readers(void **state)
+{
+    (void)state;
+    struct scheduler_options options = small_options();
+    options.n_slots = 1;
+    struct scheduler *s = start_with(&options, 0, 0);
+    struct spec running = plain, late = plain;
+    running.n_prompt = 2000;
+    late.deadline_ms = 1;
+    struct job *jobs[] = {submit(s, &running), submit(s, &plain), submit(s, &late)};
+    for (int i = 0; i < 3; i++)
+        assert_true(job_park(jobs[i]));
+    wait_at_gate(0);
+    sleep_past(jobs[2]);
+    job_cancel(jobs[0]);
+    job_cancel(jobs[1]);
+    assert_null(scheduler_take_ready(s));
+    allow(-1);
+    bool seen[3] = {false};
+    for (int k = 0; k < 3; k++) {
+        struct job *job = await_ready(s);
+        for (int i = 0; i < 3; i++)
+            seen[i] |= jobs[i] == job;
+        assert_false(job_park(job)); /* nothing more will come of it */
+        job_release(job);
+    }
+    for (int i = 0; i < 3; i++) {
+        assert_true(seen[i]);
+        assert_int_equal(finish_of(jobs[i], NULL), i == 2 ? FINISH_ERROR : FINISH_CANCELLED);
+        job_release(jobs[i]);
+    }
+    assert_int_equal(steps_done(), 1);
+    stop(s);
+    assert_int_equal(atomic_load(&n_wakes), 1);
+}
+
 /* ---- Allocation ---- */
 
 static void test_engine_allocates_nothing(void **state)
@@ -1135,6 +1181,7 @@ int main(void)
         cmocka_unit_test(test_drain_and_close),
         cmocka_unit_test(test_ready_list),
         cmocka_unit_test(test_ready_once),
+        cmocka_unit_test(test_ends_reach_parked_readers),
         cmocka_unit_test(test_engine_allocates_nothing),
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_stress),
