@@ -171,17 +171,14 @@ static enum status field_response_format(struct reader *r, const struct field *f
     (void)f, (void)target;
     if (!cJSON_IsObject(v))
         return codec_wrong_type(r, path, "an object", v);
-    const cJSON *type = codec_member(v, "type");
+    const char *type = NULL;
+    enum status st = codec_required_text(r, v, path, "type", &type);
     struct path p = codec_path(path, "type");
-    if (!type)
-        return codec_missing(r, p.text);
-    if (!cJSON_IsString(type))
-        return codec_wrong_type(r, p.text, "a string", type);
-    if (strcmp(type->valuestring, "text"))
-        return codec_wrong(r, p.text, "invalid_value",
-                           "Invalid value for '%s': '%.*s'. Supported values are: 'text'.", p.text,
-                           (int)codec_clip(type->valuestring).n, type->valuestring);
-    return STATUS_OK;
+    if (!st && strcmp(type, "text"))
+        st = codec_wrong(r, p.text, "invalid_value",
+                         "Invalid value for '%s': '%.*s'. Supported values are: 'text'.", p.text,
+                         (int)codec_clip(type).n, type);
+    return st;
 }
 
 static enum status field_refuse_modalities(struct reader *r, const struct field *f, const cJSON *v,

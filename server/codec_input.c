@@ -131,27 +131,17 @@ static enum status read_part(struct reader *r, const cJSON *part, const char *pa
 {
     if (!cJSON_IsObject(part))
         return codec_wrong_type(r, path, "an object", part);
-    const cJSON *type = codec_member(part, "type");
+    const char *type = NULL;
+    enum status st = codec_required_text(r, part, path, "type", &type);
+    if (st)
+        return st;
+    if (!strcmp(type, "text") || !strcmp(type, "refusal")) /* the text's member is named so too */
+        return codec_required_text(r, part, path, type, text);
     struct path p = codec_path(path, "type");
-    if (!type)
-        return codec_missing(r, p.text);
-    if (!cJSON_IsString(type))
-        return codec_wrong_type(r, p.text, "a string", type);
-    bool refusal = !strcmp(type->valuestring, "refusal");
-    if (!refusal && strcmp(type->valuestring, "text"))
-        return codec_wrong(r, p.text, "invalid_value",
-                           "Invalid value for '%s': '%.*s'. This model reads text only; supported "
-                           "values are: 'text'.",
-                           p.text, (int)codec_clip(type->valuestring).n, type->valuestring);
-    const char *name = refusal ? "refusal" : "text";
-    const cJSON *v = codec_member(part, name);
-    p = codec_path(path, name);
-    if (!v)
-        return codec_missing(r, p.text);
-    if (!cJSON_IsString(v))
-        return codec_wrong_type(r, p.text, "a string", v);
-    *text = v->valuestring;
-    return STATUS_OK;
+    return codec_wrong(r, p.text, "invalid_value",
+                       "Invalid value for '%s': '%.*s'. This model reads text only; supported "
+                       "values are: 'text'.",
+                       p.text, (int)codec_clip(type).n, type);
 }
 
 /* Join text parts with newlines, as other servers of text models do. */

@@ -70,6 +70,9 @@ enum status codec_read_id(struct reader *r, const cJSON *v, const char *path, in
 
 /* A member that is there and not null, or NULL. */
 const cJSON *codec_member(const cJSON *object, const char *name);
+/* The text of a member of the object at path that must be there, and a string. */
+enum status codec_required_text(struct reader *r, const cJSON *object, const char *path,
+                                const char *name, const char **out);
 /* Read the members of an object by a table that ends with a NULL name; null means absent,
  * unknown ones are counted or refused. */
 enum status codec_read_members(struct reader *r, const struct field *table, const cJSON *object,

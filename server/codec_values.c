@@ -257,3 +257,16 @@ const cJSON *codec_member(const cJSON *object, const char *name)
     const cJSON *v = cJSON_GetObjectItemCaseSensitive(object, name);
     return cJSON_IsNull(v) ? NULL : v;
 }
+
+enum status codec_required_text(struct reader *r, const cJSON *object, const char *path,
+                                const char *name, const char **out)
+{
+    const cJSON *v = codec_member(object, name);
+    struct path p = codec_path(path, name);
+    if (!v)
+        return codec_missing(r, p.text);
+    if (!cJSON_IsString(v))
+        return codec_wrong_type(r, p.text, "a string", v);
+    *out = v->valuestring;
+    return STATUS_OK;
+}
