@@ -614,6 +614,28 @@ static void test_completion_reply(void **state)
     codec_lists_free(&lists);
 }
 
+/* A JSON object has a key once: of tokens that look the same the likeliest is shown. */
+static void test_repeated_pieces(void **state)
+{
+    (void)state;
+    static const struct {
+        struct job_token token;
+        const char *map;
+    } table[] = {
+        {{.token = 35, .logprob = -3, .n_top = 2, .top = {{35, -0.25f}, {35, -1}}},
+         "{\"A\":-0.25}"},
+        {{.token = 35, .logprob = -1, .n_top = 2, .top = {{36, -0.5f}, {35, -1}}},
+         "{\"B\":-0.5,\"A\":-1}"},
+        {{.token = 35, .logprob = -3, .n_top = 0}, "{\"A\":-3}"},
+    };
+    for (size_t i = 0; i < COUNT_OF(table); i++) {
+        struct codec_lists lists = {0};
+        codec_add_logprob(&lists, CODEC_COMPLETIONS, tokenizer, &table[i].token, 2, 0);
+        assert_string_equal(lists.logprobs[2].data, table[i].map);
+        codec_lists_free(&lists);
+    }
+}
+
 static void test_chat_reply(void **state)
 {
     (void)state;
@@ -724,6 +746,7 @@ int main(void)
         cmocka_unit_test(test_mutations),
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_completion_reply),
+        cmocka_unit_test(test_repeated_pieces),
         cmocka_unit_test(test_chat_reply),
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_broken_pieces),
