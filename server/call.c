@@ -34,7 +34,7 @@ static void prepare_on_worker(struct work_item *item)
 static void call_free(struct call *c)
 {
     for (size_t i = 0; i < c->n_prompts; i++)
-        token_list_free(&c->lists[i]);
+        prompt_release(c->prompts[i].shared);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
@@ -194,10 +194,34 @@ static enum status open_generation(struct call *c, struct error *err)
     return st ? st : stream_open(&c->generation, &setup, err);
 }
 
+/* What a request holds until it is over, waiting or running. */
+static size_t held_bytes(const struct call *c)
+{
+    size_t n_bytes = c->arena.used_bytes;
+    for (size_t i = 0; i < c->n_prompts; i++)
+        n_bytes += c->prompts[i].n * sizeof(*c->prompts[i].ids);
+    return n_bytes;
+}
+
+/* A place for the request's prompts among those of all others. */
+static enum status charge(struct call *c, struct error *err)
+{
+    size_t n_bytes = held_bytes(c), limit_mb = (size_t)c->routes->options->max_buffered_mb;
+    if (n_bytes > limit_mb << 20)
+        return fail(err, STATUS_TOO_LARGE, "This request needs %zu bytes; the server holds %zu MB.",
+                    n_bytes, limit_mb);
+    if (!http_charge(c->http, n_bytes))
+        return fail(err, STATUS_BUSY,
+                    "The server holds as many prompts as it can. Try again later.");
+    return STATUS_OK;
+}
+
 static void start_generation(struct call *c)
 {
     struct error err;
-    enum status st = open_generation(c, &err);
+    enum status st = charge(c, &err);
+    if (!st)
+        st = open_generation(c, &err);
     if (st) {
         if (st == STATUS_BUSY)
             metrics_add(METRIC_QUEUE_REJECTIONS, 1);

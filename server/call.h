@@ -56,7 +56,6 @@ struct call {
     const char *code; /* OpenAI's, or NULL */
     struct arena arena;
     struct codec_request request;
-    struct token_list *lists;      /* [n_prompts] */
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
     struct stop_rules rules;

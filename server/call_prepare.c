@@ -4,9 +4,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Tokens of prompts times choices of one request, unless --max-prompt-tokens is more. */
-enum { MAX_COPIED_TOKENS = 4 << 20 };
-
 static const char *input_field(const struct call *c)
 {
     return c->request.n_messages ? "messages" : "prompt";
@@ -24,23 +21,6 @@ static enum status too_long(struct call *c, int64_t limit, int64_t found)
                       "This model's maximum context length is %lld tokens. However, your input "
                       "has %lld tokens. Please reduce its length.",
                       (long long)limit, (long long)found);
-}
-
-/* Every choice is a job with a copy of its prompt: what all of them may copy. */
-static enum status check_copies(struct call *c)
-{
-    int64_t limit = c->routes->options->max_prompt_tokens, total = 0;
-    if (limit < MAX_COPIED_TOKENS)
-        limit = MAX_COPIED_TOKENS;
-    for (size_t i = 0; i < c->n_prompts; i++)
-        total += (int64_t)c->prompts[i].n * c->request.best_of;
-    if (total <= limit)
-        return STATUS_OK;
-    c->code = "context_length_exceeded";
-    return fail_field(&c->error, STATUS_INVALID, input_field(c),
-                      "This request's prompts times choices have %lld tokens; this server permits "
-                      "%lld in one request.",
-                      (long long)total, (long long)limit);
 }
 
 /* The most tokens a prompt may have. */
@@ -62,13 +42,13 @@ static enum status encode(struct call *c, struct codec_text text, unsigned flags
 static enum status take_prompts(struct call *c, size_t n)
 {
     c->prompts = arena_take_array(&c->arena, n, sizeof(*c->prompts));
-    c->lists = arena_take_array(&c->arena, n, sizeof(*c->lists));
-    if (!c->prompts || !c->lists)
+    if (!c->prompts)
         return fail(&c->error, STATUS_NOMEM, "out of memory for the prompts of a request");
     c->n_prompts = n;
     return STATUS_OK;
 }
 
+/* The one copy of a prompt that all its choices read. */
 static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size_t n)
 {
     int64_t limit = prompt_limit(c->routes);
@@ -80,8 +60,12 @@ static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size
     }
     if (n > (size_t)limit)
         return too_long(c, limit, (int64_t)n);
-    c->prompts[i].ids = ids;
-    c->prompts[i].n = n;
+    struct stream_prompt *p = &c->prompts[i];
+    enum status st = prompt_new(&p->shared, ids, n, &c->error);
+    if (st)
+        return st;
+    p->ids = prompt_ids(p->shared);
+    p->n = n;
     return STATUS_OK;
 }
 
@@ -111,9 +95,11 @@ static enum status prepare_prompt(struct call *c, size_t i)
     enum status st = STATUS_OK;
     if (p->text.data) {
         unsigned flags = c->request.add_special_tokens ? TOKENIZER_ADD_SPECIAL : 0;
-        st = encode(c, p->text, flags, &c->lists[i]);
+        struct token_list list = {0};
+        st = encode(c, p->text, flags, &list);
         if (!st)
-            st = set_prompt(c, i, c->lists[i].ids, c->lists[i].n);
+            st = set_prompt(c, i, list.ids, list.n);
+        token_list_free(&list);
     } else {
         st = set_prompt(c, i, p->tokens, p->n_tokens);
     }
@@ -127,7 +113,7 @@ static enum status prepare_completion(struct call *c)
     enum status st = take_prompts(c, c->request.n_prompts);
     for (size_t i = 0; i < c->request.n_prompts && !st; i++)
         st = prepare_prompt(c, i);
-    return st ? st : check_copies(c);
+    return st;
 }
 
 /* Render the messages and tokenize the text. What the template refuses is the request's
@@ -169,13 +155,13 @@ static void add_template_stops(struct call *c)
 
 static enum status prepare_chat(struct call *c)
 {
+    struct token_list list = {0};
     enum status st = take_prompts(c, 1);
     if (!st)
-        st = encode_chat(c, &c->lists[0]);
+        st = encode_chat(c, &list);
     if (!st)
-        st = set_prompt(c, 0, c->lists[0].ids, c->lists[0].n);
-    if (!st)
-        st = check_copies(c);
+        st = set_prompt(c, 0, list.ids, list.n);
+    token_list_free(&list);
     if (!st)
         add_template_stops(c);
     return st;
@@ -221,6 +207,25 @@ static enum status check_model(struct call *c)
                       shown.data, (int)ours.n, ours.data);
 }
 
+/* Move what the generation reads of a request to the call's arena; the rest of it goes. */
+static enum status keep(struct call *c)
+{
+    struct codec_request *q = &c->request;
+    for (int i = 0; i < q->n_stops; i++) {
+        q->stops[i].data = arena_copy(&c->arena, q->stops[i].data, q->stops[i].n);
+        if (!q->stops[i].data)
+            return fail(&c->error, STATUS_NOMEM, "out of memory for the stop strings of a request");
+    }
+    size_t n_bytes = (size_t)q->n_logit_bias * sizeof(*q->logit_bias);
+    struct logit_bias *bias = arena_take(&c->arena, n_bytes);
+    if (!bias)
+        return fail(&c->error, STATUS_NOMEM, "out of memory for the logit_bias of a request");
+    if (n_bytes)
+        memcpy(bias, q->logit_bias, n_bytes);
+    q->logit_bias = bias;
+    return STATUS_OK;
+}
+
 void call_prepare(struct call *c)
 {
     static enum status (*const steps[CODEC_API_COUNT])(struct call *) = {
@@ -229,15 +234,24 @@ void call_prepare(struct call *c)
         [CODEC_TOKENIZE] = prepare_tokenize,
         [CODEC_DETOKENIZE] = prepare_detokenize,
     };
-    enum status st = codec_read(&c->request, c->api, c->body, c->n_body, &c->routes->context,
-                                &c->arena, &c->error);
-    c->code = c->request.code;
+    struct codec_request *q = &c->request;
+    struct arena parsed;
+    arena_init(&parsed, 0);
+    enum status st =
+        codec_read(q, c->api, c->body, c->n_body, &c->routes->context, &parsed, &c->error);
+    c->code = q->code;
     if (!st)
         st = check_model(c);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)
         st = fail(&c->error, STATUS_NOMEM, "out of memory while writing the reply");
-    codec_request_free(&c->request);
+    if (!st)
+        st = keep(c);
+    codec_request_free(q);
+    arena_free(&parsed);
+    q->prompts = NULL;
+    q->messages = NULL;
+    q->model = NULL;
     c->status = st;
 }

@@ -31,6 +31,7 @@ struct generation;
 struct stream_prompt {
     const int32_t *ids; /* [n], at least one */
     size_t n;
+    struct prompt *shared;  /* the holder of ids, for the jobs; NULL: each copies them */
     struct codec_text echo; /* its text, when the request wants it back */
 };
 

@@ -1180,38 +1180,56 @@ static void test_limits(void **state)
     server_stop(&s);
 }
 
-/* Every choice copies its prompt, so a long one has less of them. */
-static void test_prompt_times_choices(void **state)
-{
-    (void)state;
-    char *ids = calloc(1, 2 * 40000);
-    assert_non_null(ids);
-    for (int i = 0; i < 40000; i++)
-        memcpy(ids + 2 * i, "5,", 2);
-    ids[2 * 40000 - 1] = '\0';
-    struct bytes body = {0};
-    bytes_format(&body, "{\"prompt\":[%s],\"n\":105}", ids); /* 4,200,000 tokens */
-    struct reply reply;
-    client_post(&server, COMPLETIONS, body.data, &reply);
-    assert_error_object(&reply, 400, "invalid_request_error", "context_length_exceeded");
-    assert_non_null(strstr(reply.body.data, "4200000"));
-    reply_free(&reply);
-    bytes_free(&body);
-    free(ids);
-}
-
 /* POST to completions on a connection of its own, left open. */
 static int raw_post(const struct server *s, const char *body)
 {
-    char text[500];
+    char head[200];
     int n =
-        snprintf(text, sizeof(text),
+        snprintf(head, sizeof(head),
                  "POST " COMPLETIONS " HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                 "Content-Length: %zu\r\n\r\n%s",
-                 strlen(body), body);
+                 "Content-Length: %zu\r\n\r\n",
+                 strlen(body));
     int fd = raw_connect(s);
-    raw_write(fd, text, (size_t)n);
+    raw_write(fd, head, (size_t)n);
+    raw_write(fd, body, strlen(body));
     return fd;
+}
+
+/* A request for as many tokens as n, given as ids. */
+static void write_long_request(struct bytes *out, size_t n, const char *rest)
+{
+    bytes_text(out, "{\"prompt\":[5");
+    for (size_t i = 1; i < n; i++)
+        bytes_text(out, ",5");
+    bytes_format(out, "],%s}", rest);
+    assert_false(out->failed);
+}
+
+/* Prompts count against --max-buffered-mb as long as their requests live, once for all choices. */
+static void test_prompt_memory(void **state)
+{
+    (void)state;
+    struct server s;
+    server_start(&s, (const char *const[]){"--max-slots", "1", "--max-buffered-mb", "3", NULL});
+    struct bytes half = {0}, whole = {0};
+    write_long_request(&half, 400000, "\"n\":8,\"max_tokens\":1"); /* 1.6 MB */
+    write_long_request(&whole, 800000, "\"max_tokens\":1");        /* 3.2 MB */
+    struct reply reply;
+    client_post(&s, COMPLETIONS, whole.data, &reply); /* would never fit */
+    assert_error_object(&reply, 413, "invalid_request_error", NULL);
+    reply_free(&reply);
+    for (int round = 0; round < 2; round++) { /* what was held is given back */
+        int first = raw_post(&s, half.data);
+        assert_true(server_await_metric(&s, "latte_requests_waiting", 7, 30000));
+        client_post(&s, COMPLETIONS, half.data, &reply);
+        assert_error_object(&reply, 429, "rate_limit_error", NULL);
+        reply_free(&reply);
+        close(first);
+        assert_true(server_await_metric(&s, "latte_requests_running", 0, 30000));
+    }
+    bytes_free(&half);
+    bytes_free(&whole);
+    server_stop(&s);
 }
 
 /* One slot, two places in the queue: what does not fit is refused at once, nothing lingers. */
@@ -1455,7 +1473,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_deep_nesting),
         cmocka_unit_test(test_unknown_fields),
         cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_prompt_times_choices),
+        cmocka_unit_test(test_prompt_memory),
         cmocka_unit_test(test_queue_full),
         cmocka_unit_test(test_request_timeout),
         cmocka_unit_test(test_no_template),
