@@ -1,19 +1,17 @@
 # latte-server: build, test and serve. `make help` lists the targets.
 #
 #   SAN=address|thread   build with AddressSanitizer + UBSan, or ThreadSanitizer
-#   CUDA=0|1             with the GPU backend (needs nvcc)
 #   OPT=-O2              optimisation flags
 #   V=1                  print whole commands
 #
 # Objects go to build/<variant>/, so changing a variable never needs a clean.
 
 SAN    ?=
-CUDA   ?= 0
 OPT    ?= -O3
 MODEL  ?= weights/latte-12m
 ARGS   ?=
 
-VARIANT := $(if $(SAN),san-$(SAN),release)$(if $(filter 1,$(CUDA)),-cuda)
+VARIANT := $(if $(SAN),san-$(SAN),release)
 BUILD   := build/$(VARIANT)
 
 # One short line a file, or with V=1 the commands.
