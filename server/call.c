@@ -109,8 +109,6 @@ static void begin_stream(struct call *c)
 {
     unlist_starting(c);
     c->streaming = true;
-    http_set_header(c->http, "Cache-Control", "no-cache");
-    http_set_header(c->http, "X-Accel-Buffering", "no");
     http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
 }
 
@@ -127,6 +125,7 @@ static void step(struct call *c)
         begin_stream(c);
         return;
     case STREAM_FAILED:
+        unlist_starting(c); /* it is answered: call_begin_late must not */
         note_tokens(c);
         http_fail(c->http, stream_error(c->generation), NULL);
         return;

@@ -140,16 +140,20 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     return st;
 }
 
-/* The texts that end an assistant's turn, where the tokenizer knows them as tokens. */
+/* The texts that end an assistant's turn: tokens where the tokenizer has them, else strings. */
 static void add_template_stops(struct call *c)
 {
-    const char *texts[4];
+    const char *texts[CODEC_ALL_STOPS - CODEC_MAX_STOPS];
     struct codec_request *q = &c->request;
     int n = q->ignore_eos ? 0 : chat_template_stops(c->model->chat_template, texts);
-    for (int i = 0; i < n && q->n_stop_tokens < SAMPLER_MAX_STOP_TOKENS; i++) {
-        int32_t id = tokenizer_find(c->model->tokenizer, texts[i], strlen(texts[i]));
-        if (id >= 0 && id < c->routes->context.vocab_size)
+    for (int i = 0; i < n; i++) {
+        size_t length = strlen(texts[i]);
+        int32_t id = tokenizer_find(c->model->tokenizer, texts[i], length);
+        bool is_token = id >= 0 && id < c->routes->context.vocab_size;
+        if (is_token && q->n_stop_tokens < SAMPLER_MAX_STOP_TOKENS)
             q->stop_tokens[q->n_stop_tokens++] = id;
+        else if (!is_token && q->n_stops < CODEC_ALL_STOPS)
+            q->stops[q->n_stops++] = (struct codec_text){texts[i], length};
     }
 }
 
@@ -250,8 +254,5 @@ void call_prepare(struct call *c)
         st = keep(c);
     codec_request_free(q);
     arena_free(&parsed);
-    q->prompts = NULL;
-    q->messages = NULL;
-    q->model = NULL;
     c->status = st;
 }

@@ -29,7 +29,8 @@ enum codec_api { CODEC_COMPLETIONS, CODEC_CHAT, CODEC_TOKENIZE, CODEC_DETOKENIZE
 
 enum {
     CODEC_MAX_DEPTH = 64,        /* nested arrays and objects of a body */
-    CODEC_MAX_STOPS = 4,         /* stop strings */
+    CODEC_MAX_STOPS = 4,         /* stop strings of a request */
+    CODEC_ALL_STOPS = 8,         /* with those of a chat template */
     CODEC_MAX_STOP_BYTES = 1024, /* bytes of one */
     CODEC_MAX_N = 128,           /* choices per prompt */
 };
@@ -80,7 +81,7 @@ struct codec_request {
     bool skip_special_tokens, return_token_ids, include_stop;
     int64_t n_logprobs; /* -1: none; k: the token's own and the k most likely */
     int n_stops;
-    struct codec_text stops[CODEC_MAX_STOPS];
+    struct codec_text stops[CODEC_ALL_STOPS];
     bool return_token_strings, with_pieces; /* tokenize: vLLM's and llama-server's form */
 
     /* Sampling. */

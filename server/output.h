@@ -31,7 +31,7 @@ struct stop_string {
 /* When the choices of a request stop, shared by all of them. */
 struct stop_rules {
     int n_strings;
-    struct stop_string strings[CODEC_MAX_STOPS];
+    struct stop_string strings[CODEC_ALL_STOPS];
     bool include;       /* the stop string or stop token belongs to the text */
     int64_t min_tokens; /* stop strings are not looked for in these first output tokens */
     int n_tokens;
@@ -68,7 +68,7 @@ struct output {
     double sum_logprob;
     bool stopped; /* a stop string was found: later tokens are not wanted */
 
-    int matched[CODEC_MAX_STOPS]; /* bytes of each stop string that end the text */
+    int matched[CODEC_ALL_STOPS]; /* bytes of each stop string that end the text */
     struct output_token *pending; /* [n_pending] */
     size_t n_pending, cap_pending;
     struct job_token held; /* a stop token, not part of the text unless another follows */

@@ -1352,6 +1352,36 @@ static void test_no_template(void **state)
     }
 }
 
+/* A template whose turns end with no token of their own: their texts end the answer. */
+static void test_plain_template(void **state)
+{
+    (void)state;
+    static const char config[] =
+        "{\"chat_template\":\"{% for message in messages %}{{ message['role'] + ': ' + "
+        "message['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+        "'assistant:' }}{% endif %}\"}";
+    char dir[160];
+    struct server s;
+    make_tiny_model(dir, sizeof(dir));
+    test_file_write(dir, "tokenizer_config.json", config, strlen(config));
+    server_start(&s, (const char *const[]){"--model", dir, NULL});
+    for (int ignore = 0; ignore < 2; ignore++) {
+        /* Nothing but three tokens in any order, until they happen to say "\nuser:". */
+        cJSON *v = post_to(
+            &s, CHAT,
+            "{" M ",\"max_tokens\":400,\"temperature\":2,\"frequency_penalty\":0.5,\"seed\":1,"
+            "\"ignore_eos\":%s,"
+            "\"logit_bias\":{\"%d\":100,\"%d\":100,\"%d\":100}}",
+            ignore ? "true" : "false", id_of("\\n"), id_of("user"), id_of(":"));
+        const char *text = get_text(v, "choices.0.message.content");
+        assert_int_equal(strstr(text, "\nuser:") != NULL, ignore);
+        assert_string_equal(get_text(v, "choices.0.finish_reason"), ignore ? "length" : "stop");
+        cJSON_Delete(v);
+    }
+    server_stop(&s);
+    test_dir_remove(dir);
+}
+
 /* A stream that waits long for its first token begins without it, and is kept alive. When the
  * one in front of it leaves, it goes on. */
 static void test_waiting_stream(void **state)
@@ -1365,6 +1395,9 @@ static void test_waiting_stream(void **state)
     int fd = raw_post(&s, "{" P ",\"max_tokens\":3,\"ignore_eos\":true,\"stream\":true}");
     assert_true(raw_await(fd, &out, ": keep-alive", 30000));
     assert_true(!strncmp(out.data, "HTTP/1.1 200", 12));
+    const char *caching = strstr(out.data, "Cache-Control: no-store");
+    assert_non_null(caching);
+    assert_null(strstr(caching + 1, "Cache-Control"));
     assert_null(strstr(out.data, "data: "));
     close(first);
     assert_true(raw_await(fd, &out, "data: [DONE]", 30000));
@@ -1477,6 +1510,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_queue_full),
         cmocka_unit_test(test_request_timeout),
         cmocka_unit_test(test_no_template),
+        cmocka_unit_test(test_plain_template),
         cmocka_unit_test(test_hang_up),
         cmocka_unit_test(test_waiting_stream),
         cmocka_unit_test(test_logged_tokens),
