@@ -11,8 +11,8 @@
 #include "server/metrics.h"
 
 enum {
-    INLINE_BODY_BYTES = 64 << 10, /* bodies beyond this are read on a worker */
-    MAX_REPLY_BYTES = 256 << 20,  /* that wait to be sent, of one request */
+    INLINE_BYTES = 64 << 10,     /* larger bodies are read, and replies written, on a worker */
+    MAX_REPLY_BYTES = 256 << 20, /* that wait to be sent, of one request */
 };
 
 static uint64_t random_u64(void)
@@ -35,6 +35,7 @@ static void call_free(struct call *c)
 {
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
+    stream_close(c->generation);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
@@ -86,8 +87,6 @@ static void on_close(void *context, bool delivered)
         note_tokens(c);
     unlist_starting(c);
     unlist_woken(c);
-    stream_close(c->generation);
-    c->generation = NULL;
     c->http = NULL;
     if (!c->working)
         call_free(c);
@@ -105,6 +104,13 @@ void call_reply_json(struct http_request *http, struct bytes *body)
     http_fail(http, &err, NULL);
 }
 
+static void defer(struct call *c)
+{
+    if (!c->deferred)
+        http_defer(c->http);
+    c->deferred = true;
+}
+
 static void begin_stream(struct call *c)
 {
     unlist_starting(c);
@@ -112,14 +118,42 @@ static void begin_stream(struct call *c)
     http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
 }
 
+static void write_on_worker(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    stream_write(c->generation, &c->reply);
+}
+
+static void on_written(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    if (c->http)
+        call_reply_json(c->http, &c->reply);
+    else
+        call_free(c);
+}
+
+/* All choices are complete. */
+static void reply_whole(struct call *c)
+{
+    c->item = (struct work_item){.run = write_on_worker, .done = on_written};
+    if (stream_held_bytes(c->generation) <= INLINE_BYTES) {
+        write_on_worker(&c->item);
+        call_reply_json(c->http, &c->reply);
+        return;
+    }
+    c->working = true;
+    defer(c);
+    workers_submit(c->routes->workers, &c->item);
+}
+
 /* See how a generation stands that has not been answered yet. The call may be gone afterwards. */
 static void step(struct call *c)
 {
     switch (stream_poll(c->generation)) {
     case STREAM_WAITING:
-        if (!c->deferred)
-            http_defer(c->http);
-        c->deferred = true;
+        defer(c);
         return;
     case STREAM_READY:
         begin_stream(c);
@@ -131,8 +165,7 @@ static void step(struct call *c)
         return;
     case STREAM_DONE:
         note_tokens(c);
-        stream_write(c->generation, &c->reply);
-        call_reply_json(c->http, &c->reply);
+        reply_whole(c);
         return;
     }
 }
@@ -267,7 +300,7 @@ void call_refuse(struct http_request *http, enum status status, const char *text
 /* A large body outlives its request on a worker, so it is copied. */
 static bool keep_body(struct call *c)
 {
-    if (c->n_body <= INLINE_BODY_BYTES)
+    if (c->n_body <= INLINE_BYTES)
         return true;
     c->own_body = malloc(c->n_body);
     if (c->own_body)
@@ -304,9 +337,9 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
     http_on_close(http, on_close, c);
     if (!keep_body(c)) {
         call_refuse(http, STATUS_NOMEM, "out of memory for the body of a request");
-    } else if (c->n_body > INLINE_BODY_BYTES) {
-        c->working = c->deferred = true;
-        http_defer(http);
+    } else if (c->n_body > INLINE_BYTES) {
+        c->working = true;
+        defer(c);
         workers_submit(r->workers, &c->item);
     } else {
         call_prepare(c);

@@ -1,10 +1,10 @@
 /* call.h - one POST under way: from its body to its reply.
  *
  * Its body is read and its input tokenized (call_prepare; on a worker when the body is large),
- * and then it is answered, or its jobs start and it waits for them. A call lives until the
- * request is over and no worker has it.
+ * and then it is answered, or its jobs start and it waits for them. A large whole reply is
+ * written on a worker, too. A call lives until the request is over and no worker has it.
  *
- * Threads: the io thread; call_prepare by a worker, which then alone has the call.
+ * Threads: the io thread, or a worker, which then alone has the call.
  * Memory:  a call owns its arena, its request and its generation.
  * Errors:  become the reply.
  */
@@ -41,7 +41,7 @@ struct routes {
 struct call {
     struct work_item item; /* first: a worker hands it back */
     struct routes *routes;
-    struct http_request *http; /* NULL once the request is over */
+    struct http_request *http; /* the io thread's; NULL once the request is over */
     const struct served_model *model;
     enum codec_api api;
     const char *body; /* [n_body], until it is prepared */

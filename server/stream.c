@@ -264,6 +264,11 @@ const struct error *stream_error(const struct generation *g)
     return &g->error;
 }
 
+size_t stream_held_bytes(const struct generation *g)
+{
+    return g->n_bytes;
+}
+
 ssize_t stream_read(void *context, char *out, size_t max)
 {
     struct generation *g = context;

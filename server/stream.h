@@ -69,7 +69,10 @@ enum stream_state {
 enum stream_state stream_poll(struct generation *g);
 const struct error *stream_error(const struct generation *g);
 
-/* The whole reply's JSON, after DONE. */
+/* Text and lists that wait to be sent. */
+size_t stream_held_bytes(const struct generation *g);
+
+/* The whole reply's JSON, after DONE. By any thread that has the generation for itself. */
 void stream_write(struct generation *g, struct bytes *out);
 
 /* A stream's source, see http_stream: events, whole ones whenever it parks. An error after the
