@@ -16,9 +16,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine/engine.h"
 #include "engine/job.h"
 #include "server/codec.h"
-#include "weights/checkpoint.h"
 #include "weights/tokenizer.h"
 
 /* A stop string with the failure table of Knuth, Morris and Pratt: fallback[i] is the length of
