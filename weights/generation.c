@@ -49,7 +49,7 @@ static enum status read_defaults(struct generation_defaults *g, const cJSON *roo
     if (!st)
         st = read_default(&g->min_p, root, "min_p", 0, 1, err);
     if (!st)
-        st = read_default(&g->typical_p, root, "typical_p", 0, 1, err);
+        st = read_default(&g->typical_p, root, "typical_p", 1e-6, 1, err); /* 0 keeps no token */
     if (!st)
         st = read_default(&g->repetition_penalty, root, "repetition_penalty", 1e-2, 100, err);
     if (!st)

@@ -572,6 +572,7 @@ static void test_generation_errors(void **state)
         {"{\"top_p\":1.5}", "top_p: "},
         {"{\"min_p\":[]}", "min_p: "},
         {"{\"typical_p\":2}", "typical_p: "},
+        {"{\"typical_p\":0}", "typical_p: "},
         {"{\"repetition_penalty\":0}", "repetition_penalty: "},
         {"{\"top_k\":1.5}", "top_k: expected a whole number of 0 or more"},
         {"{\"max_new_tokens\":0}", "max_new_tokens: expected a whole number above 0"},
