@@ -12,6 +12,13 @@
  * a missing or wrong API key (401), requests beyond the connection limit (503). Each is
  * answered with OpenAI's error object. OPTIONS is answered here too.
  *
+ * Every request's header is looked at as raw bytes before the library reads it. A client that
+ * sends a request without waiting for the reply to the one before (pipelining) is answered, when
+ * its bytes can no longer be looked at, with "Connection: close" or a closed connection, and
+ * sends it again. After a refusal for what a header says about the body the connection is
+ * closed. A chunked body that goes on for --max-body-mb beyond the limit is cut off unanswered;
+ * one that announces its length is refused at once.
+ *
  * Threads: http_notify by any thread; http_open, http_close by main; the rest by the io thread.
  * Memory:  a request's arena holds what belongs to it and is released when it completes.
  */

@@ -24,6 +24,14 @@ static bool same_name(const char *name, size_t n, const char *wanted)
     return n == strlen(wanted) && !strncasecmp(name, wanted, n);
 }
 
+void http_trim(struct http_slice *text)
+{
+    for (; text->n && (*text->data == ' ' || *text->data == '\t'); text->n--)
+        text->data++;
+    while (text->n && (text->data[text->n - 1] == ' ' || text->data[text->n - 1] == '\t'))
+        text->n--;
+}
+
 void http_framing_init(struct http_framing *f, bool is_http_1_0)
 {
     *f = (struct http_framing){.is_http_1_0 = is_http_1_0, .length = -1};
@@ -45,22 +53,27 @@ static bool read_length(const char *value, size_t n, int64_t *out)
 void http_framing_add(struct http_framing *f, const char *name, size_t n_name, const char *value,
                       size_t n_value)
 {
-    for (; n_value && (*value == ' ' || *value == '\t'); n_value--)
-        value++;
-    while (n_value && (value[n_value - 1] == ' ' || value[n_value - 1] == '\t'))
-        n_value--;
+    struct http_slice trimmed = {value, n_value};
+    http_trim(&trimmed);
+    bool trailing_blank = trimmed.data + trimmed.n != value + n_value;
+    value = trimmed.data;
+    n_value = trimmed.n;
     f->n_fields++;
     if (same_name(name, n_name, "Host")) {
         f->n_host++;
     } else if (same_name(name, n_name, "Content-Length")) {
         f->n_length++;
+        f->trailing_blank |= trailing_blank;
         f->bad_length |= n_value > 18 || !read_length(value, n_value, &f->length);
     } else if (same_name(name, n_name, "Transfer-Encoding")) {
         f->n_coding++;
+        f->trailing_blank |= trailing_blank;
         f->chunked = same_name(value, n_value, "chunked");
     } else if (same_name(name, n_name, "Expect")) {
         f->expects_continue = same_name(value, n_value, "100-continue");
         f->bad_expect |= !f->expects_continue;
+    } else if (same_name(name, n_name, "Connection")) {
+        f->closes |= !same_name(value, n_value, "keep-alive");
     }
 }
 
@@ -76,6 +89,9 @@ struct http_verdict http_framing_verdict(const struct http_framing *f, int64_t m
         return verdict_of(400, "The request has both Content-Length and Transfer-Encoding.");
     if (f->n_length > 1 || f->n_coding > 1)
         return verdict_of(400, "The request says more than once how long its body is.");
+    if (f->trailing_blank)
+        return verdict_of(400, "A blank follows the value of Content-Length or "
+                               "Transfer-Encoding.");
     if (f->bad_length)
         return verdict_of(400, "Content-Length is not a number.");
     if (f->n_coding && f->is_http_1_0)
@@ -167,7 +183,7 @@ static long line_length(const char *data, size_t n, size_t at, struct http_verdi
 }
 
 static size_t check_lines(const char *data, size_t n, int64_t max_body_bytes,
-                          struct http_verdict *verdict)
+                          struct http_framing *framing, struct http_verdict *verdict)
 {
     size_t at = 0;
     /* One empty line before a request is an old client's, and is forgiven. */
@@ -185,28 +201,53 @@ static size_t check_lines(const char *data, size_t n, int64_t max_body_bytes,
         return 0;
     bool is_http_1_0 = false;
     *verdict = check_request_line(data + at, (size_t)length, &is_http_1_0);
-    struct http_framing framing;
-    http_framing_init(&framing, is_http_1_0);
+    http_framing_init(framing, is_http_1_0);
     while (!verdict->code) {
         at += (size_t)length + 2;
         length = line_length(data, n, at, verdict);
         if (length < 0)
             return 0;
         if (!length) {
-            *verdict = http_framing_verdict(&framing, max_body_bytes);
+            *verdict = http_framing_verdict(framing, max_body_bytes);
             return at + 2;
         }
-        *verdict = check_field(data + at, (size_t)length, &framing);
+        *verdict = check_field(data + at, (size_t)length, framing);
     }
     return 0;
 }
 
 size_t http_check_header(const char *data, size_t n, int64_t max_body_bytes,
-                         struct http_verdict *verdict)
+                         struct http_framing *framing, struct http_verdict *verdict)
 {
     *verdict = fine;
-    size_t length = check_lines(data, n, max_body_bytes, verdict);
+    size_t length = check_lines(data, n, max_body_bytes, framing, verdict);
     if (!verdict->code && (length > HTTP_HEADER_LIMIT || (!length && n > HTTP_HEADER_LIMIT)))
         *verdict = verdict_of(431, "The request's header fields are too large.");
     return length;
+}
+
+static struct http_slice slice_to(const char *begin, const char *end)
+{
+    return (struct http_slice){begin, (size_t)(end - begin)};
+}
+
+const char *http_header_line(const char *header, struct http_slice *method,
+                             struct http_slice *target)
+{
+    const char *space = strchr(header, ' '), *second = strchr(space + 1, ' ');
+    *method = slice_to(header, space);
+    *target = slice_to(space + 1, second);
+    return strchr(second, '\n') + 1;
+}
+
+bool http_header_field(const char **at, struct http_slice *name, struct http_slice *value)
+{
+    if (**at == '\r')
+        return false;
+    const char *colon = strchr(*at, ':'), *end = strchr(colon, '\r');
+    *name = slice_to(*at, colon);
+    *value = slice_to(colon + 1, end);
+    http_trim(value);
+    *at = end + 2;
+    return true;
 }

@@ -2,8 +2,8 @@
  *
  * libmicrohttpd accepts Content-Length beside Transfer-Encoding, two Content-Lengths and two
  * Hosts; a proxy in front may read such a request otherwise (request smuggling). The check
- * looks at raw bytes where they can be had, which also gives our own error for what the library
- * would answer with a page of its own, and at parsed fields where they cannot.
+ * looks at raw bytes, which also gives our own error for what the library would answer with a
+ * page of its own.
  *
  * Threads: no state. Memory: none. Errors: an HTTP status and a sentence.
  */
@@ -32,6 +32,8 @@ struct http_framing {
     int n_host, n_length, n_coding, n_fields;
     bool chunked;          /* Transfer-Encoding is exactly "chunked" */
     bool bad_length;       /* Content-Length is not a plain number */
+    bool trailing_blank;   /* behind one of these values: the library would not see past it */
+    bool closes;           /* Connection: anything but keep-alive */
     bool expects_continue; /* Expect: 100-continue */
     bool bad_expect;       /* another expectation */
     int64_t length;        /* of Content-Length, -1 without one */
@@ -45,9 +47,21 @@ void http_framing_add(struct http_framing *f, const char *name, size_t n_name, c
 struct http_verdict http_framing_verdict(const struct http_framing *f, int64_t max_body_bytes);
 
 /* Look at the first n bytes of a request. Returns the length of its header when that is
- * complete, 0 when more bytes are needed. The verdict may be known before the end: then its
- * code is set, whatever is returned. */
+ * complete, 0 when more bytes are needed; framing is filled then. The verdict may be known
+ * before the end: then its code is set, whatever is returned. */
 size_t http_check_header(const char *data, size_t n, int64_t max_body_bytes,
-                         struct http_verdict *verdict);
+                         struct http_framing *framing, struct http_verdict *verdict);
+
+/* Walking through a header that passed the check and begins with its request line. */
+struct http_slice {
+    const char *data; /* in the header */
+    size_t n;
+};
+/* Returns where the fields begin. */
+const char *http_header_line(const char *header, struct http_slice *method,
+                             struct http_slice *target);
+/* The field at *at, without blanks around its value; false at the end. */
+bool http_header_field(const char **at, struct http_slice *name, struct http_slice *value);
+void http_trim(struct http_slice *text); /* blanks at both ends */
 
 #endif

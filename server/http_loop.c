@@ -24,7 +24,7 @@
 #include "server/log.h"
 #include "server/metrics.h"
 
-enum { MAX_EVENTS = 256, MAX_ACCEPTS = 64, MAX_LINGERING = 512, LINGER_S = 5 };
+enum { MAX_EVENTS = 256, MAX_ACCEPTS = 64 };
 
 static const int64_t second_ns = 1000000000;
 
@@ -69,137 +69,25 @@ void loop_forget(struct connection *c)
     free(c);
 }
 
-static void close_connection(struct connection *c)
+void loop_end(struct connection *c)
 {
-    close(c->fd);
-    loop_forget(c);
+    if (!c->mhd) {
+        close(c->fd);
+        loop_forget(c);
+        return;
+    }
+    /* The library has the socket: it finds it closed. */
+    c->server->n_lingering -= c->place == LINGERING;
+    c->place = INSIDE;
+    c->deadline_ns = 0;
+    shutdown(c->fd, SHUT_RDWR);
+    inside_resume(c);
 }
 
-static bool watch(struct http_server *s, int operation, int fd, uint32_t events, void *data)
+bool loop_watch(struct http_server *s, int operation, int fd, uint32_t events, void *data)
 {
     struct epoll_event event = {.events = events, .data.ptr = data};
     return !epoll_ctl(s->epoll_fd, operation, fd, &event);
-}
-
-/* Replies from the door. */
-
-static void build_reply(const struct http_server *s, int code, const char *message,
-                        struct bytes *out)
-{
-    struct bytes body = {0};
-    http_error_json(&body, code, message, NULL, http_error_code(code));
-    bytes_format(out, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\n", code,
-                 http_reason(code));
-    bytes_format(out, "Content-Length: %zu\r\nConnection: close\r\n", body.n);
-    if (code == 503)
-        bytes_text(out, "Retry-After: 1\r\n");
-    if (s->options.cors_origin)
-        bytes_format(out, "Access-Control-Allow-Origin: %s\r\n", s->options.cors_origin);
-    bytes_text(out, "\r\n");
-    bytes_append(out, body.data, body.n);
-    bytes_free(&body);
-}
-
-/* The reply fits any socket buffer, so one send is enough. */
-static void send_reply(struct http_server *s, int fd, int code, const char *message)
-{
-    struct bytes reply = {0};
-    build_reply(s, code, message, &reply);
-    if (!reply.failed && send(fd, reply.data, reply.n, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
-        log_event(LOG_DEBUG, "refused", "a client left before its error was sent");
-    bytes_free(&reply);
-}
-
-static void note_refusal(const struct connection *c, int code, const char *message)
-{
-    metrics_count_request("other", "other", code);
-    if (c->server->options.access_log)
-        log_request(&(struct log_access){.request_id = "",
-                                         .method = "",
-                                         .route = "other",
-                                         .client = c->client,
-                                         .status = code,
-                                         .prompt_tokens = -1,
-                                         .output_tokens = -1});
-    log_event(LOG_DEBUG, "refused", "%s: %d %s", c->client, code, message);
-}
-
-/* Answer at the door. What the client still sends is read and thrown away for a while: closing
- * at once would reset the connection, and the reset could overtake the answer. */
-static void refuse(struct connection *c, int code, const char *message)
-{
-    struct http_server *s = c->server;
-    note_refusal(c, code, message);
-    send_reply(s, c->fd, code, message);
-    shutdown(c->fd, SHUT_WR);
-    if (c->peer_closed || s->n_lingering >= MAX_LINGERING ||
-        !watch(s, EPOLL_CTL_MOD, c->fd, EPOLLIN, c)) {
-        close_connection(c);
-        return;
-    }
-    c->place = LINGERING;
-    c->deadline_ns = http_now_ns() + LINGER_S * second_ns;
-    s->n_lingering++;
-}
-
-static void linger(struct connection *c)
-{
-    ssize_t n = recv(c->fd, c->server->peek, PEEK_BYTES, MSG_DONTWAIT);
-    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-        close_connection(c);
-}
-
-/* The door: the first request's header, as far as it has come. */
-static void look_at_door(struct connection *c)
-{
-    struct http_server *s = c->server;
-    ssize_t n = recv(c->fd, s->peek, PEEK_BYTES, MSG_PEEK | MSG_DONTWAIT);
-    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
-        close_connection(c);
-        return;
-    }
-    if (n < 0)
-        return;
-    struct http_verdict verdict;
-    size_t header = http_check_header(s->peek, (size_t)n, s->options.max_body_mb << 20, &verdict);
-    if (verdict.code) {
-        refuse(c, verdict.code, verdict.message);
-        return;
-    }
-    if (!header) {
-        if (c->peer_closed)
-            close_connection(c);
-        return;
-    }
-    struct sockaddr_storage address = {0};
-    socklen_t n_address = sizeof(address);
-    getpeername(c->fd, (struct sockaddr *)&address, &n_address);
-    if (!inside_enter(c, &address, n_address))
-        log_event(LOG_WARN, "http", "a connection was lost: out of memory");
-}
-
-/* A later request's header is arriving: the clock runs, and its length is bounded. The count
- * may fall short when the library was faster; then its own limit applies. */
-static void look_inside(struct connection *c)
-{
-    struct http_server *s = c->server;
-    ssize_t n = recv(c->fd, s->peek, PEEK_BYTES, MSG_PEEK | MSG_DONTWAIT);
-    if (n <= 0)
-        return;
-    if (!c->deadline_ns)
-        c->deadline_ns = http_now_ns() + s->options.header_timeout * second_ns;
-    const char *end = memmem(s->peek, (size_t)n, "\r\n\r\n", 4);
-    c->header_seen += end ? (size_t)(end - s->peek) : (size_t)n;
-    if (c->header_seen <= HTTP_HEADER_LIMIT)
-        return;
-    bool in_target = !memchr(s->peek, '\n', (size_t)n);
-    struct http_verdict v = {in_target ? 414 : 431, in_target
-                                                        ? "The request's URL is too long."
-                                                        : "The request's header fields are too "
-                                                          "large."};
-    note_refusal(c, v.code, v.message);
-    send_reply(s, c->fd, v.code, v.message);
-    shutdown(c->fd, SHUT_RDWR); /* the library notices and closes */
 }
 
 static void on_client(struct connection *c, uint32_t events)
@@ -207,14 +95,12 @@ static void on_client(struct connection *c, uint32_t events)
     if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
         c->peer_closed = c->server->has_half_closed = true;
     if (c->place == LINGERING) {
-        linger(c);
+        door_linger(c);
     } else if (c->place == AT_DOOR) {
-        look_at_door(c);
+        door_look(c);
     } else {
         if (c->peer_closed)
             inside_hang_up(c);
-        if ((events & EPOLLIN) && !c->request)
-            look_inside(c);
     }
 }
 
@@ -225,23 +111,23 @@ static void admit(struct http_server *s, int fd, const struct sockaddr_storage *
     metrics_add(METRIC_CONNECTIONS, 1);
     socket_tune(fd);
     struct connection *c = connection_new(s, fd, address);
-    if (!c || !watch(s, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | EPOLLET, c)) {
+    if (!c || !loop_watch(s, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | EPOLLET, c)) {
         close(fd);
         if (c)
             loop_forget(c);
         return;
     }
     if (s->n_connections - s->n_lingering > s->options.max_connections)
-        refuse(c, 503, "The server has as many connections as it accepts. Try again later.");
+        door_refuse(c, 503, "The server has as many connections as it accepts. Try again later.");
     else
-        look_at_door(c);
+        door_look(c);
 }
 
 /* Out of descriptors: listening pauses until the next tick, or the loop would spin. */
 static void pause_listening(struct http_server *s)
 {
     log_event(LOG_WARN, "http", "cannot accept connections: %s", strerror(errno));
-    s->listen_paused = watch(s, EPOLL_CTL_MOD, s->listen_fd, 0, &s->listen_fd);
+    s->listen_paused = loop_watch(s, EPOLL_CTL_MOD, s->listen_fd, 0, &s->listen_fd);
 }
 
 static void accept_clients(struct http_server *s)
@@ -274,11 +160,11 @@ static void sweep(struct connection *c, int64_t now_ns)
     } else if (late && c->place == AT_DOOR) {
         char first;
         if (recv(c->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT) == 1)
-            refuse(c, 408, "The request's header did not arrive in time.");
+            door_refuse(c, 408, "The request's header did not arrive in time.");
         else
-            close_connection(c);
+            loop_end(c);
     } else if (late) {
-        close_connection(c);
+        loop_end(c);
     }
 }
 
@@ -288,7 +174,7 @@ static void on_timer(struct http_server *s)
     if (read(s->timer_fd, &expirations, sizeof(expirations)) < 0)
         return;
     if (s->listen_paused && s->listen_fd >= 0)
-        s->listen_paused = !watch(s, EPOLL_CTL_MOD, s->listen_fd, EPOLLIN, &s->listen_fd);
+        s->listen_paused = !loop_watch(s, EPOLL_CTL_MOD, s->listen_fd, EPOLLIN, &s->listen_fd);
     int64_t now_ns = http_now_ns();
     for (struct connection *c = s->connections, *next; c; c = next) {
         next = c->next;
@@ -357,7 +243,7 @@ static void close_those_outside(struct http_server *s)
     for (struct connection *c = s->connections, *next; c; c = next) {
         next = c->next;
         if (c->place != INSIDE)
-            close_connection(c);
+            loop_end(c);
     }
 }
 
@@ -386,10 +272,10 @@ enum status loop_open(struct http_server *s, struct error *err)
     int library_fd = inside_epoll_fd(s);
     if (s->epoll_fd < 0 || s->event_fd < 0 || s->timer_fd < 0 ||
         timerfd_settime(s->timer_fd, 0, &every_second, NULL) ||
-        !watch(s, EPOLL_CTL_ADD, s->event_fd, EPOLLIN, &s->event_fd) ||
-        !watch(s, EPOLL_CTL_ADD, s->timer_fd, EPOLLIN, &s->timer_fd) ||
-        !watch(s, EPOLL_CTL_ADD, s->listen_fd, EPOLLIN, &s->listen_fd) ||
-        !watch(s, EPOLL_CTL_ADD, library_fd, EPOLLIN, &s->daemon))
+        !loop_watch(s, EPOLL_CTL_ADD, s->event_fd, EPOLLIN, &s->event_fd) ||
+        !loop_watch(s, EPOLL_CTL_ADD, s->timer_fd, EPOLLIN, &s->timer_fd) ||
+        !loop_watch(s, EPOLL_CTL_ADD, s->listen_fd, EPOLLIN, &s->listen_fd) ||
+        !loop_watch(s, EPOLL_CTL_ADD, library_fd, EPOLLIN, &s->daemon))
         return fail(err, STATUS_IO, "http: cannot set up the event loop: %s", strerror(errno));
     return STATUS_OK;
 }

@@ -1,16 +1,25 @@
 /* http_private.h - what http.c, http_loop.c and their helpers share; for no one else.
  *
- *   http.c         requests and replies: the owner of libmicrohttpd
+ *   http.c         opening, closing, libmicrohttpd's daemon and its callbacks
+ *   http_request.c a request from its header to its end, its body and memory
+ *   http_reply.c   replies and streams
  *   http_admit.c   what a request's header decides: route, key, type of body
- *   http_loop.c    the io thread: epoll, accept, the door, timers, stop order
+ *   http_loop.c    the io thread: epoll, accept, timers, stop order
+ *   http_door.c    looking at a request's header before the library reads it
  *   http_socket.c  listening sockets and socket options
  *   http_route.c   paths and methods
  *   http_error.c   the error object
  *   http_check.c   request headers
  *
  * A client socket's life: accepted by the loop, which holds it at the door until the header of
- * its first request is there and sound; then the library owns it (inside). A refused client
- * gets a reply from the door and lingers until it has read it.
+ * a request is there and sound; then the library may read it (inside). When the reply is sent
+ * the connection goes back to the door, suspended in the library. A refused client gets a reply
+ * from the door and lingers until it has read it.
+ *
+ * The library reads all that is there, so a request that was sent behind another without
+ * waiting may be read unseen. When the door sees that coming, the reply says that it is the
+ * last one. In any case a request begins only when its header, as the library understood it, is
+ * word for word the one that was looked at.
  *
  * Threads: everything belongs to the io thread, but the atomics.
  */
@@ -41,12 +50,17 @@ enum connection_place { AT_DOOR, LINGERING, INSIDE };
 struct connection {
     struct http_server *server;
     struct connection *next, *previous;
-    struct http_request *request; /* in progress, owned by http.c */
+    struct http_request *request; /* in progress */
+    struct MHD_Connection *mhd;   /* once the library knows it; else the fd is ours */
     int fd;
     enum connection_place place;
-    bool peer_closed;          /* the client will send no more */
-    int64_t deadline_ns;       /* for the header, or the end of lingering; 0 for none */
-    size_t header_seen;        /* inside, between requests: bytes of the next header */
+    bool peer_closed;    /* the client will send no more */
+    int64_t deadline_ns; /* at the door and lingering; 0 for none */
+    /* Of the request at the door, then of the one that was let in. */
+    bool header_begun, has_surplus; /* surplus: bytes behind its end */
+    bool is_target_checked;         /* the library read the target that was looked at */
+    struct http_framing framing;
+    struct bytes header;       /* as it was looked at, until the request begins */
     char client[CLIENT_BYTES]; /* its address, for the log */
 };
 
@@ -54,7 +68,7 @@ struct header {
     const char *name, *value;
 };
 
-/* One request, from its header to on_completed in http.c, which frees it. */
+/* One request, from request_begin to request_end. */
 struct http_request {
     struct connection *connection;
     struct http_server *server;
@@ -72,7 +86,8 @@ struct http_request {
     uint64_t n_received, n_drained; /* body bytes kept or dropped */
     bool handled;                   /* the handler was called */
     bool deferred, suspended;
-    bool gone; /* the client left: nothing more is sent */
+    bool closes; /* the connection ends with the reply */
+    bool gone;   /* the client left: nothing more is sent */
 
     struct MHD_Response *response; /* chosen, not queued yet; owned */
     int code;                      /* of the response, 0 while there is none */
@@ -102,6 +117,7 @@ struct http_server {
         unsigned long device, inode;
     } socket_file; /* of the unix socket we made */
     int epoll_fd, event_fd, timer_fd;
+    bool has_resumed;     /* something was resumed that the library has not looked at */
     bool has_half_closed; /* some client will send no more; see end_half_closed */
     bool listen_paused;   /* out of file descriptors until the next tick */
     pthread_t thread;
@@ -147,15 +163,41 @@ void request_admit(struct http_request *r); /* find the route, or refuse */
 enum status loop_open(struct http_server *s, struct error *err);
 void loop_close(struct http_server *s);
 void *loop_run(void *server);
+bool loop_watch(struct http_server *s, int operation, int fd, uint32_t events, void *data);
+void loop_end(struct connection *c); /* close, by ourselves or through the library */
 /* Forget a connection whose socket the library closes. */
 void loop_forget(struct connection *c);
 
-/* http.c */
+/* http_door.c */
+void door_look(struct connection *c);  /* something came */
+void door_await(struct connection *c); /* the reply is sent: wait for the next request */
+void door_linger(struct connection *c);
+/* Answer, and read and throw away what the client still sends: closing at once would reset the
+ * connection, and the reset could overtake the answer. */
+void door_refuse(struct connection *c, int code, const char *message);
+
+/* http_request.c */
+/* The library has read a request line with this target, or a whole header. NULL, for the
+ * connection to be closed, when that is not what was looked at. */
+void connection_check_target(struct connection *c, const char *target);
+struct http_request *request_begin(struct connection *c, struct MHD_Connection *mhd,
+                                   const char *url, const char *method, const char *version);
+/* A piece of the body. False: the client sends on and on after it was refused. */
+bool request_receive(struct http_request *r, const char *data, size_t n);
+void request_end(struct http_request *r, bool delivered); /* frees it */
+void request_resume(struct http_request *r);
+void request_cancel(struct http_request *r); /* nothing more is sent; it will end soon */
+
+/* http_reply.c */
 /* A refusal of this layer: what comes of the body is dropped. */
 void request_refuse(struct http_request *r, int http_code, const char *message);
-/* Called by the loop: */
+bool refusal_comes_at_once(const struct http_request *r); /* before the body */
+bool stream_is_between_events(const struct http_request *r);
+
+/* http.c, called by the loop */
 bool inside_enter(struct connection *c, const struct sockaddr_storage *address,
                   socklen_t n_address);
+void inside_resume(struct connection *c);  /* from the door */
 void inside_hang_up(struct connection *c); /* the client will send no more */
 int inside_epoll_fd(const struct http_server *s);
 /* Let the library work; returns the milliseconds it can wait, at most 1000. */

@@ -345,6 +345,14 @@ static void test_slow_header(void **state)
     server_stop(&s);
 }
 
+static void await_count(int fd, struct bytes *out, const char *text, int n)
+{
+    int64_t end = now_ms() + WAIT_MS;
+    while (count(out, text) < n && now_ms() < end)
+        raw_read(fd, out, 10);
+    assert_int_equal(count(out, text), n);
+}
+
 static void test_keep_alive(void **state)
 {
     (void)state;
@@ -352,10 +360,15 @@ static void test_keep_alive(void **state)
     server_start(&s, NULL);
     int fd = raw_connect(&s);
     struct bytes out = {0};
-    for (int i = 0; i < 3; i++) /* pipelined */
+    for (int i = 0; i < 3; i++) {
         post_raw(fd, "/v1/completions",
                  i == 1 ? "{\"prompt\":\"a\",\"max_tokens\":2,\"stream\":true}"
                         : "{\"prompt\":\"a\",\"max_tokens\":2}");
+        if (i == 1)
+            assert_true(raw_await(fd, &out, "\r\n0\r\n\r\n", WAIT_MS));
+        else
+            await_count(fd, &out, "\"usage\":", i ? 2 : 1);
+    }
     raw_text(fd, "GET /version HTTP/1.1\r\nHost: x\r\n\r\n");
     assert_true(raw_await(fd, &out, "{\"version\":", WAIT_MS));
     assert_int_equal(count(&out, "HTTP/1.1 200 OK"), 4);

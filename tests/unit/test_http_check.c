@@ -23,7 +23,8 @@ static size_t check(const char *data, size_t n, struct http_verdict *verdict)
 {
     char *copy = malloc(n ? n : 1);
     memcpy(copy, data, n);
-    size_t length = http_check_header(copy, n, MAX_BODY, verdict);
+    struct http_framing framing;
+    size_t length = http_check_header(copy, n, MAX_BODY, &framing, verdict);
     free(copy);
     return length;
 }
