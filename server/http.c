@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -32,8 +33,10 @@ enum {
     BODY_GRACE_S = 30,      /* a body must come at BODY_RATE bytes/s after this */
     BODY_RATE = 1024,
     SPARE_CONNECTIONS = 64,
-    MAX_DISCARDS = 4,
+    STUCK_SWEEPS = 2,
 };
+
+static const int64_t DRAIN_GRACE_NS = 1500000000; /* for bodies on their way */
 
 /* Only the io thread calls the library. From 0.9.77 on it must be told so: a thread-safe daemon
  * queues an added connection for later, and inside_enter relies on its being taken at once. */
@@ -111,16 +114,6 @@ static enum MHD_Result on_request(void *server, struct MHD_Connection *mhd, cons
     return MHD_YES;
 }
 
-/* What a client sent behind its last request is dropped: closing with it unread would reset the
- * connection, and the reset could overtake the reply. */
-static void discard_input(struct connection *c)
-{
-    for (int i = 0; i < MAX_DISCARDS; i++) {
-        if (recv(c->fd, c->server->peek, PEEK_BYTES, MSG_DONTWAIT) <= 0)
-            return;
-    }
-}
-
 /* The request is over, in whatever way. A connection that is kept waits at the door. */
 static void on_completed(void *server, struct MHD_Connection *mhd, void **context,
                          enum MHD_RequestTerminationCode how)
@@ -138,7 +131,7 @@ static void on_completed(void *server, struct MHD_Connection *mhd, void **contex
         MHD_suspend_connection(mhd);
         door_await(c);
     } else if (delivered) {
-        discard_input(c);
+        door_discard(c);
     }
 }
 
@@ -234,14 +227,37 @@ bool inside_awaits_input(const struct connection *c)
     return !c->request || !c->request->handled;
 }
 
+/* The library reads a body whenever it can. Bytes that stay unread while none arrive here are
+ * framing that it cannot take: an endless chunk size, or what may follow one. */
+static bool is_stuck(struct http_request *r)
+{
+    int n_unread = 0;
+    ioctl(r->connection->fd, FIONREAD, &n_unread);
+    r->n_stuck = n_unread && r->n_received == r->n_at_sweep ? r->n_stuck + 1 : 0;
+    r->n_at_sweep = r->n_received;
+    return r->n_stuck > STUCK_SWEEPS;
+}
+
+/* A body that is not there yet must come, and soon when the server is about to stop. */
+static void watch_body(struct http_request *r, int64_t now_ns)
+{
+    const struct http_server *s = r->server;
+    int64_t age_s = (now_ns - r->arrival_ns) / 1000000000;
+    if (is_stuck(r))
+        door_cut(r->connection, 400, "The body's chunks are not framed as HTTP says.");
+    else if (age_s > BODY_GRACE_S + (int64_t)(r->n_received / BODY_RATE))
+        door_cut(r->connection, 408, "The request's body did not arrive in time.");
+    else if (s->drain_ns && now_ns - s->drain_ns > DRAIN_GRACE_NS)
+        door_cut(r->connection, 503, "The server is shutting down.");
+}
+
 void inside_sweep(struct connection *c, int64_t now_ns)
 {
     struct http_request *r = c->request;
     if (!r)
         return;
-    int64_t age_s = (now_ns - r->arrival_ns) / 1000000000;
-    if (inside_awaits_input(c) && age_s > BODY_GRACE_S + (int64_t)(r->n_received / BODY_RATE))
-        shutdown(c->fd, SHUT_RDWR); /* a body that trickles; the library notices and closes */
+    if (!r->handled && !r->code)
+        watch_body(r, now_ns);
     int64_t silent_s = (now_ns - r->last_sent_ns) / 1000000000;
     if (r->read && r->suspended && r->is_event_stream && stream_is_between_events(r) &&
         silent_s >= c->server->options.keepalive_interval) {

@@ -10,7 +10,7 @@
 #include "server/log.h"
 #include "server/metrics.h"
 
-enum { MAX_LINGERING = 512, LINGER_S = 5 };
+enum { MAX_LINGERING = 512, LINGER_S = 5, MAX_DISCARDS = 8 };
 
 static const int64_t second_ns = 1000000000;
 
@@ -71,6 +71,23 @@ void door_refuse(struct connection *c, int code, const char *message)
     c->place = LINGERING;
     c->deadline_ns = http_now_ns() + LINGER_S * second_ns;
     s->n_lingering++;
+}
+
+void door_discard(struct connection *c)
+{
+    for (int i = 0; i < MAX_DISCARDS; i++) {
+        if (recv(c->fd, c->server->peek, PEEK_BYTES, MSG_DONTWAIT) <= 0)
+            return;
+    }
+}
+
+void door_cut(struct connection *c, int code, const char *message)
+{
+    log_event(LOG_DEBUG, "refused", "%s: %d %s", c->client, code, message);
+    c->request->code = code;
+    send_reply(c->server, c->fd, code, message);
+    door_discard(c);
+    shutdown(c->fd, SHUT_RDWR); /* the library notices and closes */
 }
 
 void door_linger(struct connection *c)

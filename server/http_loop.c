@@ -191,8 +191,11 @@ static void on_event(struct http_server *s)
     uint64_t count;
     if (read(s->event_fd, &count, sizeof(count)) < 0)
         return;
-    if (atomic_load(&s->draining))
-        socket_unlisten(s);
+    if (!atomic_load(&s->draining))
+        return;
+    socket_unlisten(s);
+    if (!s->drain_ns)
+        s->drain_ns = http_now_ns();
 }
 
 static void dispatch(struct http_server *s, const struct epoll_event *event)

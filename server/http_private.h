@@ -84,6 +84,8 @@ struct http_request {
     struct bytes body;
     size_t charged;                 /* bytes, by http_charge */
     uint64_t n_received, n_drained; /* body bytes kept or dropped */
+    uint64_t n_at_sweep;            /* n_received, once a second */
+    int n_stuck;                    /* sweeps without progress though bytes were there */
     bool handled;                   /* the handler was called */
     bool deferred, suspended;
     bool closes; /* the connection ends with the reply */
@@ -117,6 +119,7 @@ struct http_server {
         unsigned long device, inode;
     } socket_file; /* of the unix socket we made */
     int epoll_fd, event_fd, timer_fd;
+    int64_t drain_ns;     /* when draining began, 0 before */
     bool has_resumed;     /* something was resumed that the library has not looked at */
     bool has_half_closed; /* some client will send no more; see end_half_closed */
     bool listen_paused;   /* out of file descriptors until the next tick */
@@ -175,6 +178,11 @@ void door_linger(struct connection *c);
 /* Answer, and read and throw away what the client still sends: closing at once would reset the
  * connection, and the reset could overtake the answer. */
 void door_refuse(struct connection *c, int code, const char *message);
+/* The same for a request whose body the library is still reading; ends it. */
+void door_cut(struct connection *c, int code, const char *message);
+/* Drop what a client sent behind its last request: closing with it unread would reset the
+ * connection, and the reset could overtake the reply. */
+void door_discard(struct connection *c);
 
 /* http_request.c */
 /* The library has read a request line with this target, or a whole header. NULL, for the

@@ -87,7 +87,9 @@ struct http_request *request_begin(struct connection *c, struct MHD_Connection *
     r->mhd = c->mhd = mhd;
     r->connection = c;
     r->framing = c->framing;
-    r->closes = c->has_surplus || r->framing.is_http_1_0 || r->framing.closes;
+    /* The library is lenient on chunk framing: nothing that follows a chunked body is trusted. */
+    r->closes =
+        c->has_surplus || r->framing.is_http_1_0 || r->framing.closes || r->framing.n_coding;
     c->request = r;
     bytes_free(&c->header);
     arena_init(&r->arena, ((size_t)s->options.max_body_mb << 21) + (1 << 20));
