@@ -109,6 +109,26 @@ static enum status set_option(struct options *o, const struct option_row *row, c
     return parse_string(row, source, text, field, err);
 }
 
+/* "*" or an origin as browsers send it: scheme://host[:port], nothing behind. The value goes
+ * into a header of every reply as it is. */
+static enum status check_cors_origin(const char *origin, struct error *err)
+{
+    static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
+    char allowed[sizeof(letters) + 8];
+    if (!origin || !strcmp(origin, "*"))
+        return STATUS_OK;
+    snprintf(allowed, sizeof(allowed), "%s+-.", letters);
+    size_t n_scheme = strspn(origin, allowed);
+    snprintf(allowed, sizeof(allowed), "%s.-_:[]", letters);
+    const char *host = origin + n_scheme + 3;
+    if (n_scheme && !strncmp(origin + n_scheme, "://", 3) && *host && !host[strspn(host, allowed)])
+        return STATUS_OK;
+    return fail_field(err, STATUS_INVALID, "cors-origin",
+                      "--cors-origin: expected * or an origin such as https://app.example:8443, "
+                      "found '%s'",
+                      origin);
+}
+
 static enum status set_defaults(struct options *o, struct error *err)
 {
     *o = (struct options){0};
@@ -182,6 +202,8 @@ enum status options_parse(struct options *out, int argc, char **argv, struct err
         st = read_environment(&o, err);
     for (int i = 1; i < argc && !st; i++)
         st = read_argument(&o, argc, argv, &i, err);
+    if (!st)
+        st = check_cors_origin(o.cors_origin, err);
     if (!st && !o.model && !o.help && !o.version)
         st = fail_field(err, STATUS_INVALID, "model",
                         "--model: expected a model directory, found nothing; --help lists the "
@@ -221,5 +243,5 @@ void options_print_help(FILE *out)
     fprintf(out,
             "\nexit codes: 0 after a clean stop (SIGTERM or SIGINT), 1 when starting failed or the "
             "stop cut\nrequests off (--drain-timeout passed, or a second signal), 2 for wrong "
-            "flags\n");
+            "flags.\nSIGHUP is ignored: a changed --api-key-file is read at the next start.\n");
 }

@@ -49,6 +49,40 @@ static void test_defaults(void **state)
     assert_false(o.strict_fields);
 }
 
+static void test_cors_origin(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *origin;
+        bool good;
+    } cases[] = {
+        {"*", true},
+        {"https://app.example", true},
+        {"http://localhost:3000", true},
+        {"http://[::1]:80", true},
+        {"chrome-extension://abcdef", true},
+        {"https://app.example/", false},
+        {"https://a.example, https://b.example", false},
+        {"https://a\r\nSet-Cookie: x", false},
+        {"https://a\n", false},
+        {"https://a b", false},
+        {"https://\xc3\xa4.example", false},
+        {"https://", false},
+        {"://a", false},
+        {"app.example", false},
+        {"**", false},
+    };
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        struct options o;
+        struct error err = {0};
+        enum status st = PARSE(&o, &err, "--model", "m", "--cors-origin", cases[i].origin);
+        if (st != (cases[i].good ? STATUS_OK : STATUS_INVALID))
+            fail_msg("'%s': found %d %s", cases[i].origin, (int)st, err.text);
+        if (st)
+            assert_string_equal(err.field, "cors-origin");
+    }
+}
+
 static void test_forms(void **state)
 {
     (void)state;
@@ -173,6 +207,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup(test_defaults, clear_environment),
         cmocka_unit_test_setup(test_forms, clear_environment),
+        cmocka_unit_test_setup(test_cors_origin, clear_environment),
         cmocka_unit_test_setup_teardown(test_environment, clear_environment, clear_environment),
         cmocka_unit_test_setup(test_errors, clear_environment),
         cmocka_unit_test(test_help),
