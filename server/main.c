@@ -234,6 +234,7 @@ static enum status catch_signals(struct error *err)
     if (event_fd < 0 || sigaction(SIGTERM, &action, NULL) || sigaction(SIGINT, &action, NULL))
         return fail(err, STATUS_IO, "signals cannot be caught: %s", strerror(errno));
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGHUP, SIG_IGN); /* a lost terminal cuts off no request */
     return STATUS_OK;
 }
 

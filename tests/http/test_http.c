@@ -459,6 +459,8 @@ static void test_drain_timeout(void **state)
     server_start(&s, args);
     int stream = begin(&s, ENDLESS), whole = begin(&s, ENDLESS_WHOLE);
     await_metric(&s, RUNNING, 2);
+    server_signal(&s, SIGHUP); /* ignored */
+    await_metric(&s, RUNNING, 2);
     server_signal(&s, SIGTERM);
     assert_int_equal(server_wait_exit(&s, WAIT_MS), 1);
     close(stream);
