@@ -243,11 +243,16 @@ static void watch_body(struct http_request *r, int64_t now_ns)
 {
     const struct http_server *s = r->server;
     int64_t age_s = (now_ns - r->arrival_ns) / 1000000000;
-    if (is_stuck(r))
+    bool late = age_s > BODY_GRACE_S + (int64_t)(r->n_received / BODY_RATE);
+    bool stopping = s->drain_ns && now_ns - s->drain_ns > DRAIN_GRACE_NS;
+    bool stuck = is_stuck(r);
+    if (r->code && (late || stopping || stuck))
+        shutdown(r->connection->fd, SHUT_RDWR); /* refused; the library notices and closes */
+    else if (stuck)
         door_cut(r->connection, 400, "The body's chunks are not framed as HTTP says.");
-    else if (age_s > BODY_GRACE_S + (int64_t)(r->n_received / BODY_RATE))
+    else if (late)
         door_cut(r->connection, 408, "The request's body did not arrive in time.");
-    else if (s->drain_ns && now_ns - s->drain_ns > DRAIN_GRACE_NS)
+    else if (stopping)
         door_cut(r->connection, 503, "The server is shutting down.");
 }
 
@@ -256,7 +261,7 @@ void inside_sweep(struct connection *c, int64_t now_ns)
     struct http_request *r = c->request;
     if (!r)
         return;
-    if (!r->handled && !r->code)
+    if (!r->handled)
         watch_body(r, now_ns);
     int64_t silent_s = (now_ns - r->last_sent_ns) / 1000000000;
     if (r->read && r->suspended && r->is_event_stream && stream_is_between_events(r) &&

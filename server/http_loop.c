@@ -5,10 +5,7 @@
  * hang-up watch, which the library has not for suspended connections.
  *
  * Connections are accepted here, not by the library. So one over the limit gets an answer
- * instead of waiting in the backlog, and the header of a connection's first request is looked
- * at before the library reads it, which gives errors of ours for what it would answer with a
- * page of its own, or would not refuse at all. On later requests of a connection the parsed
- * fields are checked (http.c); an over-long header is noticed here too.
+ * instead of waiting in the backlog, and every request passes the door (http_door.c).
  */
 #include <errno.h>
 #include <stdio.h>
@@ -66,6 +63,7 @@ void loop_forget(struct connection *c)
         c->next->previous = c->previous;
     s->n_lingering -= c->place == LINGERING;
     s->n_connections--;
+    bytes_free(&c->header);
     free(c);
 }
 

@@ -458,6 +458,11 @@ static const struct {
     {LINE "Host: x\r\n" CLOSE, 200},
     {"\r\n" LINE "Host: x\r\n" CLOSE, 200},
     {"GET /hello HTTP/1.0\r\n\r\n", 200},
+    /* Odd but legal: the library must read the same in it as we do. */
+    {"GET /%68ello?a=b&&c&d=%41+x&=y HTTP/1.1\r\nHost:\tx \r\nCookie: a=b; c=\"d e\"; $V=1\r\n"
+     "X-Empty:\r\nX-Blank: \t \r\nX: a\tb  c \t\r\nx: \xe4\"\\\r\n~!: ::\r\nCookie:\r\n"
+     "Authorization: Digest username=\"u\", realm=\"\"\r\n" CLOSE,
+     200},
     {"GET http://x/hello HTTP/1.1\r\nHost: x\r\n" CLOSE, 200},
     {POST "Content-Length: 2\r\n" CLOSE "{}", 200},
     {POST "Transfer-Encoding: chunked\r\n" CLOSE "2\r\n{}\r\n0\r\n\r\n", 200},

@@ -130,12 +130,36 @@ static void test_endless(void **state)
     }
 }
 
+static void expect_slice(struct http_slice found, const char *expected)
+{
+    assert_int_equal(found.n, strlen(expected));
+    assert_memory_equal(found.data, expected, found.n);
+}
+
+static void test_walk(void **state)
+{
+    (void)state;
+    static const char header[] = "GET /a?b=c HTTP/1.1\r\nHost:x\r\nX:\r\nx-Y: \t a b:c \t\r\n\r\n";
+    static const char *const fields[][2] = {{"Host", "x"}, {"X", ""}, {"x-Y", "a b:c"}};
+    struct http_slice name, value;
+    const char *at = http_header_line(header, &name, &value);
+    expect_slice(name, "GET");
+    expect_slice(value, "/a?b=c");
+    for (size_t i = 0; i < COUNT_OF(fields); i++) {
+        assert_true(http_header_field(&at, &name, &value));
+        expect_slice(name, fields[i][0]);
+        expect_slice(value, fields[i][1]);
+    }
+    assert_false(http_header_field(&at, &name, &value));
+    assert_false(http_header_field(&at, &name, &value));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_good),    cmocka_unit_test(test_cut),
         cmocka_unit_test(test_changed), cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_endless),
+        cmocka_unit_test(test_endless), cmocka_unit_test(test_walk),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
