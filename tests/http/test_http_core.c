@@ -713,7 +713,10 @@ static void test_broken_chunks(void **state)
         bytes_text(&request, LINE "Host: x\r\n\r\n");
         raw_write(fd, request.data, request.n);
         assert_true(raw_read(fd, &out, WAIT_MS));
-        assert_true(status_of(&out) == 400 || status_of(&out) == 413);
+        /* libmicrohttpd 1.0 resets the connection at an endless size: no answer is left. */
+        int code = status_of(&out);
+        if (code != 400 && code != 413 && (code || i < COUNT_OF(bodies)))
+            fail_msg("case %zu was answered with '%s'", i, out.data ? out.data : "");
         assert_int_equal(count(&out, "hello"), 0);
         bytes_free(&out);
         bytes_free(&request);
