@@ -16,7 +16,8 @@
  * sends a request without waiting for the reply to the one before (pipelining) is answered, when
  * its bytes can no longer be looked at, with "Connection: close" or a closed connection, and
  * sends it again. After a refusal for what a header says about the body the connection is
- * closed. A chunked body that goes on for --max-body-mb beyond the limit is cut off unanswered;
+ * closed, and so it is after every chunked body, on whose framing two readers might disagree. A
+ * chunked body that goes on for --max-body-mb beyond the limit is cut off unanswered;
  * one that announces its length is refused at once.
  *
  * Threads: http_notify by any thread; http_open, http_close by main; the rest by the io thread.
