@@ -4,7 +4,7 @@
 # there was nothing to run.
 #
 #   TEST_TIMEOUT   seconds a program may take (default 300)
-#   TEST_ONLY      run only programs whose name contains this
+#   TEST_ONLY      run only programs whose path contains one of these words
 set -u
 
 build=${1:?usage: tests/run.sh BUILD [unit|http...]}
@@ -50,13 +50,21 @@ run_one() {
     fi
 }
 
+is_wanted() {
+    [ -n "${TEST_ONLY:-}" ] || return 0
+    for word in $TEST_ONLY; do
+        case $1 in *"$word"*) return 0 ;; esac
+    done
+    return 1
+}
+
 for kind in "$@"; do
     for program in "$build/tests/$kind"/test_*; do
         # What is left of a renamed test has no source any more.
         [ -f "tests/$kind/${program##*/}.c" ] || continue
-        case $program in
-        *"${TEST_ONLY:-}"*) run_one "$program" ;;
-        esac
+        if is_wanted "$program"; then
+            run_one "$program"
+        fi
     done
 done
 
