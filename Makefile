@@ -124,17 +124,19 @@ $(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_HELP) $(LIB)
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
-fuzz: ## mutate the inputs of every parser under ASan (FUZZ_SECONDS each)
+fuzz: packages ## mutate the inputs of every parser under ASan (FUZZ_SECONDS each)
 	@$(MAKE) --no-print-directory -j$$(nproc) SAN=address fuzz-run
 fuzz-run: $(FUZZERS)
 	@set -e; for f in $(FUZZERS); do $$f -t $(FUZZ_SECONDS) $(FUZZ_SEEDS); done
 
-bench: all ## print the tables of latte-bench for the bundled model
+bench: ## print the tables of latte-bench for the bundled model
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(BUILD)/latte-bench engine -m $(MODEL)
 	$(BUILD)/latte-bench serve -m $(MODEL)
 
 deps: ## print which layer includes which
-	@grep -rhoE --include='*.[ch]' '^#include "[a-z_/]+' server engine weights --with-filename \
+	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \
 	  | sed -E 's|/[^/:]*:#include "| -> |' | sort | uniq -c
 
 format: ## clang-format every C file

@@ -35,10 +35,10 @@ struct buffer; /* device memory; its bytes are not for the host to touch */
 struct step {
     int n_rows;
     int n_seqs;
-    const int32_t *tokens;     /* [n_rows], each in 0..V-1 */
-    const int64_t *positions;  /* [n_rows] position of each row in its session, from 0 */
-    const int32_t *seq_slot;   /* [n_seqs] slot of each sequence, all different */
-    const int32_t *seq_start;  /* [n_seqs + 1] first row of each sequence; the last is n_rows */
+    const int32_t *tokens;    /* [n_rows], each in 0..V-1 */
+    const int64_t *positions; /* [n_rows] position of each row in its session, from 0 */
+    const int32_t *seq_slot;  /* [n_seqs] slot of each sequence, all different */
+    const int32_t *seq_start; /* [n_seqs + 1] first row of each sequence; the last is n_rows */
     int n_logit_rows;
     const int32_t *logit_rows; /* [n_logit_rows] ascending rows whose logits are wanted */
 };
@@ -51,7 +51,7 @@ struct linear {
     struct buffer *weight; /* NULL: the linear does not exist */
     struct buffer *bias;   /* f32, or NULL */
     int n_out, n_in;
-    enum dtype dtype;      /* F32 or BF16 */
+    enum dtype dtype; /* F32 or BF16 */
 };
 
 struct norm {
@@ -76,9 +76,9 @@ struct latent_shape {
 
 struct window_shape {
     int n_heads, n_kv_heads, head_dim;
-    int64_t ring_rows;   /* w: attends to positions t-w+1..t */
-    float scale;         /* of the scores */
-    float softcap;       /* 0 for none: score = c tanh(score / c) */
+    int64_t ring_rows; /* w: attends to positions t-w+1..t */
+    float scale;       /* of the scores */
+    float softcap;     /* 0 for none: score = c tanh(score / c) */
 };
 
 struct backend_ops {
@@ -111,7 +111,7 @@ struct backend_ops {
     /* Host view of the first n_bytes of a buffer after sync, valid until the next begin. */
     const void *(*map)(struct backend *b, const struct buffer *buffer, size_t n_bytes);
 
-    /* out[R, D] = scale * table[token] (+ sinusoidal position, LATTE 1.4, when asked). */
+    /* out[R, D] = scale * table[token] (+ sinusoidal position when asked). */
     void (*embed)(struct backend *b, struct buffer *out, const struct linear *table, float scale,
                   bool sinusoidal);
     /* out[n, dim] = norm(in) row by row; in place allowed. */
@@ -136,8 +136,8 @@ struct backend_ops {
     /* u_t = sum_i w_i * h_{t-i} (+ bias), P(eq 15). weight [D, K] f32, bias [D] or NULL.
      * state row [K-1, D]: the last K-1 rows of h, oldest first; zero before position 0. */
     void (*conv)(struct backend *b, struct buffer *out, const struct buffer *in,
-                 const struct buffer *weight, const struct buffer *bias,
-                 const struct slab *state, int dim, int n_taps);
+                 const struct buffer *weight, const struct buffer *bias, const struct slab *state,
+                 int dim, int n_taps);
     /* RG-LRU (Griffin). gates: pre-activations r, i [R, D] (the block-diagonal products with
      * bias); lambda [D]; in h [R, D]; out z [R, D]; state row [D]. Position 0: z = i * h. */
     void (*rglru)(struct backend *b, struct buffer *out, const struct buffer *in,
@@ -150,14 +150,13 @@ struct backend_ops {
                          int n_blocks);
     /* Rotate pairs (i, i + d/2) of each head by position * frequency, in place;
      * frequencies [d/2] f64 (host side scaling already applied), reduced mod 2 pi in double. */
-    void (*rope)(struct backend *b, struct buffer *x, const struct buffer *frequencies,
-                 int n_heads, int head_dim);
+    void (*rope)(struct backend *b, struct buffer *x, const struct buffer *frequencies, int n_heads,
+                 int head_dim);
     /* VAPOR, P(eq 20): rotate each head's pairs by sign * position * theta[head, i];
      * theta [H, d/2] f32. out may be x. With n_x_heads < n_heads (grouped kv), x has n_x_heads
      * heads and out gets n_heads, head a from x's head a / (n_heads / n_x_heads). */
     void (*vapor)(struct backend *b, struct buffer *out, const struct buffer *x,
-                  const struct buffer *theta, int n_heads, int n_x_heads, int head_dim,
-                  int sign);
+                  const struct buffer *theta, int n_heads, int n_x_heads, int head_dim, int sign);
     /* Causal Latte, P(eq 8-12, 19). theta [R, H*M], g [R, H*M or H*(M+1)], v [R, KV*d].
      * State rows m [H*M], alpha [H*M], s [H*M, d] f32; a sequence whose first row has position
      * 0 starts from m = -inf, alpha = 0, s = 0 whatever the slot holds.
@@ -181,10 +180,10 @@ struct backend {
 };
 
 struct backend_options {
-    int n_threads;  /* threads of the CPU pool, at least 1; the caller's is one of them */
-    int max_rows;   /* most rows of a step: scratch is sized by it */
+    int n_threads; /* threads of the CPU pool, at least 1; the caller's is one of them */
+    int max_rows;  /* most rows of a step: scratch is sized by it */
     int max_seqs;
-    int max_dim;    /* widest row an op will see (max of D, H*d, F, H*(M+1), L), V excluded */
+    int max_dim; /* widest row an op will see (max of D, H*d, F, H*(M+1), L), V excluded */
 };
 
 enum status backend_ref_open(struct backend **out, const struct backend_options *options,

@@ -1,4 +1,4 @@
-/* backend_ref.c - the oracle: every op as LATTE.md writes it, in plain loops.
+/* backend_ref.c - the oracle: every op as weights/README.md writes it, in plain loops.
  *
  * One thread, f32, sums in index order, nothing clever: other backends are tested against
  * this one. Angles are computed in long double, where position * frequency is exact enough

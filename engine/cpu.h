@@ -46,7 +46,7 @@ struct cpu {
     float *vapor;     /* [H, KEY_BLOCK + 1, d] sines and cosines */
     double *sinusoid; /* [max_dim] frequencies */
     int sinusoid_dim; /* the row width they are for */
-    float **scratch;  /* [n_threads] of scratch_values each */
+    float **scratch;  /* [n_threads] of cpu_linear_scratch or cpu_mix_scratch values, the larger */
     double **angles;  /* [n_threads] of max_dim each */
 };
 

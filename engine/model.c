@@ -49,9 +49,9 @@ struct model {
     bool *slot_used; /* [n_slots] scratch of one step: each slot at most once */
 };
 
-/* ---- the forward pass, LATTE 1.1 to 1.4 ---- */
+/* ---- the forward pass: weights/README.md has the equations in the same order ---- */
 
-/* u_t: what the latents look at, LATTE 1.1. */
+/* u_t: what the latents look at. */
 static const struct buffer *latent_input(struct model *m, const struct layer_weights *w,
                                          const struct layer_state *state)
 {
@@ -78,7 +78,7 @@ static const struct buffer *latent_input(struct model *m, const struct layer_wei
     return NULL;
 }
 
-/* mixed = sum_l p(l|t) s_l / alpha_l, LATTE 1.2, and p0 = p(0|t) beside a window. With VAPOR the
+/* mixed = sum_l p(l|t) s_l / alpha_l, and p0 = p(0|t) beside a window. With VAPOR the
  * sum is of R^{-s} v_s, and R^t turns it, P(eq 20). */
 static void latent_attention(struct model *m, const struct layer_weights *w,
                              const struct layer_state *state, const struct buffer *u,
@@ -108,7 +108,7 @@ static void latent_attention(struct model *m, const struct layer_weights *w,
         op->vapor(b, s->mixed, s->mixed, w->vapor_theta, c->n_heads, c->n_heads, c->head_dim, +1);
 }
 
-/* mixed = local_t, or mixed += p0 * local_t beside latents, LATTE 1.3. q and k come from `in`. */
+/* mixed = local_t, or mixed += p0 * local_t beside latents. q and k come from `in`. */
 static void window_attention(struct model *m, const struct layer_weights *w,
                              const struct layer_state *state, const struct buffer *in,
                              int64_t ring_rows, bool gated)

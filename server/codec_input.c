@@ -140,7 +140,7 @@ static enum status read_part(struct reader *r, const cJSON *part, const char *pa
     struct path p = codec_path(path, "type");
     return codec_wrong(r, p.text, "invalid_value",
                        "Invalid value for '%s': '%.*s'. This model reads text only; supported "
-                       "values are: 'text'.",
+                       "values are: 'text' and 'refusal'.",
                        p.text, (int)codec_clip(type).n, type);
 }
 

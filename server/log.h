@@ -24,7 +24,7 @@ struct log_access {
     double duration_ms;
     uint64_t bytes_in, bytes_out;
     int64_t prompt_tokens, output_tokens; /* -1: not a generation */
-    bool gone; /* the client left before the end */
+    bool gone;                            /* the client left before the end */
 };
 void log_request(const struct log_access *line);
 

@@ -48,7 +48,7 @@
       "deadline of a request from its arrival; 0: none")                                           \
     X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \
     X(max_buffered_mb, INT, "max-buffered-mb", "256", 1, 1048576, "MB",                            \
-      "memory of all request bodies and prompts together; beyond it 503")                      \
+      "memory of all request bodies and prompts together; beyond it 503")                          \
     X(max_connections, INT, "max-connections", "4096", 1, 65536, "N", "open connections")          \
     X(header_timeout, INT, "header-timeout", "10", 1, 3600, "SECONDS",                             \
       "time a client has to send a request's headers")                                             \
@@ -60,7 +60,7 @@
       "a comment is sent on a stream that was silent this long")                                   \
     X(workers, INT, "workers", "2", 1, 64, "N", "threads that parse and tokenize large bodies")    \
     X(api_key_file, STRING, "api-key-file", NULL, 0, 0, "FILE",                                    \
-      "one API key per line; without it the API is open")                                          \
+      "one API key of 8 to 255 characters per line; without it the API is open")                   \
     X(cors_origin, STRING, "cors-origin", NULL, 0, 0, "ORIGIN",                                    \
       "send CORS headers for this origin, or * for any")                                           \
     X(strict_fields, FLAG, "strict-fields", "0", 0, 1, NULL,                                       \

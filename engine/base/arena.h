@@ -19,7 +19,8 @@ struct arena {
 
 void arena_init(struct arena *a, size_t cap_bytes);
 
-/* n_bytes of zeroed memory aligned for any type; NULL at the cap. n_bytes 0 gives a valid pointer. */
+/* n_bytes of zeroed memory aligned for any type; NULL at the cap. n_bytes 0 gives a valid pointer.
+ */
 void *arena_take(struct arena *a, size_t n_bytes);
 
 /* count * size with an overflow check. */

@@ -50,16 +50,15 @@ enum status fail(struct error *err, enum status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
 /* The same, naming the field at fault. */
-enum status fail_field(struct error *err, enum status status, const char *field,
-                       const char *format, ...) __attribute__((format(printf, 4, 5)));
+enum status fail_field(struct error *err, enum status status, const char *field, const char *format,
+                       ...) __attribute__((format(printf, 4, 5)));
 
 /* Put "prefix: " before the text of an error that is already filled; returns its status. */
 enum status fail_context(struct error *err, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
 /* Our own mistakes: checked in every build. Prints the place and aborts. */
-#define CHECK(condition)                                                                           \
-    ((condition) ? (void)0 : check_failed(#condition, __FILE__, __LINE__))
+#define CHECK(condition) ((condition) ? (void)0 : check_failed(#condition, __FILE__, __LINE__))
 void check_failed(const char *condition, const char *file, int line) __attribute__((noreturn));
 
 #endif

@@ -142,7 +142,7 @@ class Vapor(nn.Module):
 
 
 class Mix(nn.Module):
-    """The token mixing of one layer: window, latents, or both (LATTE.md 1.1-1.4)."""
+    """The token mixing of one layer: window, latents, or both (weights/README.md)."""
 
     def __init__(self, config, layer):
         super().__init__()

@@ -14,7 +14,7 @@ WINDOW_CHUNK = 256
 
 
 def rglru(h, recurrence, gate, decay, z0, start):
-    """RG-LRU, LATTE.md 1.1. h [B, T, D]; recurrence and gate [B, T, D] before the sigmoid;
+    """RG-LRU (Griffin). h [B, T, D]; recurrence and gate [B, T, D] before the sigmoid;
     decay [D] = 8 softplus(lambda); z0 [B, D] f32; start [B, T]. Returns z [B, T, D] f32 and the last state."""
     h = h.float()
     log_a = -decay * torch.sigmoid(recurrence.float())
@@ -32,7 +32,7 @@ def rglru(h, recurrence, gate, decay, z0, start):
 
 
 def latent(theta, p, v, segment, state):
-    """Latent attention, LATTE.md 1.2 and 1.5. theta, p [B, T, H, M]; v [B, T, H, d]; state (m, alpha, s).
+    """Latent attention, P(eq 8-12, 19). theta, p [B, T, H, M]; v [B, T, H, d]; state (m, alpha, s).
 
     Every row has its own running maximum over the tokens and the carried state it may see, so no
     weight is above one and the largest is one: no overflow, no 0/0, whatever theta is.
@@ -61,7 +61,7 @@ def latent(theta, p, v, segment, state):
 
 
 def window(q, k, v, segment, size, scale, softcap=None):
-    """Sliding-window attention, LATTE.md 1.3. q [B, T, H, d]; k, v [B, P + T, KV, d], the P carried rows
+    """Sliding-window attention, P(eq 13-14). q [B, T, H, d]; k, v [B, P + T, KV, d], the P carried rows
     first; segment [B, P + T], below 0 for rows that hold nothing. Queries see the last `size` tokens."""
     T = q.shape[1]
     P = k.shape[1] - T

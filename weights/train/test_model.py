@@ -1,4 +1,4 @@
-"""The parallel form against the recurrence of LATTE.md, one token at a time in float64 NumPy.
+"""The parallel form against the recurrence of weights/README.md, one token at a time in float64 NumPy.
 
     python test_model.py        or        pytest test_model.py
 
@@ -60,7 +60,7 @@ def turn(x, angle):
 
 
 class Recurrence:
-    """One session, fed token by token; written from LATTE.md section 1, not from model.py."""
+    """One session, fed token by token; written from weights/README.md, not from model.py."""
 
     def __init__(self, config, weights):
         self.c, self.w = config, {name: t.double().numpy() for name, t in weights.items()}
