@@ -4,6 +4,7 @@
 #include <cjson/cJSON.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -189,6 +190,24 @@ static void take_event(struct streamed *s, const char *text, size_t n)
     cJSON_Delete(v);
 }
 
+/* Parse a streamed reply, whose body it takes. */
+static void take_stream(struct streamed *s, struct reply *reply)
+{
+    char type[100];
+    *s = (struct streamed){0};
+    if (reply->code != 200)
+        fail_msg("%d %s", reply->code, reply->body.data);
+    assert_true(reply_header(reply, "Content-Type", type, sizeof(type)));
+    assert_true(!strncmp(type, "text/event-stream", 17));
+    s->raw = reply->body;
+    reply->body = (struct bytes){0};
+    reply_free(reply);
+    const char *at = s->raw.data;
+    for (const char *end; at && (end = strstr(at, "\n\n")); at = end + 2)
+        take_event(s, at, (size_t)(end - at));
+    assert_int_equal(*at, '\0');
+}
+
 __attribute__((format(printf, 4, 5))) static void stream_from(const struct server *server_,
                                                               struct streamed *s, const char *path,
                                                               const char *format, ...)
@@ -198,21 +217,9 @@ __attribute__((format(printf, 4, 5))) static void stream_from(const struct serve
     va_start(args, format);
     assert_true(vasprintf(&text, format, args) >= 0);
     va_end(args);
-    *s = (struct streamed){0};
     struct reply reply;
-    char type[100];
     client_post(server_, path, text, &reply);
-    if (reply.code != 200)
-        fail_msg("%s: %d %s\n%s", path, reply.code, reply.body.data, text);
-    assert_true(reply_header(&reply, "Content-Type", type, sizeof(type)));
-    assert_true(!strncmp(type, "text/event-stream", 17));
-    s->raw = reply.body;
-    reply.body = (struct bytes){0};
-    reply_free(&reply);
-    const char *at = s->raw.data;
-    for (const char *end; at && (end = strstr(at, "\n\n")); at = end + 2)
-        take_event(s, at, (size_t)(end - at));
-    assert_int_equal(*at, '\0');
+    take_stream(s, &reply);
     free(text);
 }
 #define stream(s, ...) stream_from(&server, s, __VA_ARGS__)
@@ -396,7 +403,7 @@ static void test_tokenize(void **state)
 }
 
 /* A chat's prompt is what /tokenize says of its messages; developer is system, and parts of
- * text are joined by newlines. */
+ * text are as_expected by newlines. */
 static void test_chat_prompts(void **state)
 {
     (void)state;
@@ -1100,6 +1107,49 @@ static void test_bad_input(void **state)
     cJSON_Delete(post(COMPLETIONS, "{" P ",\"max_tokens\":1}")); /* and it still answers */
 }
 
+/* A long stream that others cannot tell from any other client's. */
+struct watched {
+    const char *body;
+    struct reply reply;
+    atomic_bool done;
+};
+
+static void *run_watched(void *context)
+{
+    struct watched *w = context;
+    client_post(&server, COMPLETIONS, w->body, &w->reply);
+    atomic_store(&w->done, true);
+    return NULL;
+}
+
+/* While bad requests are refused, a stream goes on: whole, and token for token as it is alone. */
+static void test_bad_input_beside_a_stream(void **state)
+{
+    (void)state;
+    struct watched w = {.body = "{\"prompt\":\"A\",\"max_tokens\":500,\"seed\":7," LIVELY
+                                ",\"stream\":true}"};
+    struct streamed alone, beside;
+    stream(&alone, COMPLETIONS, "%s", w.body);
+    pthread_t thread;
+    assert_false(pthread_create(&thread, NULL, run_watched, &w));
+    bool as_expected = true;
+    for (size_t i = 0; as_expected && (i < COUNT_OF(bad_inputs) || !atomic_load(&w.done)); i++) {
+        struct reply reply;
+        const size_t k = i % COUNT_OF(bad_inputs);
+        client_post(&server, bad_inputs[k].path, bad_inputs[k].body, &reply);
+        as_expected = reply.code == bad_inputs[k].code;
+        reply_free(&reply);
+    }
+    pthread_join(thread, NULL);
+    assert_true(as_expected);
+    take_stream(&beside, &w.reply);
+    assert_true(beside.done);
+    assert_string_equal(beside.finish[0], "length");
+    assert_string_equal(beside.text[0], alone.text[0]);
+    streamed_free(&alone);
+    streamed_free(&beside);
+}
+
 static void test_deep_nesting(void **state)
 {
     (void)state;
@@ -1503,6 +1553,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_seeds_under_load),
         cmocka_unit_test(test_large_bodies),
         cmocka_unit_test(test_bad_input),
+        cmocka_unit_test(test_bad_input_beside_a_stream),
         cmocka_unit_test(test_deep_nesting),
         cmocka_unit_test(test_unknown_fields),
         cmocka_unit_test(test_limits),
