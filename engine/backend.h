@@ -1,17 +1,17 @@
 /* backend.h - the operations a forward pass is made of, over opaque device memory.
  *
  * model.c is written once against this table. backend_ref.c is the oracle (plain loops, one
- * thread, f32 accumulated in the obvious order), backend_cpu.c the fast CPU implementation;
- * a GPU implementation fills the same table. Letters: R rows of the step, D hidden size,
+ * thread, f32 accumulated in the obvious order), backend_cpu.c the fast CPU implementation,
+ * backend_cuda.cu the GPU's. Letters: R rows of the step, D hidden size,
  * H heads, KV kv heads, d head width, M latents per head, L = H*M, w ring rows, K conv taps,
  * B RG-LRU blocks, F mlp width, V vocabulary. Activations are row-major f32.
  *
  * Threads: one thread at a time calls a backend (the engine thread, once it runs); the CPU
  *          backend spreads an op over its own pool and returns when the op is done, a device
- *          backend may queue it.
+ *          backend queues it.
  * Memory:  buffers belong to the backend and are released by buffer_close; no op allocates.
- * Errors:  opening, reading, writing and sync return a status. Ops return nothing: a device
- *          failure is remembered, later ops do nothing, and the next sync reports it.
+ * Errors:  opening, reading, writing, submit and wait return a status. Ops return nothing: a
+ *          device failure is remembered, later ops do nothing, and the next wait reports it.
  *
  * Exactness: what an op computes for a row depends only on that row, on its own sequence and
  * on the number of rows that sequence brings to the step, never on other sequences of the
@@ -25,22 +25,45 @@
 #include <stdint.h>
 
 #include "engine/base/error.h"
+#include "engine/sampler.h"
 #include "weights/checkpoint.h"
 
 struct backend;
 struct buffer; /* device memory; its bytes are not for the host to touch */
+struct layer_weights;
+struct layer_state;
+
+/* In place of a token: the one that the device last drew for the row's slot. */
+enum { TOKEN_DRAWN = -1 };
+
+/* A token to draw from one row of logits, and a given token to score against one. */
+struct step_draw {
+    int32_t logit_row; /* index among the step's logit rows */
+    int32_t slot;      /* whose parameters and counts, see sampler_admit */
+    uint64_t position; /* of the token to be drawn */
+    int64_t n_output;  /* tokens drawn before it */
+};
+
+struct step_score {
+    int32_t logit_row, target; /* target: the token whose logprob is wanted */
+    int32_t n_top;             /* 0..SAMPLER_MAX_TOP_LOGPROBS alternatives */
+};
 
 /* One step: rows of several sequences. Rows of a sequence are adjacent and in order of
- * position. Arrays are host memory, borrowed until the sync that ends the step. */
+ * position. Arrays are host memory, borrowed until the step is submitted. */
 struct step {
     int n_rows;
     int n_seqs;
-    const int32_t *tokens;    /* [n_rows], each in 0..V-1 */
+    const int32_t *tokens;    /* [n_rows], each in 0..V-1, or TOKEN_DRAWN where the backend
+                               * draws itself */
     const int64_t *positions; /* [n_rows] position of each row in its session, from 0 */
     const int32_t *seq_slot;  /* [n_seqs] slot of each sequence, all different */
     const int32_t *seq_start; /* [n_seqs + 1] first row of each sequence; the last is n_rows */
     int n_logit_rows;
-    const int32_t *logit_rows; /* [n_logit_rows] ascending rows whose logits are wanted */
+    const int32_t *logit_rows;       /* [n_logit_rows] ascending rows whose logits are wanted */
+    int n_draws, n_scores;           /* 0 where the host samples */
+    const struct step_draw *draws;   /* [n_draws], each slot at most once */
+    const struct step_score *scores; /* [n_scores] */
 };
 
 /* Which rows an op works on: all rows of the step, or the n_logit_rows gathered ones. */
@@ -51,7 +74,8 @@ struct linear {
     struct buffer *weight; /* NULL: the linear does not exist */
     struct buffer *bias;   /* f32, or NULL */
     int n_out, n_in;
-    enum dtype dtype; /* F32 or BF16 */
+    enum dtype dtype;      /* F32, BF16, or I8 with a scale per row */
+    struct buffer *scales; /* [n_out] f32 for I8, else NULL */
 };
 
 struct norm {
@@ -61,10 +85,11 @@ struct norm {
     float eps;
 };
 
-/* A slot's state tensor is one row of a slab [n_slots, row_values] f32. */
+/* A slot's state tensor is one row of a slab [n_slots, row_values]. */
 struct slab {
     struct buffer *buffer;
     int64_t row_values;
+    enum dtype dtype; /* F32; rings also BF16 or F8_E4M3 where the backend has them */
 };
 
 struct latent_shape {
@@ -81,8 +106,15 @@ struct window_shape {
     float softcap;     /* 0 for none: score = c tanh(score / c) */
 };
 
+/* Where a device's memory went. */
+struct backend_memory {
+    char device[128]; /* "NVIDIA H100 80GB HBM3 (cuda:0)" */
+    size_t total_bytes, free_bytes;
+    size_t weight_bytes, buffer_bytes, workspace_bytes; /* matrices; other buffers; own scratch */
+};
+
 struct backend_ops {
-    const char *name; /* "ref", "cpu" */
+    const char *name; /* "ref", "cpu", "cuda" */
     void (*close)(struct backend *b);
 
     /* Memory. buffer_open zeroes. write, read and copy move n_bytes and are complete, as far
@@ -104,11 +136,18 @@ struct backend_ops {
                                enum dtype src_dtype, struct error *err);
     void (*linear_close)(struct backend *b, struct linear *l);
 
-    /* A step begins here; ops until sync refer to it. */
-    void (*begin)(struct backend *b, const struct step *step);
-    /* Wait for the step's ops; DEVICE when one of them failed. */
-    enum status (*sync)(struct backend *b, struct error *err);
-    /* Host view of the first n_bytes of a buffer after sync, valid until the next begin. */
+    /* A step begins here; ops until submit refer to it. True: a step of this form was recorded
+     * before and will be replayed, and no op is to be called. */
+    bool (*begin)(struct backend *b, const struct step *step);
+    /* All ops were called: the device may begin. Up to `depth` steps may be submitted before
+     * the first is waited for; their work runs in order. */
+    enum status (*submit)(struct backend *b, struct error *err);
+    /* Wait for the oldest submitted step; DEVICE when one of its ops failed. results (may be
+     * NULL): its draws, then its scores, in host memory valid until `depth` more submits. */
+    enum status (*wait)(struct backend *b, const struct sampled **results, struct error *err);
+    int depth; /* 1: ops compute when called; 2: the next step can be queued behind a running one */
+    /* Host view of the first n_bytes of a buffer after wait, valid until the next begin. NULL
+     * where the device failed to copy. */
     const void *(*map)(struct backend *b, const struct buffer *buffer, size_t n_bytes);
 
     /* out[R, D] = scale * table[token] (+ sinusoidal position when asked). */
@@ -173,6 +212,31 @@ struct backend_ops {
                    const struct buffer *q, const struct buffer *k, const struct buffer *v,
                    const struct slab *ring_k, const struct slab *ring_v,
                    const struct buffer *vapor_theta, const struct window_shape *shape);
+
+    /* ---- what a backend may have; NULL where it has not ---- */
+
+    /* A whole layer, or the head, in a few fused passes. False: not for this configuration; the
+     * model composes it from the ops above, which is also what tests compare it with. */
+    bool (*layer)(struct backend *b, struct buffer *x, const struct layer_weights *w,
+                  const struct layer_state *state, const struct model_config *config, int layer);
+    /* logits[n_logit_rows, V] = softcap(lm_head(norm(x[logit_rows]))); norm->weight may be NULL. */
+    bool (*head)(struct backend *b, struct buffer *logits, const struct buffer *x,
+                 const struct norm *norm, const struct linear *lm_head, float softcap);
+    /* The next n linear_opens are read together: their matrices, n_bytes and n_rows in all, are
+     * wanted one behind the other. */
+    enum status (*linear_group)(struct backend *b, int n, size_t n_bytes, size_t n_rows,
+                                struct error *err);
+
+    /* Sampling on the device, as sampler.h defines it; memory for it is taken at opening. admit:
+     * a new request in a slot, its counts forgotten; params and their logit_bias are copied.
+     * Takes effect for steps begun later. draw: the step's draws and scores from
+     * logits [n_logit_rows, V]; a drawn token is kept for TOKEN_DRAWN. Where the slot's
+     * penalties count tokens, rows that bring a token from the host count as prompt first. */
+    enum status (*admit)(struct backend *b, int slot, const struct sampling_params *params,
+                         struct error *err);
+    void (*draw)(struct backend *b, const struct buffer *logits);
+
+    void (*memory)(struct backend *b, struct backend_memory *out);
 };
 
 struct backend {
@@ -184,11 +248,27 @@ struct backend_options {
     int max_rows;  /* most rows of a step: scratch is sized by it */
     int max_seqs;
     int max_dim; /* widest row an op will see (max of D, H*d, F, H*(M+1), L), V excluded */
+
+    /* Of device backends. */
+    int device;                        /* its index, 0 first */
+    const struct model_config *config; /* borrowed while opening */
+    int n_slots, max_logit_rows;
+    bool deterministic; /* the same bits whatever else is in the batch, at any batch size */
+    bool composed;      /* no fused layers and no recorded steps: for tests */
 };
 
 enum status backend_ref_open(struct backend **out, const struct backend_options *options,
                              struct error *err);
 enum status backend_cpu_open(struct backend **out, const struct backend_options *options,
                              struct error *err);
+/* UNSUPPORTED in a build without CUDA; DEVICE when there is no such device. */
+enum status backend_cuda_open(struct backend **out, const struct backend_options *options,
+                              struct error *err);
+/* GPUs that this process may use; 0 in a build without CUDA or a machine without a driver. */
+int backend_cuda_count(void);
+/* Bytes in all and free on a GPU, its name, and what backend_cuda_open would take beside the
+ * buffers and matrices opened later (options as for opening). */
+enum status backend_cuda_probe(const struct backend_options *options, struct backend_memory *out,
+                               struct error *err);
 
 #endif

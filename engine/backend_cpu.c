@@ -40,19 +40,29 @@ static void plan_blocks(struct cpu *c)
     }
 }
 
-static void cpu_begin(struct backend *b, const struct step *step)
+static bool cpu_begin(struct backend *b, const struct step *step)
 {
     struct cpu *c = (struct cpu *)b;
     step_check(step, &c->options);
     c->step = step;
     cpu_plan_rows(c);
     plan_blocks(c);
+    return false;
 }
 
-static enum status cpu_sync(struct backend *b, struct error *err)
+/* Ops compute when they are called, so nothing is left to start or to wait for. */
+static enum status cpu_submit(struct backend *b, struct error *err)
 {
     (void)err;
     ((struct cpu *)b)->step = NULL;
+    return STATUS_OK;
+}
+
+static enum status cpu_wait(struct backend *b, const struct sampled **results, struct error *err)
+{
+    (void)b, (void)err;
+    if (results)
+        *results = NULL;
     return STATUS_OK;
 }
 
@@ -287,7 +297,9 @@ static const struct backend_ops cpu_ops = {
     .linear_open = cpu_linear_open,
     .linear_close = host_linear_close,
     .begin = cpu_begin,
-    .sync = cpu_sync,
+    .submit = cpu_submit,
+    .wait = cpu_wait,
+    .depth = 1,
     .map = host_map,
     .embed = cpu_embed,
     .norm = cpu_norm,

@@ -77,17 +77,27 @@ static float linear_weight(const struct linear *l, int out, int in)
 
 /* ---- steps ---- */
 
-static void ref_begin(struct backend *b, const struct step *step)
+static bool ref_begin(struct backend *b, const struct step *step)
 {
     struct ref *ref = (struct ref *)b;
     step_check(step, &ref->options);
     ref->step = step;
+    return false;
 }
 
-static enum status ref_sync(struct backend *b, struct error *err)
+/* Ops compute when they are called, so nothing is left to start or to wait for. */
+static enum status ref_submit(struct backend *b, struct error *err)
 {
     (void)err;
     ((struct ref *)b)->step = NULL;
+    return STATUS_OK;
+}
+
+static enum status ref_wait(struct backend *b, const struct sampled **results, struct error *err)
+{
+    (void)b, (void)err;
+    if (results)
+        *results = NULL;
     return STATUS_OK;
 }
 
@@ -581,7 +591,9 @@ static const struct backend_ops ref_ops = {
     .linear_open = ref_linear_open,
     .linear_close = host_linear_close,
     .begin = ref_begin,
-    .sync = ref_sync,
+    .submit = ref_submit,
+    .wait = ref_wait,
+    .depth = 1,
     .map = host_map,
     .embed = ref_embed,
     .norm = ref_norm,

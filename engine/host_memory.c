@@ -106,11 +106,9 @@ const void *host_map(struct backend *b, const struct buffer *buffer, size_t n_by
 
 uint16_t bf16_from_f32(float value)
 {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof(bits));
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)(bits >> 16 | 0x40); /* quiet, whatever the payload */
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    uint16_t bits;
+    dtype_from_f32(&bits, DTYPE_BF16, &value, 1);
+    return bits;
 }
 
 float bf16_to_f32(uint16_t bits)

@@ -47,6 +47,7 @@ struct model {
     struct scratch scratch;
     struct step_arrays arrays;
     bool *slot_used; /* [n_slots] scratch of one step: each slot at most once */
+    int n_queued;    /* steps not collected yet */
 };
 
 /* ---- the forward pass: weights/README.md has the equations in the same order ---- */
@@ -202,27 +203,53 @@ static void head(struct model *m)
         op->softcap(b, s->logits, (float)c->final_logit_softcapping, c->vocab_size);
 }
 
-static void forward(struct model *m, bool wants_logits)
+static void layer_composed(struct model *m, int layer)
+{
+    struct backend *b = m->backend;
+    const struct backend_ops *op = b->ops;
+    const struct scratch *s = &m->scratch;
+    const struct layer_weights *w = &m->weights->layers[layer];
+    const int D = m->config.hidden_size;
+
+    op->norm(b, s->h, s->x, &w->norm1, D, ROWS_STEP);
+    mix(m, layer);
+    add_residual(m, &w->post_norm1);
+    op->norm(b, s->h, s->x, &w->norm2, D, ROWS_STEP);
+    mlp(m, w);
+    add_residual(m, &w->post_norm2);
+}
+
+static bool layer_fused(struct model *m, int layer)
+{
+    const struct backend_ops *op = m->backend->ops;
+    return op->layer && op->layer(m->backend, m->scratch.x, &m->weights->layers[layer],
+                                  &m->state->layers[layer], &m->config, layer);
+}
+
+static bool head_fused(struct model *m)
+{
+    const struct backend_ops *op = m->backend->ops;
+    const struct model_weights *w = m->weights;
+    return op->head && op->head(m->backend, m->scratch.logits, m->scratch.x, &w->norm, &w->lm_head,
+                                (float)m->config.final_logit_softcapping);
+}
+
+static void forward(struct model *m, const struct step *step)
 {
     struct backend *b = m->backend;
     const struct backend_ops *op = b->ops;
     const struct scratch *s = &m->scratch;
     const struct model_config *c = &m->config;
-    const int D = c->hidden_size;
 
     op->embed(b, s->x, &m->weights->embed, (float)c->embedding_scale,
               c->position_embedding == POSITION_SINUSOIDAL);
-    for (int layer = 0; layer < c->n_layers; layer++) {
-        const struct layer_weights *w = &m->weights->layers[layer];
-        op->norm(b, s->h, s->x, &w->norm1, D, ROWS_STEP);
-        mix(m, layer);
-        add_residual(m, &w->post_norm1);
-        op->norm(b, s->h, s->x, &w->norm2, D, ROWS_STEP);
-        mlp(m, w);
-        add_residual(m, &w->post_norm2);
-    }
-    if (wants_logits)
+    for (int layer = 0; layer < c->n_layers; layer++)
+        if (!layer_fused(m, layer))
+            layer_composed(m, layer);
+    if (step->n_logit_rows > 0 && !head_fused(m))
         head(m);
+    if (step->n_draws + step->n_scores > 0)
+        op->draw(b, s->logits);
 }
 
 /* ---- a step ---- */
@@ -250,6 +277,11 @@ static void add_seq(struct model *m, struct step *step, const struct model_seq *
     m->arrays.seq_start[step->n_seqs] = step->n_rows;
 }
 
+static bool may_be_drawn(const struct model *m, int32_t token)
+{
+    return token == TOKEN_DRAWN && m->backend->ops->draw;
+}
+
 static struct step plan_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
                              int n_seqs)
 {
@@ -265,8 +297,21 @@ static struct step plan_step(struct model *m, const int32_t *tokens, const struc
     for (int i = 0; i < n_seqs; i++)
         add_seq(m, &step, &seqs[i]);
     for (int i = 0; i < step.n_rows; i++)
-        CHECK(tokens[i] >= 0 && tokens[i] < m->config.vocab_size);
+        CHECK((tokens[i] >= 0 || may_be_drawn(m, tokens[i])) && tokens[i] < m->config.vocab_size);
     return step;
+}
+
+/* Hand a step to the device. Positions count what is queued. */
+static enum status submit_step(struct model *m, const struct step *step, struct error *err)
+{
+    const struct backend_ops *op = m->backend->ops;
+    if (!op->begin(m->backend, step))
+        forward(m, step);
+    enum status st = op->submit(m->backend, err);
+    for (int i = 0; !st && i < step->n_seqs; i++)
+        m->state->positions[step->seq_slot[i]] +=
+            (uint64_t)(step->seq_start[i + 1] - step->seq_start[i]);
+    return st;
 }
 
 enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
@@ -274,18 +319,54 @@ enum status model_step(struct model *m, const int32_t *tokens, const struct mode
 {
     const struct backend_ops *op = m->backend->ops;
     const struct step step = plan_step(m, tokens, seqs, n_seqs);
-
-    op->begin(m->backend, &step);
-    forward(m, step.n_logit_rows > 0);
-    enum status st = op->sync(m->backend, err);
+    CHECK(m->n_queued == 0);
+    enum status st = submit_step(m, &step, err);
+    if (!st)
+        st = op->wait(m->backend, NULL, err);
     if (st)
         return st;
 
-    for (int i = 0; i < n_seqs; i++)
-        m->state->positions[seqs[i].slot] += (uint64_t)seqs[i].n_rows;
     const size_t n_logits = (size_t)step.n_logit_rows * (size_t)m->config.vocab_size;
-    *logits = n_logits ? op->map(m->backend, m->scratch.logits, n_logits * sizeof(float)) : NULL;
+    const float *mapped =
+        n_logits ? op->map(m->backend, m->scratch.logits, n_logits * sizeof(float)) : NULL;
+    if (n_logits && !mapped)
+        return fail(err, STATUS_DEVICE, "the device did not give %zu logits back", n_logits);
+    *logits = mapped;
     return STATUS_OK;
+}
+
+int model_depth(const struct model *m)
+{
+    return m->backend->ops->draw ? m->backend->ops->depth : 0;
+}
+
+enum status model_admit(struct model *m, int slot, const struct sampling_params *params,
+                        struct error *err)
+{
+    CHECK(model_depth(m) > 0 && slot >= 0 && slot < m->options.n_slots);
+    return m->backend->ops->admit(m->backend, slot, params, err);
+}
+
+enum status model_queue(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
+                        int n_seqs, const struct step_draw *draws, int n_draws,
+                        const struct step_score *scores, int n_scores, struct error *err)
+{
+    CHECK(m->n_queued < model_depth(m));
+    struct step step = plan_step(m, tokens, seqs, n_seqs);
+    step.draws = draws;
+    step.n_draws = n_draws;
+    step.scores = scores;
+    step.n_scores = n_scores;
+    enum status st = submit_step(m, &step, err);
+    m->n_queued += !st;
+    return st;
+}
+
+enum status model_collect(struct model *m, const struct sampled **results, struct error *err)
+{
+    CHECK(m->n_queued > 0);
+    m->n_queued--;
+    return m->backend->ops->wait(m->backend, results, err);
 }
 
 /* ---- opening ---- */
@@ -333,20 +414,25 @@ static struct widths widths_of(const struct model_config *c)
     };
 }
 
-static enum status take_scratch(struct model *m, struct error *err)
+/* A buffer of the forward pass; dim 0: this configuration has no use for it. */
+struct scratch_buffer {
+    struct buffer **out;
+    const char *what;
+    int rows, dim;
+};
+
+enum { N_SCRATCH = 18 };
+
+static void list_scratch(struct scratch_buffer out[N_SCRATCH], struct scratch *s,
+                         const struct model_config *c, const struct model_options *options)
 {
-    const struct model_config *c = &m->config;
     const struct widths n = widths_of(c);
-    const int rows = m->options.max_rows, logit_rows = m->options.max_logit_rows;
+    const int rows = options->max_rows;
+    const int logit_rows = options->max_logit_rows ? options->max_logit_rows : rows;
     const bool rglru = c->latent_input == LATENT_INPUT_RGLRU;
     const bool vapor = c->position_embedding == POSITION_VAPOR;
     const bool window = has_layer(c, LAYER_MACCHIATO) || has_layer(c, LAYER_FULL_ATTENTION);
-    struct scratch *s = &m->scratch;
-    const struct {
-        struct buffer **out;
-        const char *what;
-        int rows, dim;
-    } wanted[] = {
+    const struct scratch_buffer list[N_SCRATCH] = {
         {&s->x, "the residual stream", rows, n.hidden},
         {&s->h, "normed rows", rows, n.hidden},
         {&s->u, "the latent input", rows, c->latent_input == LATENT_INPUT_NONE ? 0 : n.hidden},
@@ -366,20 +452,25 @@ static enum status take_scratch(struct model *m, struct error *err)
         {&s->last, "rows of the head", logit_rows, n.hidden},
         {&s->logits, "logits", logit_rows, c->vocab_size},
     };
+    memcpy(out, list, sizeof(list));
+}
+
+static enum status take_scratch(struct model *m, struct error *err)
+{
+    struct scratch_buffer list[N_SCRATCH];
+    list_scratch(list, &m->scratch, &m->config, &m->options);
     enum status st = STATUS_OK;
-    for (size_t i = 0; !st && i < sizeof(wanted) / sizeof(*wanted); i++)
-        st = take(m, wanted[i].out, wanted[i].what, wanted[i].rows, wanted[i].dim, err);
+    for (int i = 0; !st && i < N_SCRATCH; i++)
+        st = take(m, list[i].out, list[i].what, list[i].rows, list[i].dim, err);
     return st;
 }
 
 static void give_scratch(struct model *m)
 {
-    const struct scratch *s = &m->scratch;
-    struct buffer *const all[] = {s->x,     s->h,  s->u,    s->recurrence, s->input, s->theta,
-                                  s->g,     s->p0, s->q,    s->k,          s->v,     s->v_turned,
-                                  s->mixed, s->y,  s->gate, s->up,         s->last,  s->logits};
-    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
-        m->backend->ops->buffer_close(m->backend, all[i]);
+    struct scratch_buffer list[N_SCRATCH];
+    list_scratch(list, &m->scratch, &m->config, &m->options);
+    for (int i = 0; i < N_SCRATCH; i++)
+        m->backend->ops->buffer_close(m->backend, *list[i].out);
 }
 
 static enum status take_arrays(struct model *m, struct error *err)
@@ -424,7 +515,8 @@ enum status model_open(struct model **out, const struct checkpoint *checkpoint,
                        progress_fn *progress, void *context, struct error *err)
 {
     CHECK(options->n_slots >= 1 && options->max_rows >= 1 && options->max_logit_rows >= 0);
-    CHECK(options->weight_dtype == DTYPE_F32 || options->weight_dtype == DTYPE_BF16);
+    CHECK(options->weight_dtype == DTYPE_F32 || options->weight_dtype == DTYPE_BF16 ||
+          options->weight_dtype == DTYPE_I8);
     struct model *m = calloc(1, sizeof(*m));
     if (!m) {
         backend->ops->close(backend);
@@ -441,7 +533,8 @@ enum status model_open(struct model **out, const struct checkpoint *checkpoint,
     if (!st)
         st = take_arrays(m, err);
     if (!st)
-        st = state_open(&m->state, &m->config, backend, options->n_slots, err);
+        st = state_open(&m->state, &m->config, backend, options->n_slots, options->window_dtype,
+                        err);
     if (!st)
         st = take_scratch(m, err);
     if (!st)
@@ -477,6 +570,9 @@ void model_backend_options(const struct model_config *config, const struct model
 {
     const struct widths n = widths_of(config);
     const int widths[] = {n.mlp, n.heads, n.latents, n.latent_gates};
+    out->config = config;
+    out->n_slots = options->n_slots;
+    out->max_logit_rows = options->max_logit_rows ? options->max_logit_rows : options->max_rows;
     out->max_rows = options->max_rows;
     out->max_seqs = options->n_slots < options->max_rows ? options->n_slots : options->max_rows;
     out->max_dim = n.hidden;
@@ -485,7 +581,28 @@ void model_backend_options(const struct model_config *config, const struct model
             out->max_dim = widths[i];
 }
 
+void model_needs(const struct checkpoint *checkpoint, const struct model_options *options,
+                 struct model_needs *out)
+{
+    struct scratch unused;
+    struct scratch_buffer list[N_SCRATCH];
+    list_scratch(list, &unused, &checkpoint->config, options);
+    out->weight_bytes = weights_bytes_of(checkpoint, options->weight_dtype);
+    out->slot_bytes = state_bytes_of(&checkpoint->config, options->window_dtype);
+    out->scratch_bytes = 0;
+    for (int i = 0; i < N_SCRATCH; i++)
+        out->scratch_bytes += (size_t)list[i].rows * (size_t)list[i].dim * sizeof(float);
+}
+
 /* ---- slots and facts ---- */
+
+bool model_memory(const struct model *m, struct backend_memory *out)
+{
+    if (!m->backend->ops->memory)
+        return false;
+    m->backend->ops->memory(m->backend, out);
+    return true;
+}
 
 static void check_slot(const struct model *m, int slot)
 {

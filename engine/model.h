@@ -25,7 +25,8 @@ struct model_options {
     int n_slots;             /* sessions whose state is resident, at least 1 */
     int max_rows;            /* most rows of one step */
     int max_logit_rows;      /* most rows whose logits one step returns; 0 means max_rows */
-    enum dtype weight_dtype; /* DTYPE_F32 or DTYPE_BF16: how matrices are kept */
+    enum dtype weight_dtype; /* DTYPE_F32, DTYPE_BF16 or (cuda) DTYPE_I8: how matrices are kept */
+    enum dtype window_dtype; /* of the rings: DTYPE_F32, or (cuda) DTYPE_BF16, DTYPE_F8_E4M3 */
 };
 
 enum logits_wanted { LOGITS_NONE, LOGITS_LAST, LOGITS_ALL };
@@ -59,7 +60,29 @@ void model_backend_options(const struct model_config *config, const struct model
 enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
                        int n_seqs, const float **logits, struct error *err);
 
-/* Tokens the slot's state has seen. */
+/* ---- steps whose tokens are drawn on the device, queued ahead of their results ---- */
+
+/* How many steps may be queued before the oldest is collected; 0: this backend does not draw,
+ * and model_step with a sampler of the host is the way. */
+int model_depth(const struct model *m);
+
+/* A new request in a slot: its sampling parameters (copied), counts forgotten. The slot's state
+ * is not touched. */
+enum status model_admit(struct model *m, int slot, const struct sampling_params *params,
+                        struct error *err);
+
+/* As model_step, but returns when the step is queued. A sequence of one row may bring
+ * TOKEN_DRAWN: the token the last draw of its slot gives, known or not. draws name logit rows
+ * in the order of the step (backend.h). */
+enum status model_queue(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
+                        int n_seqs, const struct step_draw *draws, int n_draws,
+                        const struct step_score *scores, int n_scores, struct error *err);
+
+/* Wait for the oldest queued step. results: its draws, then its scores, valid until model_depth
+ * more steps are queued. On failure as model_step. */
+enum status model_collect(struct model *m, const struct sampled **results, struct error *err);
+
+/* Tokens the slot's state has seen; queued steps count. */
 uint64_t model_position(const struct model *m, int slot);
 
 /* Forget a slot: position 0, the state before any token. */
@@ -93,5 +116,15 @@ int64_t model_max_position(const struct model *m); /* 0: no limit (no full_atten
 size_t model_state_bytes(const struct model *m);   /* of one slot */
 size_t model_weight_bytes(const struct model *m);  /* as the backend keeps them */
 const char *model_backend_name(const struct model *m);
+/* False where the backend keeps no account (ref, cpu). */
+bool model_memory(const struct model *m, struct backend_memory *out);
+
+/* Bytes a model would take with these options: matrices and small tensors, one slot's state, and
+ * scratch of the forward pass. Nothing is opened. */
+struct model_needs {
+    size_t weight_bytes, slot_bytes, scratch_bytes;
+};
+void model_needs(const struct checkpoint *checkpoint, const struct model_options *options,
+                 struct model_needs *out);
 
 #endif

@@ -42,11 +42,16 @@ static int shape_of(int64_t shape[3], const struct model_config *c, int layer, e
     return 0;
 }
 
+static bool is_ring(enum state_kind kind)
+{
+    return kind == STATE_RING_K || kind == STATE_RING_V;
+}
+
 static enum status open_slab(struct state *s, struct slab *slab, const struct state_tensor *t,
                              struct error *err)
 {
     size_t n_bytes;
-    if (__builtin_mul_overflow((size_t)t->n_values, sizeof(float), &n_bytes) ||
+    if (__builtin_mul_overflow((size_t)t->n_values, dtype_bytes(slab->dtype), &n_bytes) ||
         __builtin_mul_overflow(n_bytes, (size_t)s->n_slots, &n_bytes))
         return fail(err, STATUS_NOMEM,
                     "model state: %d slots of %s are more bytes than a size holds", s->n_slots,
@@ -73,20 +78,24 @@ static enum status add_entry(struct state *s, const struct model_config *c, int 
     for (int i = 0; i < t->n_dims; i++)
         if (__builtin_mul_overflow(t->n_values, t->shape[i], &t->n_values))
             return fail(err, STATUS_NOMEM, "model state: the shape of %s overflows", t->name);
+    struct slab *slab = &s->layers[layer].slabs[kind];
+    slab->dtype = is_ring(kind) ? s->window_dtype : DTYPE_F32;
     e->kind = kind;
-    e->slab = &s->layers[layer].slabs[kind];
+    e->slab = slab;
     s->n_entries++;
-    return open_slab(s, &s->layers[layer].slabs[kind], t, err);
+    return open_slab(s, slab, t, err);
 }
 
 enum status state_open(struct state **out, const struct model_config *config,
-                       struct backend *backend, int n_slots, struct error *err)
+                       struct backend *backend, int n_slots, enum dtype window_dtype,
+                       struct error *err)
 {
     struct state *s = calloc(1, sizeof(*s));
     if (!s)
         return fail(err, STATUS_NOMEM, "model state: out of memory");
     s->backend = backend;
     s->n_slots = n_slots;
+    s->window_dtype = window_dtype;
     s->n_layers = config->n_layers;
     s->positions = calloc((size_t)n_slots, sizeof(*s->positions));
     s->layers = calloc((size_t)s->n_layers, sizeof(*s->layers));
@@ -121,7 +130,23 @@ void state_close(struct state *s)
 
 static size_t row_bytes(const struct slab *slab)
 {
-    return (size_t)slab->row_values * sizeof(float);
+    return (size_t)slab->row_values * dtype_bytes(slab->dtype);
+}
+
+size_t state_bytes_of(const struct model_config *config, enum dtype window_dtype)
+{
+    size_t n = 0;
+    for (int l = 0; l < config->n_layers; l++)
+        for (int kind = 0; kind < STATE_KINDS; kind++) {
+            int64_t shape[3];
+            const int n_dims = shape_of(shape, config, l, (enum state_kind)kind);
+            size_t n_bytes =
+                n_dims ? dtype_bytes(is_ring((enum state_kind)kind) ? window_dtype : DTYPE_F32) : 0;
+            for (int i = 0; i < n_dims; i++)
+                n_bytes *= (size_t)shape[i];
+            n += n_bytes;
+        }
+    return n;
 }
 
 size_t state_bytes(const struct state *s)
@@ -145,7 +170,7 @@ static void zero_rows(float *values, int64_t n_groups, int64_t rows, int64_t wid
 static void hide_unreached(const struct state_entry *e, uint64_t position, float *values)
 {
     const struct state_tensor *t = &e->tensor;
-    const bool ring = e->kind == STATE_RING_K || e->kind == STATE_RING_V;
+    const bool ring = is_ring(e->kind);
     const int64_t rows = ring ? t->shape[1] : t->shape[0];
     const int64_t reached = position < (uint64_t)rows ? (int64_t)position : rows;
 
@@ -162,20 +187,40 @@ enum status state_read(const struct state *s, int slot, int entry, float *out, s
 {
     CHECK(slot >= 0 && slot < s->n_slots && entry >= 0 && entry < s->n_entries);
     const struct state_entry *e = &s->entries[entry];
-    const size_t n = row_bytes(e->slab);
+    const size_t n_values = (size_t)e->slab->row_values, n = row_bytes(e->slab);
+    /* Narrow values are read into the end of out and widened from the front: the write never
+     * overtakes the read. */
+    unsigned char *raw = (unsigned char *)(out + n_values) - n;
     enum status st =
-        s->backend->ops->read(s->backend, out, e->slab->buffer, n * (size_t)slot, n, err);
-    if (!st)
-        hide_unreached(e, s->positions[slot], out);
-    return st;
+        s->backend->ops->read(s->backend, raw, e->slab->buffer, n * (size_t)slot, n, err);
+    if (st)
+        return st;
+    const size_t width = dtype_bytes(e->slab->dtype);
+    for (size_t i = 0; e->slab->dtype != DTYPE_F32 && i < n_values; i++) {
+        float value;
+        dtype_to_f32(&value, raw + i * width, e->slab->dtype, 1);
+        out[i] = value;
+    }
+    hide_unreached(e, s->positions[slot], out);
+    return STATUS_OK;
 }
 
 enum status state_write(struct state *s, int slot, int entry, const float *in, struct error *err)
 {
     CHECK(slot >= 0 && slot < s->n_slots && entry >= 0 && entry < s->n_entries);
     const struct slab *slab = s->entries[entry].slab;
+    const struct backend_ops *op = s->backend->ops;
     const size_t n = row_bytes(slab);
-    return s->backend->ops->write(s->backend, slab->buffer, n * (size_t)slot, in, n, err);
+    if (slab->dtype == DTYPE_F32)
+        return op->write(s->backend, slab->buffer, n * (size_t)slot, in, n, err);
+    void *narrow = malloc(n);
+    if (!narrow)
+        return fail(err, STATUS_NOMEM, "model state: out of memory for %zu bytes of %s", n,
+                    s->entries[entry].tensor.name);
+    dtype_from_f32(narrow, slab->dtype, in, (size_t)slab->row_values);
+    enum status st = op->write(s->backend, slab->buffer, n * (size_t)slot, narrow, n, err);
+    free(narrow);
+    return st;
 }
 
 enum status state_copy(struct state *s, int dst, int src, struct error *err)

@@ -17,6 +17,7 @@
 #ifndef LATTE_ENGINE_STATE_H
 #define LATTE_ENGINE_STATE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -49,23 +50,27 @@ struct state_entry {
 struct state {
     struct backend *backend; /* borrowed */
     int n_slots, n_layers;
+    enum dtype window_dtype;
     uint64_t *positions;         /* [n_slots] tokens each slot has seen, owned */
     struct layer_state *layers;  /* [n_layers], owned */
     struct state_entry *entries; /* [n_entries] in order of layer and kind, owned */
     int n_entries;
 };
 
-/* Take the slabs of n_slots sessions; all slots are reset. */
+/* Take the slabs of n_slots sessions; all slots are reset. window_dtype is that of the rings. */
 enum status state_open(struct state **out, const struct model_config *config,
-                       struct backend *backend, int n_slots, struct error *err);
+                       struct backend *backend, int n_slots, enum dtype window_dtype,
+                       struct error *err);
 void state_close(struct state *s); /* accepts NULL and half-built objects */
 
-/* Bytes of one slot. */
+/* Bytes of one slot; the same for a state that is not open. */
 size_t state_bytes(const struct state *s);
+size_t state_bytes_of(const struct model_config *config, enum dtype window_dtype);
 
-/* The tensors of a slot, f32 on the host. Reading gives what the session's own tokens left:
- * rows of a ring or of conv that it has not reached read as zero, and at position 0 so does
- * everything, except latent_m which is -inf. Whatever an earlier session left stays unseen. */
+/* The tensors of a slot, f32 on the host whatever the slab's dtype. Reading gives what the
+ * session's own tokens left: rows of a ring or of conv that it has not reached read as zero, and at
+ * position 0 so does everything, except latent_m which is -inf. Whatever an earlier session left
+ * stays unseen. */
 enum status state_read(const struct state *s, int slot, int entry, float *out, struct error *err);
 enum status state_write(struct state *s, int slot, int entry, const float *in, struct error *err);
 

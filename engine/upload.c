@@ -82,6 +82,13 @@ static enum status upload_rms_norm(struct upload *u, struct norm *out, const str
     return upload_norm(u, out, (struct weight){.weight = t}, NORM_RMS);
 }
 
+/* Bytes of a matrix on the device, scales included. */
+static size_t linear_bytes(const struct tensor *t, enum dtype dtype)
+{
+    return (size_t)t->n_values * dtype_bytes(dtype) +
+           (dtype == DTYPE_I8 ? (size_t)t->shape[0] * sizeof(float) : 0);
+}
+
 static enum status upload_linear(struct upload *u, struct linear *out, struct weight w)
 {
     const struct tensor *t = w.weight;
@@ -94,7 +101,7 @@ static enum status upload_linear(struct upload *u, struct linear *out, struct we
     out->n_out = (int)t->shape[0];
     out->n_in = (int)t->shape[1];
     out->dtype = u->dtype;
-    const size_t n_bytes = (size_t)t->n_values * dtype_bytes(u->dtype);
+    const size_t n_bytes = linear_bytes(t, u->dtype);
     enum status st = u->backend->ops->linear_open(u->backend, out, t->data, t->dtype, u->err);
     if (st)
         return fail_context(u->err, "%s: %zu bytes as %s on the device", t->name, n_bytes,
@@ -102,6 +109,36 @@ static enum status upload_linear(struct upload *u, struct linear *out, struct we
     u->weights->n_bytes += n_bytes;
     report(u, t);
     return upload_small(u, &out->bias, w.bias);
+}
+
+/* Linears of the same input. */
+struct linear_group {
+    int n;
+    struct {
+        struct linear *out;
+        struct weight weight;
+    } items[3];
+};
+
+static enum status upload_group(struct upload *u, const struct linear_group *group)
+{
+    const struct backend_ops *op = u->backend->ops;
+    size_t n_bytes = 0, n_rows = 0;
+    int n = 0;
+    for (int i = 0; i < group->n; i++) {
+        const struct tensor *t = group->items[i].weight.weight;
+        if (!t)
+            continue;
+        n_bytes += (size_t)t->n_values * dtype_bytes(u->dtype);
+        n_rows += (size_t)t->shape[0];
+        n++;
+    }
+    enum status st = STATUS_OK;
+    if (op->linear_group && n > 1)
+        st = op->linear_group(u->backend, n, n_bytes, n_rows, u->err);
+    for (int i = 0; !st && i < group->n; i++)
+        st = upload_linear(u, group->items[i].out, group->items[i].weight);
+    return st;
 }
 
 void rope_frequencies(double *out, const struct model_config *config, int layer)
@@ -140,12 +177,10 @@ static enum status upload_rope(struct upload *u, struct layer_weights *w, int la
 static enum status upload_mlp(struct upload *u, struct layer_weights *w,
                               const struct layer_tensors *t)
 {
-    enum status st = upload_linear(u, &w->gate_proj, t->gate_proj);
-    if (!st)
-        st = upload_linear(u, &w->up_proj, t->up_proj);
-    if (!st)
-        st = upload_linear(u, &w->down_proj, t->down_proj);
-    return st;
+    const struct linear_group gate_up = {
+        2, {{&w->gate_proj, t->gate_proj}, {&w->up_proj, t->up_proj}}};
+    enum status st = upload_group(u, &gate_up);
+    return st ? st : upload_linear(u, &w->down_proj, t->down_proj);
 }
 
 static enum status upload_norms(struct upload *u, struct layer_weights *w,
@@ -192,17 +227,16 @@ static enum status upload_latent_input(struct upload *u, struct layer_weights *w
 static enum status upload_mix(struct upload *u, struct layer_weights *w,
                               const struct layer_tensors *t)
 {
-    const struct {
-        struct linear *out;
-        struct weight weight;
-    } linears[] = {
-        {&w->latent_q, t->latent_q}, {&w->latent_k, t->latent_k}, {&w->v_proj, t->v_proj},
-        {&w->q_proj, t->q_proj},     {&w->k_proj, t->k_proj},     {&w->o_proj, t->o_proj},
-    };
+    const struct linear_group gates = {2,
+                                       {{&w->latent_q, t->latent_q}, {&w->latent_k, t->latent_k}}};
+    const struct linear_group vqk = {
+        3, {{&w->v_proj, t->v_proj}, {&w->q_proj, t->q_proj}, {&w->k_proj, t->k_proj}}};
     enum status st = upload_latent_input(u, w, t);
-    for (size_t i = 0; !st && i < sizeof(linears) / sizeof(*linears); i++)
-        st = upload_linear(u, linears[i].out, linears[i].weight);
-    return st;
+    if (!st)
+        st = upload_group(u, &gates);
+    if (!st)
+        st = upload_group(u, &vqk);
+    return st ? st : upload_linear(u, &w->o_proj, t->o_proj);
 }
 
 static enum status upload_layer(struct upload *u, const struct checkpoint *c, int layer)
@@ -262,6 +296,60 @@ enum status weights_open(struct model_weights **out, const struct checkpoint *ch
     }
     *out = w;
     return STATUS_OK;
+}
+
+static size_t small_bytes(const struct tensor *t)
+{
+    return t ? (size_t)t->n_values * sizeof(float) : 0;
+}
+
+static size_t matrix_bytes(struct weight w, enum dtype dtype)
+{
+    return (w.weight ? linear_bytes(w.weight, dtype) : 0) + small_bytes(w.bias);
+}
+
+static size_t layer_bytes(const struct layer_tensors *t, enum dtype dtype)
+{
+    const struct weight matrices[] = {t->latent_q, t->latent_k,  t->v_proj,  t->q_proj,   t->k_proj,
+                                      t->o_proj,   t->gate_proj, t->up_proj, t->down_proj};
+    const struct tensor *const small[] = {
+        t->norm1.weight,
+        t->norm1.bias,
+        t->norm2.weight,
+        t->norm2.bias,
+        t->post_norm1,
+        t->post_norm2,
+        t->q_norm,
+        t->k_norm,
+        t->rglru_norm,
+        t->conv.weight,
+        t->conv.bias,
+        t->rglru.input_gate.weight,
+        t->rglru.input_gate.bias,
+        t->rglru.recurrence_gate.weight,
+        t->rglru.recurrence_gate.bias,
+        t->rglru.lambda,
+        t->vapor_theta,
+    };
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof(matrices) / sizeof(*matrices); i++)
+        n += matrix_bytes(matrices[i], dtype);
+    for (size_t i = 0; i < sizeof(small) / sizeof(*small); i++)
+        n += small_bytes(small[i]);
+    return n;
+}
+
+size_t weights_bytes_of(const struct checkpoint *c, enum dtype dtype)
+{
+    size_t n = linear_bytes(c->embed_tokens, dtype);
+    for (int l = 0; l < c->config.n_layers; l++) {
+        n += layer_bytes(&c->layers[l], dtype);
+        if (config_ring_rows(&c->config, l))
+            n += (size_t)(c->config.head_dim / 2) * sizeof(double);
+    }
+    n += small_bytes(c->norm.weight) + small_bytes(c->norm.bias);
+    return n + (c->config.tie_word_embeddings ? small_bytes(c->lm_head.bias)
+                                              : matrix_bytes(c->lm_head, dtype));
 }
 
 static void close_linear(struct backend *b, struct linear *l)

@@ -1,6 +1,7 @@
 /* upload.h - a checkpoint's tensors as the backend keeps them.
  *
- * Matrices keep the weight dtype the model was opened with; norms (norm_offset added), biases
+ * Matrices get the weight dtype the model was opened with, those that read the same rows one
+ * behind the other (latent_q, latent_k; v, q, k; gate, up); norms (norm_offset added), biases
  * and the small tensors of conv, RG-LRU and VAPOR become f32. A struct whose weight is NULL is
  * something the configuration does not have.
  *
@@ -43,11 +44,14 @@ struct model_weights {
     size_t n_bytes; /* on the device */
 };
 
-/* Upload all tensors of a causal language model. dtype is that of matrices, F32 or BF16;
+/* Upload all tensors of a causal language model. dtype is that of matrices, F32, BF16 or I8;
  * progress counts the checkpoint's bytes and may be NULL. */
 enum status weights_open(struct model_weights **out, const struct checkpoint *checkpoint,
                          struct backend *backend, enum dtype dtype, progress_fn *progress,
                          void *context, struct error *err);
+/* The bytes that weights_open would take. */
+size_t weights_bytes_of(const struct checkpoint *checkpoint, enum dtype dtype);
+
 void weights_close(struct model_weights *w); /* accepts NULL and half-built objects */
 
 /* Rope's angles per position, out [d/2], with the configuration's scaling applied as Hugging

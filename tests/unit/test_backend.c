@@ -291,7 +291,8 @@ static void run_step(struct backend *b, struct op_case *c, run_op *run, const st
 {
     b->ops->begin(b, step);
     run(b, c);
-    assert_int_equal(b->ops->sync(b, NULL), STATUS_OK);
+    assert_int_equal(b->ops->submit(b, NULL), STATUS_OK);
+    assert_int_equal(b->ops->wait(b, NULL, NULL), STATUS_OK);
 }
 
 static void check_outputs(struct backend *b, struct op_case *c, const char *what)

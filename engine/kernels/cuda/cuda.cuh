@@ -1,0 +1,152 @@
+/* cuda.cuh - the CUDA backend as its kernel files see it.
+ *
+ * backend_cuda.cu owns memory, steps, graphs and errors; each family of kernels is a file that
+ * holds kernels, then the ops of backend.h that launch them, under the op's name with cuda_ in
+ * front. Activations of these ops are f32, as backend.h says; the fused layer (layer.cu) keeps
+ * its own in bf16.
+ *
+ *   rows.cu        embed, norm, head_norm, add, activate, gather, softcap, rope, vapor
+ *   recurrence.cu  conv, rglru, block_linear
+ *   latent.cu      latent: one row, and prompts by pieces
+ *   window.cu      window: one row (long rings split), and prompts by tiles
+ *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones
+ *   mix.cu         one row of a layer's mixing, fused
+ *   layer.cu       the fused layer and head
+ *   draw.cu        sampling
+ *
+ * Threads: the engine thread. Memory: device memory is taken in backend_cuda_open and
+ * buffer_open only. Errors: kept in queue.error.
+ */
+#ifndef LATTE_CUDA_CUDA_CUH
+#define LATTE_CUDA_CUDA_CUH
+
+#include "engine/kernels/cuda/device.cuh"
+
+extern "C" {
+#include "engine/backend.h"
+}
+
+struct buffer {
+    void *data; /* device memory */
+    size_t n_bytes;
+    bool owns; /* false: part of a larger block, see linear_group */
+};
+
+struct library; /* linear.cu: cuBLASLt, its workspace and what it chose for each shape */
+struct drawing; /* draw.cu: the device sampler's memory */
+
+struct cuda {
+    struct backend base;
+    struct backend_options options;
+    struct queue queue;
+    struct device_step step; /* the one being queued; its pointers never change */
+    struct library *library;
+    struct drawing *drawing;
+
+    /* Scratch of single ops, on the device. */
+    int max_pieces;
+    bf16 *converted;      /* [max_rows, max_dim] inputs of a bf16 product */
+    float *piece_states;  /* [max_pieces, piece_values] what latent and rglru carry over pieces */
+    size_t piece_values;  /* max of L * (d + 2) and 2 * D */
+    float *partials;      /* [partial_values] f32 partial results of split reductions */
+    size_t partial_values;
+    struct layer_scratch *layer; /* layer.cu's own */
+};
+
+static inline struct cuda *cuda_of(struct backend *b)
+{
+    return (struct cuda *)b;
+}
+
+static inline float *floats(const struct buffer *buffer)
+{
+    return buffer ? (float *)buffer->data : nullptr;
+}
+
+/* The rows an op works on: the bucket's size for the grid; kernels compare with *actual. */
+static inline int rows_of(const struct cuda *c, enum row_set rows)
+{
+    return rows == ROWS_STEP ? c->step.rows : c->step.logits;
+}
+static inline const int32_t *actual_rows(const struct cuda *c, enum row_set rows)
+{
+    return rows == ROWS_STEP ? &c->step.sizes->n_rows : &c->step.sizes->n_logit_rows;
+}
+
+/* ---- ops, as backend.h ---- */
+void cuda_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
+                bool sinusoidal);
+void cuda_norm(struct backend *b, struct buffer *out, const struct buffer *in,
+               const struct norm *w, int dim, enum row_set rows);
+void cuda_head_norm(struct backend *b, struct buffer *x, const struct norm *w, int n_heads,
+                    int head_dim);
+void cuda_add(struct backend *b, struct buffer *x, const struct buffer *y, int dim);
+void cuda_activate(struct backend *b, struct buffer *out, const struct buffer *gate,
+                   const struct buffer *up, enum activation act, int dim);
+void cuda_gather(struct backend *b, struct buffer *out, const struct buffer *in, int dim);
+void cuda_softcap(struct backend *b, struct buffer *x, float cap, int dim);
+void cuda_rope(struct backend *b, struct buffer *x, const struct buffer *frequencies, int n_heads,
+               int head_dim);
+void cuda_vapor(struct backend *b, struct buffer *out, const struct buffer *x,
+                const struct buffer *theta, int n_heads, int n_x_heads, int head_dim, int sign);
+void cuda_conv(struct backend *b, struct buffer *out, const struct buffer *in,
+               const struct buffer *weight, const struct buffer *bias, const struct slab *state,
+               int dim, int n_taps);
+void cuda_rglru(struct backend *b, struct buffer *out, const struct buffer *in,
+                const struct buffer *recurrence, const struct buffer *input,
+                const struct buffer *lambda, const struct slab *state, int dim);
+void cuda_block_linear(struct backend *b, struct buffer *out, const struct buffer *in,
+                       const struct buffer *weight, const struct buffer *bias, int dim,
+                       int n_blocks);
+void cuda_latent(struct backend *b, struct buffer *out, struct buffer *p0,
+                 const struct buffer *theta, const struct buffer *g, const struct buffer *v,
+                 const struct slab *m, const struct slab *alpha, const struct slab *s,
+                 const struct latent_shape *shape);
+void cuda_window(struct backend *b, struct buffer *out, const struct buffer *p0,
+                 const struct buffer *q, const struct buffer *k, const struct buffer *v,
+                 const struct slab *ring_k, const struct slab *ring_v,
+                 const struct buffer *vapor_theta, const struct window_shape *shape);
+void cuda_linear(struct backend *b, struct buffer *out, const struct buffer *in,
+                 const struct linear *w, enum row_set rows);
+bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights *w,
+                const struct layer_state *state, const struct model_config *config, int layer);
+bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
+               const struct norm *norm, const struct linear *lm_head, float softcap);
+enum status cuda_admit(struct backend *b, int slot, const struct sampling_params *params,
+                       struct error *err);
+void cuda_draw(struct backend *b, const struct buffer *logits);
+
+/* ---- what backend_cuda.cu asks of the families ---- */
+
+/* tokens[r] = wanted[r], or the slot's drawn token for TOKEN_DRAWN. First kernel of a step. */
+void cuda_resolve_tokens(struct cuda *c, int32_t *tokens, const int32_t *wanted,
+                         const int32_t *drawn);
+
+/* linear.cu. Weights are put on the device as dtype (F32, BF16, I8 with one scale a row: the
+ * largest |w| of the row / 127); conversion runs on the device. scales as struct linear's. */
+enum status library_open(struct library **out, struct cuda *c, struct error *err);
+void library_close(struct library *library);
+size_t library_bytes(const struct library *library); /* of device memory */
+enum status linear_upload(struct cuda *c, void *weight, float *scales, enum dtype dtype,
+                          const void *src, enum dtype src_dtype, int n_out, int n_in,
+                          struct error *err);
+
+/* draw.cu. results: pinned host memory that step_results of a slot of the ring points to. */
+enum status drawing_open(struct drawing **out, struct cuda *c, struct error *err);
+void drawing_close(struct drawing *d);
+size_t drawing_bytes(const struct drawing *d);
+const int32_t *drawing_tokens(const struct drawing *d); /* device [n_slots], the last drawn */
+/* Host side of a step: fill the pinned arrays of ring place `place` (0 or 1) from the step's
+ * draws and scores and queue their copy to the device, before the step's kernels. */
+void drawing_begin(struct cuda *c, int place, const struct step *step);
+/* Queue the copy of the results to the host, after the step's kernels; then, once that is done,
+ * give them as backend.h's wait does. */
+void drawing_submit(struct cuda *c, int place);
+const struct sampled *drawing_results(struct cuda *c, int place);
+
+/* layer.cu */
+enum status layer_scratch_open(struct cuda *c, struct error *err);
+void layer_scratch_close(struct cuda *c);
+size_t layer_scratch_bytes(const struct cuda *c);
+
+#endif

@@ -1,0 +1,133 @@
+/* instructions.cuh - PTX under C++ names; tests/emulate/emulate.h has the same names for the
+ * host. Shapes and fragment layouts are those of the PTX manual. Included by device.cuh only. */
+#ifndef LATTE_CUDA_INSTRUCTIONS_CUH
+#define LATTE_CUDA_INSTRUCTIONS_CUH
+
+/* T *name = the block's dynamic shared memory, aligned to 128 bytes. */
+#define DYNAMIC_SHARED(T, name)                                                                    \
+    extern __shared__ __align__(128) unsigned char dynamic_shared[];                               \
+    T *name = reinterpret_cast<T *>(dynamic_shared)
+
+static __device__ __forceinline__ void pdl_wait(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void pdl_trigger(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* d[4] += a[4] b[2]: the warp's 16x8 f32 tile plus 16x16 bf16 (row-major) times 16x8 (column-
+ * major). Lane l, g = l/4, t = l%4: a[0] rows g, columns 2t,2t+1; a[1] row g+8; a[2] row g,
+ * columns 2t+8,+9; a[3] row g+8, columns 2t+8,+9. b[0] column g, rows 2t,2t+1; b[1] rows
+ * 2t+8,+9. d[0..1] row g, columns 2t,2t+1; d[2..3] row g+8. */
+static __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4],
+                                                const uint32_t b[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* Four (two) 8x8 matrices of 16-bit values from shared memory: lane 8i+j gives the address of
+ * row j of matrix i; out[i] of lane l holds row l/4, columns 2(l%4), +1 of matrix i. */
+static __device__ __forceinline__ void ldmatrix_x4(uint32_t out[4], const void *row)
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void ldmatrix_x2(uint32_t out[2], const void *row)
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+/* The same, each matrix transposed. */
+static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t out[4], const void *row)
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t out[2], const void *row)
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+/* Copy 16 bytes, both sides aligned to 16, from global to shared memory in the background; zeros
+ * where !valid (the source is not read). */
+static __device__ __forceinline__ void copy_async_16(void *shared, const void *global,
+                                                     bool valid = true)
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void copy_async_commit(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Wait until at most N of this thread's committed groups are unfinished; a __syncthreads makes
+ * them visible to the block. */
+template <int N> static __device__ __forceinline__ void copy_async_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* 16 bytes of read-only memory that will not be read again soon (weights, rings). */
+static __device__ __forceinline__ uint4 load_streaming(const void *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+template <class... P>
+static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid, int block,
+                                        size_t shared_bytes, P... args)
+{
+    if (shared_bytes > 48 * 1024) {
+        cudaError_t error = cudaFuncSetAttribute(
+            (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+        if (error != cudaSuccess)
+            return error;
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)block);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = q->stream;
+    config.attrs = &attribute;
+    config.numAttrs = q->pdl ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+#endif
