@@ -257,6 +257,10 @@ struct backend_options {
     bool composed;      /* no fused layers and no recorded steps: for tests */
 };
 
+/* Our own mistakes in a step, asserted: sequences cover the rows in order, positions count
+ * up by one, logit rows ascend, and nothing is larger than the options allow. */
+void step_check(const struct step *step, const struct backend_options *options);
+
 enum status backend_ref_open(struct backend **out, const struct backend_options *options,
                              struct error *err);
 enum status backend_cpu_open(struct backend **out, const struct backend_options *options,

@@ -38,10 +38,6 @@ const void *host_map(struct backend *b, const struct buffer *buffer, size_t n_by
 uint16_t bf16_from_f32(float value);
 float bf16_to_f32(uint16_t bits);
 
-/* Our own mistakes in a step, asserted: sequences cover the rows in order, positions count
- * up by one, logit rows ascend, and nothing is larger than the options allow. */
-void step_check(const struct step *step, const struct backend_options *options);
-
 /* The rows an op works on. */
 static inline int step_rows(const struct step *step, enum row_set rows)
 {

@@ -273,7 +273,9 @@ static void case_upload(struct backend *b, struct op_case *c)
     for (int i = 0; i < MAX_STATES; i++)
         if (c->slab[i])
             c->state[i] = (struct slab){
-                upload_floats(b, c->slab[i], (size_t)c->row_values[i] * N_SLOTS), c->row_values[i]};
+                .buffer = upload_floats(b, c->slab[i], (size_t)c->row_values[i] * N_SLOTS),
+                .row_values = c->row_values[i],
+            };
     for (int i = 0; i < MAX_OUTPUTS; i++)
         c->out[i] = c->want[i] ? empty(b, c->n_want[i]) : NULL;
 }

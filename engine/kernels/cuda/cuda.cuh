@@ -37,7 +37,7 @@ struct drawing; /* draw.cu: the device sampler's memory */
 
 struct cuda {
     struct backend base;
-    struct backend_options options;
+    struct backend_options options; /* config only while opening: copy what is needed later */
     struct queue queue;
     struct device_step step; /* the one being queued; its pointers never change */
     struct library *library;
@@ -50,6 +50,7 @@ struct cuda {
     size_t piece_values;  /* max of L * (d + 2) and 2 * D */
     float *partials;      /* [partial_values] f32 partial results of split reductions */
     size_t partial_values;
+    void *prompt_scratch; /* prompt.cu's, prompt_scratch_bytes of options */
     struct layer_scratch *layer; /* layer.cu's own */
 };
 
@@ -127,14 +128,21 @@ void cuda_resolve_tokens(struct cuda *c, int32_t *tokens, const int32_t *wanted,
 enum status library_open(struct library **out, struct cuda *c, struct error *err);
 void library_close(struct library *library);
 size_t library_bytes(const struct library *library); /* of device memory */
+size_t library_bytes_of(const struct backend_options *options); /* before opening: at most so many */
 enum status linear_upload(struct cuda *c, void *weight, float *scales, enum dtype dtype,
                           const void *src, enum dtype src_dtype, int n_out, int n_in,
                           struct error *err);
+
+/* Scratch that window.cu (values of `partials`) and prompt.cu want for such options, config
+ * included. */
+size_t window_partials(const struct backend_options *options);
+size_t prompt_scratch_bytes(const struct backend_options *options);
 
 /* draw.cu. results: pinned host memory that step_results of a slot of the ring points to. */
 enum status drawing_open(struct drawing **out, struct cuda *c, struct error *err);
 void drawing_close(struct drawing *d);
 size_t drawing_bytes(const struct drawing *d);
+size_t drawing_bytes_of(const struct backend_options *options);
 const int32_t *drawing_tokens(const struct drawing *d); /* device [n_slots], the last drawn */
 /* Host side of a step: fill the pinned arrays of ring place `place` (0 or 1) from the step's
  * draws and scores and queue their copy to the device, before the step's kernels. */
@@ -148,5 +156,6 @@ const struct sampled *drawing_results(struct cuda *c, int place);
 enum status layer_scratch_open(struct cuda *c, struct error *err);
 void layer_scratch_close(struct cuda *c);
 size_t layer_scratch_bytes(const struct cuda *c);
+size_t layer_scratch_bytes_of(const struct backend_options *options);
 
 #endif

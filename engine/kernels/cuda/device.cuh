@@ -61,6 +61,7 @@ struct piece {
 struct device_step {
     const struct step_sizes *sizes;
     const int32_t *tokens;    /* [n_rows], resolved: see resolve_tokens in rows.cu */
+    const int32_t *wanted_tokens; /* [n_rows] as the host gave them, TOKEN_DRAWN among them */
     const int64_t *positions; /* [n_rows] */
     const int32_t *row_slot;  /* [n_rows] slot of the row's sequence */
     const int32_t *seq_slot;  /* [n_seqs] */
