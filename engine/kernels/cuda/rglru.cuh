@@ -1,0 +1,268 @@
+/* rglru.cuh - the RG-LRU of one row per sequence, from the residual stream to the state, as a
+ * piece of a kernel: recurrence.cu launches it alone, the fused layer beside a product.
+ *
+ * The work is cut into items: 16 rows x n_tiles * 8 channels of one block of the gates. An item
+ * belongs to one thread block of any number of warps. The item's gate weights are rounded to
+ * bf16 on their way to shared memory, and the products run on tensor cores with f32 sums over k
+ * in order; prompts (recurrence.cu) do the same arithmetic, so that a row has the same bits
+ * either way.
+ *
+ * Bytes of a layer at R rows: the gates' 8 D^2 / B once per 16 rows (from L2 after the first),
+ * x [R, D] once per group of channels, state and z [R, D] once: 0.6 MB of weights and 9 KB a row
+ * at D = 768, B = 8; the floor is 0.2 us for the weights.
+ */
+#ifndef LATTE_CUDA_RGLRU_CUH
+#define LATTE_CUDA_RGLRU_CUH
+
+#include "engine/kernels/cuda/fused.cuh"
+#include "engine/kernels/cuda/math.cuh"
+
+enum { RGLRU_ROWS = 16 };
+
+/* By value to a kernel. */
+struct rglru_decode {
+    struct rglru_front f;
+    const struct step_sizes *sizes;
+    const int64_t *positions; /* [rows] */
+    const int32_t *seq_slot;  /* [rows]: row r is sequence r */
+    int rows;                 /* of the bucket: so many rows of x and the arrays may be read */
+    int n_tiles;              /* 8 channels each */
+};
+
+/* Columns of a staged row: the block's width rounded up to what an mma takes, and 8 more, which
+ * put 8 neighbouring rows into different banks. */
+static inline __host__ __device__ int rglru_stride(int width)
+{
+    return (width + 15) / 16 * 16 + 8;
+}
+
+static inline __host__ __device__ int rglru_groups(const struct rglru_decode *d)
+{
+    const int tiles = d->f.dim / d->f.n_blocks / 8;
+    return (tiles + d->n_tiles - 1) / d->n_tiles; /* of channels, in a block of the gates */
+}
+
+/* Items of the step: blocks that the grid needs. */
+static inline __host__ __device__ int rglru_items(const struct rglru_decode *d)
+{
+    return (d->rows + RGLRU_ROWS - 1) / RGLRU_ROWS * d->f.n_blocks * rglru_groups(d);
+}
+
+/* Shared memory that an item takes, 16-byte aligned. */
+static inline __host__ __device__ size_t rglru_shared_bytes(const struct rglru_decode *d)
+{
+    const int stride = rglru_stride(d->f.dim / d->f.n_blocks);
+    return (size_t)(RGLRU_ROWS + 2 * 8 * d->n_tiles) * stride * sizeof(bf16);
+}
+
+/* The shapes rglru_item can do: widths D/B that are multiples of 8 up to 512. */
+static inline bool rglru_possible(const struct rglru_front *f)
+{
+    const int width = f->dim / f->n_blocks;
+    return f->norm.weight && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
+}
+
+/* n_tiles for so many rows: few channels an item while there are few rows, so that all
+ * processors read weights; many when there are many, so that x is read less often. */
+static inline int rglru_tiles(const struct rglru_front *f, int rows, int n_sms)
+{
+    const int tiles = f->dim / f->n_blocks / 8;
+    const int items = (rows + RGLRU_ROWS - 1) / RGLRU_ROWS * f->n_blocks * tiles;
+    const int fewest = f->dim / f->n_blocks > 256 ? 8 : 16; /* keeps shared memory small */
+    int n = items / n_sms;
+    n = n < 1 ? 1 : n;
+    n = n > tiles ? tiles : n;
+    return n > fewest ? fewest : n;
+}
+
+/* ---- the arithmetic, shared with prompts ---- */
+
+/* -8 softplus(lambda), in units of ln 2: a = 2^(rate * r). */
+static __device__ __forceinline__ float rglru_rate(float lambda)
+{
+    const float softplus = lambda > 20 ? lambda : log1pf(expf(lambda));
+    return -8 * 1.44269504f * softplus;
+}
+
+static __device__ __forceinline__ float quick_sigmoid(float x)
+{
+    return __fdividef(1, 1 + exp2f(-1.44269504f * x));
+}
+
+/* z_t = a z_{t-1} + b. r and i are pre-activations. 1 - a^2 = 1 - e^-t is a series in t where it
+ * would cancel. begins: position 0, no past and multiplier 1. */
+static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h, float rate,
+                                                     bool begins)
+{
+    const float exponent = rate * quick_sigmoid(r), gated = quick_sigmoid(i) * h;
+    const float a = exp2f(exponent), t = -2 * 0.69314718f * exponent;
+    float series = fmaf(t, -1.f / 5040, 1.f / 720);
+    series = fmaf(t, series, -1.f / 120);
+    series = fmaf(t, series, 1.f / 24);
+    series = fmaf(t, series, -1.f / 6);
+    series = fmaf(t, series, 0.5f);
+    series = fmaf(t, -series, 1) * t;
+    const float rest = t < 0.5f ? series : fmaf(-a, a, 1);
+    if (begins)
+        return make_float2(0, gated);
+    return make_float2(a, sqrtf(rest) * gated);
+}
+
+/* n rows [n, width] of f32 weights to bf16 [n, stride] in shared memory; zeros in the columns
+ * up to stride - 8 and in rows at or beyond n_valid. */
+static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *from, int n, int n_valid,
+                                                   int width, int stride)
+{
+    const int quads = (stride - 8) / 4;
+#pragma unroll 4
+    for (int at = threadIdx.x; at < n * quads; at += blockDim.x) {
+        const int row = at / quads, i = at % quads * 4;
+        float4 w = make_float4(0, 0, 0, 0);
+        if (row < n_valid && i < width)
+            w = __ldg(reinterpret_cast<const float4 *>(from + (size_t)row * width + i));
+        __nv_bfloat162 *out = reinterpret_cast<__nv_bfloat162 *>(to + row * stride + i);
+        out[0] = __floats2bfloat162_rn(w.x, w.y);
+        out[1] = __floats2bfloat162_rn(w.z, w.w);
+    }
+}
+
+/* Both gates' pre-activations, without bias, of 16 rows of h and 8 channels, in the layout of an
+ * mma's d. recurrence and input are the 8 channels' staged weights. */
+static __device__ __forceinline__ void rglru_products(float r[4], float i[4], const bf16 *h,
+                                                      const bf16 *recurrence, const bf16 *input,
+                                                      int stride)
+{
+    const int lane = threadIdx.x % WARP, row = lane % 8;
+    const bf16 *a_at = h + (row + lane / 8 % 2 * 8) * stride + lane / 16 * 8;
+    const bf16 *b_at = (lane < 16 ? recurrence : input) + row * stride + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        r[j] = i[j] = 0;
+#pragma unroll 2
+    for (int k = 0; k < stride - 8; k += 16) {
+        uint32_t a[4], b[4];
+        ldmatrix_x4(a, a_at + k);
+        ldmatrix_x4(b, b_at + k);
+        mma_bf16(r, a, b);
+        mma_bf16(i, a, b + 2);
+    }
+}
+
+/* ---- an item ---- */
+
+/* A lane's four values of a tile: rows g and g + 8, two channels. */
+struct rglru_lane {
+    bool here[2], begins[2]; /* of its rows */
+    int64_t state[2];        /* offsets of the rows' slots */
+};
+
+static __device__ __forceinline__ void rglru_past(float2 past[2], const struct rglru_decode &d,
+                                                  const struct rglru_lane &at, int channel)
+{
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        past[j] = make_float2(0, 0);
+        if (at.here[j] && !at.begins[j])
+            past[j] = *reinterpret_cast<const float2 *>(d.f.state.data + at.state[j] + channel);
+    }
+}
+
+static __device__ __forceinline__ float2 bias_pair(const float *bias, int channel)
+{
+    return bias ? __ldg(reinterpret_cast<const float2 *>(bias + channel)) : make_float2(0, 0);
+}
+
+/* h: columns first..first+width of 16 normed rows from row0 on, as bf16; zeros beyond n_rows. */
+static __device__ __forceinline__ void rglru_norm_rows(bf16 *h, const struct rglru_front &f,
+                                                       int row0, int n_rows, int first, int width,
+                                                       int stride)
+{
+    const int lane = threadIdx.x % WARP;
+    for (int r = threadIdx.x / WARP; r < RGLRU_ROWS; r += blockDim.x / WARP) {
+        const bool here = row0 + r < n_rows;
+        const float *x = f.x + (int64_t)(row0 + r) * f.dim;
+        struct row_scale s = {0, 0};
+        if (here)
+            s = read_scale(x, f.dim, f.norm.type == NORM_LAYER, f.norm.eps);
+        for (int i = lane; i < stride - 8; i += WARP) {
+            float y = 0;
+            if (here && i < width) {
+                const int c = first + i;
+                y = normed(x[c], s, __ldg(f.norm.weight + c),
+                           f.norm.bias ? __ldg(f.norm.bias + c) : 0);
+            }
+            h[r * stride + i] = __float2bfloat16_rn(y);
+        }
+    }
+}
+
+/* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
+ * weights; the block must not have returned a thread before. shared: rglru_shared_bytes. */
+static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
+                                                  unsigned char *shared)
+{
+    const struct rglru_front &f = d.f;
+    const int width = f.dim / f.n_blocks, stride = rglru_stride(width);
+    const int groups = rglru_groups(&d), group = item % groups;
+    const int block = item / groups % f.n_blocks;
+    const int row0 = item / groups / f.n_blocks * RGLRU_ROWS;
+    const int first = block * width, out0 = group * d.n_tiles * 8;
+    const int left = (width - out0) / 8, n_tiles = left < d.n_tiles ? left : d.n_tiles;
+    bf16 *const h = reinterpret_cast<bf16 *>(shared);
+    bf16 *const recurrence = h + RGLRU_ROWS * stride;
+    bf16 *const input = recurrence + d.n_tiles * 8 * stride;
+
+    const size_t weights = (size_t)(first + out0) * width;
+    rglru_stage(recurrence, f.recurrence_gate + weights, n_tiles * 8, n_tiles * 8, width, stride);
+    rglru_stage(input, f.input_gate + weights, n_tiles * 8, n_tiles * 8, width, stride);
+
+    pdl_wait();
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    const int n_rows = d.sizes->n_rows;
+    struct rglru_lane at;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const int row = row0 + lane / 4 + 8 * j, any = row < d.rows ? row : d.rows - 1;
+        at.here[j] = row < n_rows;
+        at.begins[j] = d.positions[any] == 0;
+        at.state[j] = (int64_t)d.seq_slot[any] * f.state.row_values;
+    }
+    int channel = first + out0 + warp * 8 + lane % 4 * 2;
+    float2 past[2];
+    if (warp < n_tiles)
+        rglru_past(past, d, at, channel);
+    if (row0 < n_rows)
+        rglru_norm_rows(h, f, row0, n_rows, first, width, stride);
+    __syncthreads();
+    if (row0 >= n_rows)
+        return;
+
+    for (int tile = warp; tile < n_tiles; tile += n_warps, channel += 8 * n_warps) {
+        const float2 lambda = __ldg(reinterpret_cast<const float2 *>(f.lambda + channel));
+        const float2 r_bias = bias_pair(f.recurrence_bias, channel);
+        const float2 i_bias = bias_pair(f.input_bias, channel);
+        const float2 rate = make_float2(rglru_rate(lambda.x), rglru_rate(lambda.y));
+        float r[4], i[4];
+        rglru_products(r, i, h, recurrence + tile * 8 * stride, input + tile * 8 * stride, stride);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int row = lane / 4 + 8 * j, column = channel - first;
+            const float2 x = __bfloat1622float2(
+                *reinterpret_cast<const __nv_bfloat162 *>(h + row * stride + column));
+            const float2 left_term =
+                rglru_terms(r[2 * j] + r_bias.x, i[2 * j] + i_bias.x, x.x, rate.x, at.begins[j]);
+            const float2 right_term = rglru_terms(r[2 * j + 1] + r_bias.y, i[2 * j + 1] + i_bias.y,
+                                                  x.y, rate.y, at.begins[j]);
+            const float2 z = make_float2(fmaf(left_term.x, past[j].x, left_term.y),
+                                         fmaf(right_term.x, past[j].y, right_term.y));
+            if (at.here[j]) {
+                *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
+                *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
+            }
+        }
+        if (tile + n_warps < n_tiles)
+            rglru_past(past, d, at, channel + 8 * n_warps);
+    }
+}
+
+#endif
