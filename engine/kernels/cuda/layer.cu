@@ -1,0 +1,477 @@
+/* layer.cu - a layer as a handful of fused passes, and the head as one; fused.cuh draws it.
+ *
+ * The residual stream x stays f32. What passes from one product to the next is bf16; the
+ * latents' logits, RG-LRU and all sums are f32. Configurations that these passes do not know
+ * (see knows) are composed by model.c from the single ops.
+ */
+#include "engine/kernels/cuda/fused.cuh"
+
+extern "C" {
+#include "engine/state.h"
+#include "engine/upload.h"
+}
+
+enum {
+    GATES_IN_MIX_ROWS = 16, /* up to here the mixing kernel computes the latents' logits itself */
+};
+
+/* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
+struct layer_scratch {
+    bf16 *vqk;    /* [R, (H + 2 KV) d] v, q and k of a row side by side */
+    float *z;     /* [R, D] the RG-LRU's output */
+    float *gates; /* [R, columns of g + L] g, then theta */
+    bf16 *mixed;  /* [R, H d] */
+    bf16 *up;     /* [R, F] */
+    bf16 *wide;   /* [R, 2F] what the library leaves for an activation */
+    float *y;     /* [R, D] a sublayer's output that a post norm goes over */
+    /* The long way of attention over whole contexts, and of gates in wide blocks. */
+    float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
+    float *h32, *recurrence32, *input32; /* [R, D] */
+    size_t n_bytes;
+};
+
+/* ---- scratch ---- */
+
+struct scratch_item {
+    void **out;
+    size_t row_bytes;
+};
+
+enum { N_ITEMS = 14 };
+
+static bool has_full_attention(const struct model_config *c)
+{
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->layers[l].type == LAYER_FULL_ATTENTION)
+            return true;
+    return false;
+}
+
+static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s,
+                       const struct model_config *c)
+{
+    const size_t D = (size_t)c->hidden_size, F = (size_t)c->intermediate_size;
+    const size_t q = (size_t)c->n_heads * (size_t)c->head_dim;
+    const size_t kv = (size_t)c->n_kv_heads * (size_t)c->head_dim;
+    const size_t full = has_full_attention(c) ? sizeof(float) : 0;
+    const size_t rglru = c->latent_input == LATENT_INPUT_RGLRU ? sizeof(float) : 0;
+    const struct scratch_item items[N_ITEMS] = {
+        {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16)},
+        {(void **)&s->z, D * rglru},
+        {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float)},
+        {(void **)&s->mixed, q * sizeof(bf16)},
+        {(void **)&s->up, F * sizeof(bf16)},
+        {(void **)&s->wide, 2 * F * sizeof(bf16)},
+        {(void **)&s->y, c->post_norms ? D * sizeof(float) : 0},
+        {(void **)&s->v32, kv * full},
+        {(void **)&s->q32, q * full},
+        {(void **)&s->k32, kv * full},
+        {(void **)&s->mixed32, q * full},
+        {(void **)&s->h32, D * rglru},
+        {(void **)&s->recurrence32, D * rglru},
+        {(void **)&s->input32, D * rglru},
+    };
+    for (int i = 0; i < N_ITEMS; i++)
+        out[i] = items[i];
+}
+
+size_t layer_scratch_bytes_of(const struct backend_options *o)
+{
+    struct layer_scratch unused;
+    struct scratch_item items[N_ITEMS];
+    list_items(items, &unused, o->config);
+    size_t n = 0;
+    for (int i = 0; i < N_ITEMS; i++)
+        n += items[i].row_bytes * (size_t)o->max_rows;
+    return n;
+}
+
+enum status layer_scratch_open(struct cuda *c, struct error *err)
+{
+    struct layer_scratch *s = (struct layer_scratch *)calloc(1, sizeof(*s));
+    struct scratch_item items[N_ITEMS];
+    if (!s)
+        return fail(err, STATUS_NOMEM, "fused layers: out of memory");
+    c->layer = s;
+    list_items(items, s, c->options.config);
+    for (int i = 0; i < N_ITEMS; i++) {
+        const size_t n_bytes = items[i].row_bytes * (size_t)c->options.max_rows;
+        if (n_bytes && cudaMalloc(items[i].out, n_bytes) != cudaSuccess) {
+            (void)cudaGetLastError();
+            return fail(err, STATUS_NOMEM, "fused layers: %zu bytes for %d rows are not to be had",
+                        layer_scratch_bytes_of(&c->options), c->options.max_rows);
+        }
+        s->n_bytes += n_bytes;
+    }
+    return STATUS_OK;
+}
+
+void layer_scratch_close(struct cuda *c)
+{
+    struct scratch_item items[N_ITEMS];
+    struct model_config none = {};
+    if (!c->layer)
+        return;
+    list_items(items, c->layer, &none);
+    for (int i = 0; i < N_ITEMS; i++)
+        (void)cudaFree(*items[i].out);
+    free(c->layer);
+    c->layer = NULL;
+}
+
+size_t layer_scratch_bytes(const struct cuda *c)
+{
+    return c->layer ? c->layer->n_bytes : 0;
+}
+
+/* ---- what the passes know ---- */
+
+static struct device_norm norm_of(const struct norm *n)
+{
+    return {floats(n->weight), floats(n->bias), n->type, n->eps};
+}
+
+static struct product_weight weight_of(const struct linear *l)
+{
+    return {l->weight->data, l->dtype, floats(l->scales), floats(l->bias), l->n_out, l->n_in};
+}
+
+/* Matrices that lie one behind the other, without biases, are one matrix. */
+static bool stack(struct product_weight *out, const struct linear *const *linears, int n)
+{
+    *out = weight_of(linears[0]);
+    for (int i = 1; i < n; i++) {
+        const struct product_weight next = weight_of(linears[i]);
+        const char *end = (const char *)out->data +
+                          (size_t)out->n_out * (size_t)out->n_in * dtype_bytes(out->dtype);
+        if (out->bias || next.bias || next.n_in != out->n_in || end != next.data ||
+            (out->scales && out->scales + out->n_out != next.scales))
+            return false;
+        out->n_out += next.n_out;
+    }
+    return true;
+}
+
+static bool wide_rows(const struct linear *l)
+{
+    return !l->weight || (l->dtype != DTYPE_F32 && l->n_in % 16 == 0);
+}
+
+static bool knows(const struct layer_weights *w, const struct model_config *config, int layer)
+{
+    const bool full = config->layers[layer].type == LAYER_FULL_ATTENTION;
+    const bool latents = !full && config->n_latents > 0;
+    const struct linear *const gate_up[] = {&w->gate_proj, &w->up_proj};
+    struct product_weight unused;
+    if (w->vapor_theta || (!full && config->latent_input == LATENT_INPUT_CONV))
+        return false;
+    if (!full && !latents && config->latent_input != LATENT_INPUT_NONE)
+        return false; /* q and k come from u */
+    if (w->gate_proj.weight && !stack(&unused, gate_up, 2))
+        return false;
+    if (config->head_dim % 16 || config->head_dim > 256 || config_latents_per_head(config) > 64)
+        return false;
+    return wide_rows(&w->v_proj) && wide_rows(&w->o_proj) && wide_rows(&w->up_proj) &&
+           wide_rows(&w->down_proj) && w->v_proj.weight && w->o_proj.weight;
+}
+
+/* ---- the passes ---- */
+
+/* What the functions below share. */
+struct pass {
+    struct cuda *c;
+    struct backend *b;
+    const struct layer_scratch *s;
+    const struct layer_weights *w;
+    const struct layer_state *state;
+    const struct model_config *config;
+    struct buffer *x;
+    bool full, latents, window;
+    int layer;
+};
+
+static struct product product_of(const struct pass *p, struct product_weight w, void *out,
+                                 int64_t out_stride, enum product_output output)
+{
+    struct product q = {};
+    q.w = w;
+    q.in_stride = w.n_in;
+    q.out = out;
+    q.out_stride = out_stride;
+    q.output = output;
+    q.act = p->config->hidden_act;
+    q.rows = p->c->step.rows;
+    q.n_rows = &p->c->step.sizes->n_rows;
+    return q;
+}
+
+static struct product normed(struct product q, const struct pass *p, const struct norm *norm)
+{
+    q.in = floats(p->x);
+    q.norm = norm_of(norm);
+    return q;
+}
+
+static struct buffer wrap(void *data)
+{
+    return {data, SIZE_MAX, false};
+}
+
+static int head_values(const struct pass *p, int n_heads)
+{
+    return n_heads * p->config->head_dim;
+}
+
+static int64_t vqk_stride(const struct pass *p)
+{
+    return head_values(p, p->config->n_heads + 2 * p->config->n_kv_heads);
+}
+
+/* z by the single ops: for block-diagonal gates that the fused pass has no room for. */
+static void rglru_composed(const struct pass *p)
+{
+    const int D = p->config->hidden_size, blocks = p->config->rglru_blocks;
+    const struct layer_weights *w = p->w;
+    struct buffer h = wrap(p->s->h32), r = wrap(p->s->recurrence32), i = wrap(p->s->input32);
+    struct buffer z = wrap(p->s->z);
+    cuda_norm(p->b, &h, p->x, &w->norm1, D, ROWS_STEP);
+    cuda_block_linear(p->b, &r, &h, w->recurrence_gate, w->recurrence_bias, D, blocks);
+    cuda_block_linear(p->b, &i, &h, w->input_gate, w->input_bias, D, blocks);
+    cuda_rglru(p->b, &z, &h, &r, &i, w->lambda, &p->state->slabs[STATE_RGLRU], D);
+}
+
+static device_slab<float> float_slab(const struct slab *slab)
+{
+    return {floats(slab->buffer), slab->row_values};
+}
+
+/* Pass 1: v, q, k and the RG-LRU, all from norm1(x). */
+static void front(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    const struct linear *const linears[] = {&w->v_proj, &w->q_proj, &w->k_proj};
+    const int n = p->window ? 3 : 1;
+    struct product_weight stacked;
+    const bool is_stacked = stack(&stacked, linears, n);
+    const struct product vqk = normed(product_of(p, is_stacked ? stacked : weight_of(linears[0]),
+                                                 p->s->vqk, vqk_stride(p), OUTPUT_BF16),
+                                      p, &w->norm1);
+    const bool rglru = !p->full && p->config->latent_input == LATENT_INPUT_RGLRU;
+    struct rglru_front f = {};
+    if (rglru) {
+        f.x = floats(p->x);
+        f.norm = norm_of(&w->norm1);
+        f.recurrence_gate = floats(w->recurrence_gate);
+        f.recurrence_bias = floats(w->recurrence_bias);
+        f.input_gate = floats(w->input_gate);
+        f.input_bias = floats(w->input_bias);
+        f.lambda = floats(w->lambda);
+        f.state = float_slab(&p->state->slabs[STATE_RGLRU]);
+        f.z = p->s->z;
+        f.dim = p->config->hidden_size;
+        f.n_blocks = p->config->rglru_blocks;
+    }
+    if (rglru && is_stacked && p->c->step.decode && fused_front(p->c, &vqk, &f))
+        return;
+    if (rglru && !fused_rglru(p->c, &f))
+        rglru_composed(p);
+    fused_product(p->c, &vqk, p->s->wide);
+    int64_t column = linears[0]->n_out;
+    for (int i = 1; !is_stacked && i < n; column += linears[i++]->n_out) {
+        const struct product q = normed(
+            product_of(p, weight_of(linears[i]), p->s->vqk + column, vqk_stride(p), OUTPUT_BF16), p,
+            &w->norm1);
+        fused_product(p->c, &q, p->s->wide);
+    }
+}
+
+/* The rows the latents look at, before their norm. */
+static void set_latent_input(const struct pass *p, const float **u, struct device_norm *norm)
+{
+    const bool rglru = p->config->latent_input == LATENT_INPUT_RGLRU;
+    *u = rglru ? p->s->z : floats(p->x);
+    *norm = norm_of(rglru ? &p->w->rglru_norm : &p->w->norm1);
+}
+
+/* The latents' logits as a product of their own: g, then theta, for each row. */
+static void gates(const struct pass *p, struct mix *m)
+{
+    const struct linear *const linears[] = {&p->w->latent_q, &p->w->latent_k};
+    const int columns = linears[0]->n_out + linears[1]->n_out;
+    struct product_weight stacked;
+    const bool is_stacked = stack(&stacked, linears, 2);
+    struct product q = product_of(p, is_stacked ? stacked : weight_of(linears[0]), p->s->gates,
+                                  columns, OUTPUT_F32);
+    const float *u;
+    set_latent_input(p, &u, &q.norm);
+    q.in = u;
+    fused_product(p->c, &q, p->s->wide);
+    if (!is_stacked) {
+        q.w = weight_of(linears[1]);
+        q.out = p->s->gates + linears[0]->n_out;
+        fused_product(p->c, &q, p->s->wide);
+    }
+    m->g = p->s->gates;
+    m->theta = p->s->gates + linears[0]->n_out;
+    m->gate_stride = columns;
+}
+
+static struct mix mix_of(const struct pass *p)
+{
+    const struct model_config *c = p->config;
+    const struct slab *slabs = p->state->slabs;
+    struct mix m = {};
+    m.v = p->s->vqk;
+    m.q = p->window ? m.v + head_values(p, c->n_kv_heads) : NULL;
+    m.k = p->window ? m.q + head_values(p, c->n_heads) : NULL;
+    m.stride = vqk_stride(p);
+    m.q_norm = floats(p->w->q_norm.weight);
+    m.k_norm = floats(p->w->k_norm.weight);
+    m.qk_eps = p->w->q_norm.eps;
+    m.latents = {c->n_heads, p->latents ? config_latents_per_head(c) : 0, c->head_dim,
+                 c->n_kv_heads, p->latents && p->window};
+    if (p->window) {
+        m.frequencies = (const double *)p->w->rope->data;
+        m.window = {c->n_heads,
+                    c->n_kv_heads,
+                    c->head_dim,
+                    config_ring_rows(c, p->layer),
+                    (float)c->attention_scale,
+                    (float)c->attn_logit_softcapping};
+        m.ring_k = slabs[STATE_RING_K];
+        m.ring_v = slabs[STATE_RING_V];
+    }
+    if (p->latents) {
+        m.m = float_slab(&slabs[STATE_LATENT_M]);
+        m.alpha = float_slab(&slabs[STATE_LATENT_ALPHA]);
+        m.s = float_slab(&slabs[STATE_LATENT_S]);
+        set_latent_input(p, &m.u, &m.u_norm);
+        m.latent_q = weight_of(&p->w->latent_q);
+        m.latent_k = weight_of(&p->w->latent_k);
+    }
+    m.out = p->s->mixed;
+    return m;
+}
+
+/* Pass 2 for any step; small batches have the latents' logits computed where they are used. */
+static void mix(const struct pass *p)
+{
+    struct mix m = mix_of(p);
+    const bool decode = p->c->step.decode;
+    const bool small = p->c->step.rows <= GATES_IN_MIX_ROWS && !p->c->queue.deterministic;
+    if (p->latents && !(decode && small))
+        gates(p, &m);
+    if (decode && fused_mix(p->c, &m))
+        return;
+    if (p->latents && !m.theta)
+        gates(p, &m);
+    CHECK(prompt_mix(p->c, &m));
+}
+
+/* Pass 2 of attention over whole contexts, one row a sequence: the single op splits the keys
+ * over the device, which a tile per head does not. */
+static void attention_by_splits(const struct pass *p)
+{
+    const struct model_config *c = p->config;
+    const struct layer_weights *w = p->w;
+    const struct linear *const linears[] = {&w->v_proj, &w->q_proj, &w->k_proj};
+    float *const outs[] = {p->s->v32, p->s->q32, p->s->k32};
+    for (int i = 0; i < 3; i++) {
+        const struct product q =
+            normed(product_of(p, weight_of(linears[i]), outs[i], linears[i]->n_out, OUTPUT_F32), p,
+                   &w->norm1);
+        fused_product(p->c, &q, p->s->wide);
+    }
+    struct buffer v = wrap(p->s->v32), q = wrap(p->s->q32), k = wrap(p->s->k32);
+    struct buffer mixed = wrap(p->s->mixed32);
+    const struct mix m = mix_of(p);
+    if (w->q_norm.weight)
+        cuda_head_norm(p->b, &q, &w->q_norm, c->n_heads, c->head_dim);
+    if (w->k_norm.weight)
+        cuda_head_norm(p->b, &k, &w->k_norm, c->n_kv_heads, c->head_dim);
+    cuda_rope(p->b, &q, w->rope, c->n_heads, c->head_dim);
+    cuda_rope(p->b, &k, w->rope, c->n_kv_heads, c->head_dim);
+    cuda_window(p->b, &mixed, NULL, &q, &k, &v, &m.ring_k, &m.ring_v, NULL, &m.window);
+    norm_to_bf16(p->c, p->s->mixed, p->s->mixed32, {}, head_values(p, c->n_heads), NULL,
+                 p->c->step.rows, &p->c->step.sizes->n_rows);
+}
+
+/* Passes 3 and 5: x += W in, through the post norm where there is one. */
+static void add_product(const struct pass *p, const struct linear *l, const bf16 *in,
+                        const struct norm *post_norm)
+{
+    const bool post = post_norm->weight != NULL;
+    const int D = p->config->hidden_size;
+    struct product q = product_of(p, weight_of(l), post ? p->s->y : floats(p->x), D,
+                                  post ? OUTPUT_F32 : OUTPUT_ADD);
+    q.in = in;
+    fused_product(p->c, &q, p->s->wide);
+    if (post)
+        norm_add(p->c, floats(p->x), p->s->y, norm_of(post_norm), D);
+}
+
+/* Pass 4. */
+static void mlp_in(const struct pass *p)
+{
+    const struct linear *const gate_up[] = {&p->w->gate_proj, &p->w->up_proj};
+    const bool gated = p->w->gate_proj.weight != NULL;
+    struct product_weight w = weight_of(&p->w->up_proj);
+    if (gated)
+        CHECK(stack(&w, gate_up, 2));
+    const struct product q = normed(product_of(p, w, p->s->up, p->w->up_proj.n_out,
+                                               gated ? OUTPUT_ACTIVATE : OUTPUT_ACTIVATE_PLAIN),
+                                    p, &p->w->norm2);
+    fused_product(p->c, &q, p->s->wide);
+}
+
+bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights *w,
+                const struct layer_state *state, const struct model_config *config, int layer)
+{
+    struct cuda *c = cuda_of(b);
+    if (!c->layer || !knows(w, config, layer))
+        return false;
+    struct pass p = {};
+    p.c = c;
+    p.b = b;
+    p.s = c->layer;
+    p.w = w;
+    p.state = state;
+    p.config = config;
+    p.x = x;
+    p.full = config->layers[layer].type == LAYER_FULL_ATTENTION;
+    p.latents = !p.full && config->n_latents > 0;
+    p.window = config_ring_rows(config, layer) > 0;
+    p.layer = layer;
+    if (p.full && c->step.decode) {
+        attention_by_splits(&p);
+    } else {
+        front(&p);
+        mix(&p);
+    }
+    add_product(&p, &w->o_proj, p.s->mixed, &w->post_norm1);
+    mlp_in(&p);
+    add_product(&p, &w->down_proj, p.s->up, &w->post_norm2);
+    return true;
+}
+
+bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
+               const struct norm *norm, const struct linear *lm_head, float softcap)
+{
+    struct cuda *c = cuda_of(b);
+    if (!c->layer || !norm->weight || !wide_rows(lm_head))
+        return false;
+    struct product q = {};
+    q.in = floats(x);
+    q.in_stride = lm_head->n_in;
+    q.norm = norm_of(norm);
+    q.in_rows = c->step.logit_rows;
+    q.w = weight_of(lm_head);
+    q.out = logits->data;
+    q.out_stride = lm_head->n_out;
+    q.output = OUTPUT_F32;
+    q.softcap = softcap;
+    q.rows = c->step.logits;
+    q.n_rows = &c->step.sizes->n_logit_rows;
+    fused_product(c, &q, c->layer->wide);
+    return true;
+}
