@@ -96,12 +96,92 @@ static void test_names(void **state)
     assert_int_equal(dtype_bytes(DTYPE_OTHER), 0);
 }
 
+/* A byte of F8_E4M3 by its definition: (-1)^s 2^(e-7) (1 + m/8), subnormal below e = 1. */
+static double f8_by_definition(int byte)
+{
+    const int sign = byte >> 7, e = byte >> 3 & 15, m = byte & 7;
+    const double magnitude = e ? ldexp(1 + m / 8.0, e - 7) : ldexp(m / 8.0, -6);
+    return sign ? -magnitude : magnitude;
+}
+
+static void test_f8_values(void **state)
+{
+    (void)state;
+    for (int byte = 0; byte < 256; byte++) {
+        const uint8_t raw = (uint8_t)byte;
+        float value;
+        uint8_t back;
+        dtype_to_f32(&value, &raw, DTYPE_F8_E4M3, 1);
+        dtype_from_f32(&back, DTYPE_F8_E4M3, &value, 1);
+        assert_int_equal(back, raw);
+        if ((byte & 0x7f) == 0x7f)
+            assert_true(isnan(value));
+        else
+            assert_true(value == (float)f8_by_definition(byte));
+    }
+}
+
+/* The nearest of all values, ties to the even byte, found by trying them all. */
+static uint8_t nearest_f8(float x)
+{
+    int best = 0;
+    for (int byte = 1; byte < 0x7f; byte++) {
+        const double old = fabs(f8_by_definition(best) - fabs((double)x));
+        const double new = fabs(f8_by_definition(byte) - fabs((double)x));
+        if (new < old || (new == old &&byte % 2 == 0))
+            best = byte;
+    }
+    return (uint8_t)(best | (signbit(x) ? 0x80 : 0));
+}
+
+static void test_f8_rounding(void **state)
+{
+    (void)state;
+    static const float special[] = {448,       449,       464,      480,      1e30f,
+                                    INFINITY,  -INFINITY, 0x1p-10f, 0x1p-11f, 0x1.8p-9f,
+                                    0x1.fp-7f, 1.0625f,   1.1875f,  -432.0f};
+    uint8_t byte;
+    for (size_t i = 0; i < COUNT_OF(special); i++) {
+        dtype_from_f32(&byte, DTYPE_F8_E4M3, &special[i], 1);
+        assert_int_equal(byte, nearest_f8(special[i]));
+    }
+    uint32_t bits = 1;
+    for (int i = 0; i < 20000; i++) {
+        bits = bits * 1664525 + 1013904223;
+        const float x = ldexpf((float)(int32_t)bits, (int)(bits >> 8 & 31) - 45);
+        dtype_from_f32(&byte, DTYPE_F8_E4M3, &x, 1);
+        assert_int_equal(byte, nearest_f8(x));
+    }
+}
+
+/* Between two neighbours of BF16 the nearer one, ties to even; NaN stays NaN, infinity too. */
+static void test_bf16_rounding(void **state)
+{
+    (void)state;
+    for (uint32_t high = 0; high < 0x7f80; high += 7)
+        for (uint32_t low = 0; low <= 0x10000; low += 0x1000) {
+            const uint32_t bits = (high << 16) + low;
+            const uint32_t up = low > 0x8000 || (low == 0x8000 && high % 2);
+            float x;
+            uint16_t out;
+            memcpy(&x, &bits, sizeof(x));
+            dtype_from_f32(&out, DTYPE_BF16, &x, 1);
+            assert_int_equal(out, high + up);
+        }
+    const float special[] = {NAN, INFINITY, -0.0f};
+    uint16_t out[3];
+    dtype_from_f32(out, DTYPE_BF16, special, 3);
+    assert_true((out[0] & 0x7fff) > 0x7f80);
+    assert_int_equal(out[1], 0x7f80);
+    assert_int_equal(out[2], 0x8000);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_halves),
-        cmocka_unit_test(test_unaligned),
-        cmocka_unit_test(test_names),
+        cmocka_unit_test(test_halves),      cmocka_unit_test(test_unaligned),
+        cmocka_unit_test(test_names),       cmocka_unit_test(test_f8_values),
+        cmocka_unit_test(test_f8_rounding), cmocka_unit_test(test_bf16_rounding),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
