@@ -62,6 +62,12 @@ static __device__ __forceinline__ float normed(float x, struct row_scale s, floa
     return fmaf((x - s.mean) * s.scale, weight, bias);
 }
 
+static __device__ __forceinline__ float square_sum(float4 v, float mean)
+{
+    const float x = v.x - mean, y = v.y - mean, z = v.z - mean, w = v.w - mean;
+    return fmaf(x, x, y * y) + fmaf(z, z, w * w);
+}
+
 /* Mean and scale of row [dim], dim a multiple of 4, 16-byte aligned; held[p] of a lane are
  * values 4 (lane + 32 p) on, of which PER cover the row; beyond it they are 0. */
 template <int PER>
@@ -80,11 +86,8 @@ static __device__ __forceinline__ struct row_scale held_scale(const float4 (&hel
     float square = 0;
 #pragma unroll
     for (int p = 0; p < PER; p++) {
-        if (4 * (lane + WARP * p) < dim) {
-            const float x = held[p].x - s.mean, y = held[p].y - s.mean;
-            const float z = held[p].z - s.mean, w = held[p].w - s.mean;
-            square += fmaf(x, x, y * y) + fmaf(z, z, w * w);
-        }
+        if (4 * (lane + WARP * p) < dim)
+            square += square_sum(held[p], s.mean);
     }
     s.scale = 1 / sqrtf(warp_sum(square) / dim + eps);
     return s;
@@ -94,26 +97,29 @@ static __device__ __forceinline__ struct row_scale held_scale(const float4 (&hel
 static __device__ __forceinline__ struct row_scale read_scale(const float *row, int dim, bool layer,
                                                               float eps)
 {
+    enum { AT_ONCE = 8 };
     const int lane = threadIdx.x % WARP;
     const float4 *in = reinterpret_cast<const float4 *>(row);
     struct row_scale s = {0, 0};
-    if (layer) {
+    for (int pass = layer ? 0 : 1; pass < 2; pass++) {
         float sum = 0;
-#pragma unroll 4
-        for (int i = lane; i < dim / 4; i += WARP) {
-            const float4 v = in[i];
-            sum += (v.x + v.y) + (v.z + v.w);
+        for (int first = lane; first < dim / 4; first += AT_ONCE * WARP) {
+            float4 v[AT_ONCE];
+#pragma unroll
+            for (int p = 0; p < AT_ONCE; p++)
+                v[p] = first + p * WARP < dim / 4 ? in[first + p * WARP] : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int p = 0; p < AT_ONCE; p++) {
+                if (first + p * WARP < dim / 4)
+                    sum += pass ? square_sum(v[p], s.mean) : (v[p].x + v[p].y) + (v[p].z + v[p].w);
+            }
         }
-        s.mean = warp_sum(sum) / dim;
+        sum = warp_sum(sum) / dim;
+        if (pass)
+            s.scale = 1 / sqrtf(sum + eps);
+        else
+            s.mean = sum;
     }
-    float square = 0;
-#pragma unroll 8
-    for (int i = lane; i < dim / 4; i += WARP) {
-        const float4 v = in[i];
-        const float x = v.x - s.mean, y = v.y - s.mean, z = v.z - s.mean, w = v.w - s.mean;
-        square += fmaf(x, x, y * y) + fmaf(z, z, w * w);
-    }
-    s.scale = 1 / sqrtf(warp_sum(square) / dim + eps);
     return s;
 }
 

@@ -1,7 +1,8 @@
 /* rglru.cuh - the RG-LRU of one row per sequence, from the residual stream to the state, as a
  * piece of a kernel: recurrence.cu launches it alone, the fused layer beside a product.
  *
- * The work is cut into items: 16 rows x n_tiles * 8 channels of one block of the gates. An item
+ * The work is cut into items: 16 rows (or a few times 16) x n_tiles * 8 channels of one block of
+ * the gates. An item
  * belongs to one thread block of any number of warps. The item's gate weights are rounded to
  * bf16 on their way to shared memory, and the products run on tensor cores with f32 sums over k
  * in order; prompts (recurrence.cu) do the same arithmetic, so that a row has the same bits
@@ -26,7 +27,9 @@ struct rglru_decode {
     const int64_t *positions; /* [rows] */
     const int32_t *seq_slot;  /* [rows]: row r is sequence r */
     int rows;                 /* of the bucket: so many rows of x and the arrays may be read */
-    int n_tiles;              /* 8 channels each */
+    int n_tiles;              /* of 8 channels, in an item */
+    int row_tiles = 1;        /* of 16 rows, in an item, one after the other */
+    const bf16 *h = nullptr;  /* [rows, D] = bf16(norm(x)); NULL: the items norm x themselves */
 };
 
 /* Columns of a staged row: the block's width rounded up to what an mma takes, and 8 more, which
@@ -45,7 +48,8 @@ static inline __host__ __device__ int rglru_groups(const struct rglru_decode *d)
 /* Items of the step: blocks that the grid needs. */
 static inline __host__ __device__ int rglru_items(const struct rglru_decode *d)
 {
-    return (d->rows + RGLRU_ROWS - 1) / RGLRU_ROWS * d->f.n_blocks * rglru_groups(d);
+    const int rows = RGLRU_ROWS * d->row_tiles;
+    return (d->rows + rows - 1) / rows * d->f.n_blocks * rglru_groups(d);
 }
 
 /* Shared memory that an item takes, 16-byte aligned. */
@@ -62,17 +66,25 @@ static inline bool rglru_possible(const struct rglru_front *f)
     return f->norm.weight && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
 }
 
-/* n_tiles for so many rows: few channels an item while there are few rows, so that all
- * processors read weights; many when there are many, so that x is read less often. */
-static inline int rglru_tiles(const struct rglru_front *f, int rows, int n_sms)
+/* How the step's rows are cut: few channels an item while there are few rows, so that all
+ * processors read weights; many when there are many, so that rows are read less often. */
+static inline struct rglru_decode rglru_decode_of(const struct cuda *c, const struct rglru_front *f)
 {
-    const int tiles = f->dim / f->n_blocks / 8;
-    const int items = (rows + RGLRU_ROWS - 1) / RGLRU_ROWS * f->n_blocks * tiles;
-    const int fewest = f->dim / f->n_blocks > 256 ? 8 : 16; /* keeps shared memory small */
-    int n = items / n_sms;
-    n = n < 1 ? 1 : n;
-    n = n > tiles ? tiles : n;
-    return n > fewest ? fewest : n;
+    enum { MOST_BYTES = 96 * 1024 };
+    const int width = f->dim / f->n_blocks, tiles = width / 8, n_sms = c->queue.n_sms;
+    const int row_tiles = (c->step.rows + RGLRU_ROWS - 1) / RGLRU_ROWS;
+    const int room = (MOST_BYTES / (rglru_stride(width) * (int)sizeof(bf16)) - RGLRU_ROWS) / 16;
+    int n = row_tiles * f->n_blocks * tiles / n_sms;
+    n = n < 1 ? 1 : n > room ? room : n;
+    n = n > 16 ? 16 : n > tiles ? tiles : n;
+    const int groups = (tiles + n - 1) / n; /* alike, then */
+    n = (tiles + groups - 1) / groups;
+
+    struct rglru_decode d = {*f, c->step.sizes, c->step.positions, c->step.seq_slot, c->step.rows,
+                             n};
+    d.row_tiles = rglru_items(&d) * 2 / (3 * n_sms);
+    d.row_tiles = d.row_tiles < 1 ? 1 : d.row_tiles > 4 ? 4 : d.row_tiles;
+    return d;
 }
 
 /* ---- the arithmetic, shared with prompts ---- */
@@ -109,16 +121,16 @@ static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h, 
 }
 
 /* n rows [n, width] of f32 weights to bf16 [n, stride] in shared memory; zeros in the columns
- * up to stride - 8 and in rows at or beyond n_valid. */
-static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *from, int n, int n_valid,
-                                                   int width, int stride)
+ * from width to stride - 8. */
+static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *from, int n, int width,
+                                                   int stride)
 {
     const int quads = (stride - 8) / 4;
 #pragma unroll 4
     for (int at = threadIdx.x; at < n * quads; at += blockDim.x) {
         const int row = at / quads, i = at % quads * 4;
         float4 w = make_float4(0, 0, 0, 0);
-        if (row < n_valid && i < width)
+        if (i < width)
             w = __ldg(reinterpret_cast<const float4 *>(from + (size_t)row * width + i));
         __nv_bfloat162 *out = reinterpret_cast<__nv_bfloat162 *>(to + row * stride + i);
         out[0] = __floats2bfloat162_rn(w.x, w.y);
@@ -156,13 +168,26 @@ struct rglru_lane {
     int64_t state[2];        /* offsets of the rows' slots */
 };
 
+static __device__ __forceinline__ void
+rglru_locate(struct rglru_lane *at, const struct rglru_decode &d, int row0, int n_rows)
+{
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const int row = row0 + threadIdx.x % WARP / 4 + 8 * j;
+        const int any = row < d.rows ? row : d.rows - 1; /* read while n_rows is on its way */
+        at->here[j] = row < n_rows;
+        at->begins[j] = d.positions[any] == 0;
+        at->state[j] = (int64_t)d.seq_slot[any] * d.f.state.row_values;
+    }
+}
+
 static __device__ __forceinline__ void rglru_past(float2 past[2], const struct rglru_decode &d,
                                                   const struct rglru_lane &at, int channel)
 {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         past[j] = make_float2(0, 0);
-        if (at.here[j] && !at.begins[j])
+        if (at.here[j] && !at.begins[j]) /* a fresh slot may hold anything */
             past[j] = *reinterpret_cast<const float2 *>(d.f.state.data + at.state[j] + channel);
     }
 }
@@ -196,72 +221,98 @@ static __device__ __forceinline__ void rglru_norm_rows(bf16 *h, const struct rgl
     }
 }
 
+/* The same from rows that were normed before. */
+static __device__ __forceinline__ void rglru_take_rows(bf16 *h, const struct rglru_decode &d,
+                                                       int row0, int n_rows, int first, int width,
+                                                       int stride)
+{
+    const int chunks = (stride - 8) / 8;
+    for (int at = threadIdx.x; at < RGLRU_ROWS * chunks; at += blockDim.x) {
+        const int r = at / chunks, i = at % chunks * 8;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (row0 + r < n_rows && i < width)
+            v = *reinterpret_cast<const uint4 *>(d.h + (int64_t)(row0 + r) * d.f.dim + first + i);
+        *reinterpret_cast<uint4 *>(h + r * stride + i) = v;
+    }
+}
+
+/* One lane's part of a tile: z of two rows and two channels, to the state and to z. */
+static __device__ __forceinline__ void rglru_tile(const struct rglru_decode &d,
+                                                  const struct rglru_lane &at, const float2 past[2],
+                                                  const bf16 *h, const bf16 *recurrence,
+                                                  const bf16 *input, int row0, int first,
+                                                  int channel, int stride)
+{
+    const struct rglru_front &f = d.f;
+    const int lane = threadIdx.x % WARP;
+    const float2 lambda = __ldg(reinterpret_cast<const float2 *>(f.lambda + channel));
+    const float2 r_bias = bias_pair(f.recurrence_bias, channel);
+    const float2 i_bias = bias_pair(f.input_bias, channel);
+    const float2 rate = make_float2(rglru_rate(lambda.x), rglru_rate(lambda.y));
+    float r[4], i[4];
+    rglru_products(r, i, h, recurrence, input, stride);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const int row = lane / 4 + 8 * j;
+        const float2 x = __bfloat1622float2(
+            *reinterpret_cast<const __nv_bfloat162 *>(h + row * stride + channel - first));
+        const float2 u =
+            rglru_terms(r[2 * j] + r_bias.x, i[2 * j] + i_bias.x, x.x, rate.x, at.begins[j]);
+        const float2 v = rglru_terms(r[2 * j + 1] + r_bias.y, i[2 * j + 1] + i_bias.y, x.y, rate.y,
+                                     at.begins[j]);
+        const float2 z = make_float2(fmaf(u.x, past[j].x, u.y), fmaf(v.x, past[j].y, v.y));
+        if (at.here[j]) {
+            *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
+            *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
+        }
+    }
+}
+
 /* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
- * weights; the block must not have returned a thread before. shared: rglru_shared_bytes. */
+ * weights; no thread of the block may have returned before. shared: rglru_shared_bytes. */
 static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
                                                   unsigned char *shared)
 {
     const struct rglru_front &f = d.f;
     const int width = f.dim / f.n_blocks, stride = rglru_stride(width);
     const int groups = rglru_groups(&d), group = item % groups;
-    const int block = item / groups % f.n_blocks;
-    const int row0 = item / groups / f.n_blocks * RGLRU_ROWS;
-    const int first = block * width, out0 = group * d.n_tiles * 8;
+    const int first = item / groups % f.n_blocks * width, out0 = group * d.n_tiles * 8;
+    const int row_tile = item / groups / f.n_blocks * d.row_tiles;
     const int left = (width - out0) / 8, n_tiles = left < d.n_tiles ? left : d.n_tiles;
     bf16 *const h = reinterpret_cast<bf16 *>(shared);
     bf16 *const recurrence = h + RGLRU_ROWS * stride;
     bf16 *const input = recurrence + d.n_tiles * 8 * stride;
 
     const size_t weights = (size_t)(first + out0) * width;
-    rglru_stage(recurrence, f.recurrence_gate + weights, n_tiles * 8, n_tiles * 8, width, stride);
-    rglru_stage(input, f.input_gate + weights, n_tiles * 8, n_tiles * 8, width, stride);
+    rglru_stage(recurrence, f.recurrence_gate + weights, n_tiles * 8, width, stride);
+    rglru_stage(input, f.input_gate + weights, n_tiles * 8, width, stride);
 
     pdl_wait();
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    const int warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    const int mine = first + out0 + warp * 8 + threadIdx.x % 4 * 2;
     const int n_rows = d.sizes->n_rows;
-    struct rglru_lane at;
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const int row = row0 + lane / 4 + 8 * j, any = row < d.rows ? row : d.rows - 1;
-        at.here[j] = row < n_rows;
-        at.begins[j] = d.positions[any] == 0;
-        at.state[j] = (int64_t)d.seq_slot[any] * f.state.row_values;
-    }
-    int channel = first + out0 + warp * 8 + lane % 4 * 2;
-    float2 past[2];
-    if (warp < n_tiles)
-        rglru_past(past, d, at, channel);
-    if (row0 < n_rows)
-        rglru_norm_rows(h, f, row0, n_rows, first, width, stride);
-    __syncthreads();
-    if (row0 >= n_rows)
-        return;
-
-    for (int tile = warp; tile < n_tiles; tile += n_warps, channel += 8 * n_warps) {
-        const float2 lambda = __ldg(reinterpret_cast<const float2 *>(f.lambda + channel));
-        const float2 r_bias = bias_pair(f.recurrence_bias, channel);
-        const float2 i_bias = bias_pair(f.input_bias, channel);
-        const float2 rate = make_float2(rglru_rate(lambda.x), rglru_rate(lambda.y));
-        float r[4], i[4];
-        rglru_products(r, i, h, recurrence + tile * 8 * stride, input + tile * 8 * stride, stride);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int row = lane / 4 + 8 * j, column = channel - first;
-            const float2 x = __bfloat1622float2(
-                *reinterpret_cast<const __nv_bfloat162 *>(h + row * stride + column));
-            const float2 left_term =
-                rglru_terms(r[2 * j] + r_bias.x, i[2 * j] + i_bias.x, x.x, rate.x, at.begins[j]);
-            const float2 right_term = rglru_terms(r[2 * j + 1] + r_bias.y, i[2 * j + 1] + i_bias.y,
-                                                  x.y, rate.y, at.begins[j]);
-            const float2 z = make_float2(fmaf(left_term.x, past[j].x, left_term.y),
-                                         fmaf(right_term.x, past[j].y, right_term.y));
-            if (at.here[j]) {
-                *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
-                *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
-            }
+    for (int t = row_tile; t < row_tile + d.row_tiles; t++) {
+        const int row0 = t * RGLRU_ROWS;
+        if (row0 >= n_rows)
+            return;
+        struct rglru_lane at;
+        float2 past[2];
+        rglru_locate(&at, d, row0, n_rows);
+        if (warp < n_tiles)
+            rglru_past(past, d, at, mine);
+        if (d.h)
+            rglru_take_rows(h, d, row0, n_rows, first, width, stride);
+        else
+            rglru_norm_rows(h, f, row0, n_rows, first, width, stride);
+        __syncthreads();
+        for (int tile = warp; tile < n_tiles; tile += n_warps) {
+            const int channel = mine + (tile - warp) * 8, next = channel + n_warps * 8;
+            rglru_tile(d, at, past, h, recurrence + tile * 8 * stride, input + tile * 8 * stride,
+                       row0, first, channel, stride);
+            if (tile + n_warps < n_tiles)
+                rglru_past(past, d, at, next);
         }
-        if (tile + n_warps < n_tiles)
-            rglru_past(past, d, at, channel + 8 * n_warps);
+        __syncthreads(); /* before h is overwritten */
     }
 }
 
