@@ -28,11 +28,20 @@ void inbox_ring(void *context)
         sem_post(&bell->posts);
 }
 
-bool inbox_answer(struct inbox *in)
+void inbox_ring_by_job(void *context)
+{
+    struct bell *bell = context;
+    atomic_store(&bell->by_job, true); /* before rung, so that it is never seen too late */
+    inbox_ring(bell);
+}
+
+bool inbox_answer(struct inbox *in, bool *by_job)
 {
     while (sem_trywait(&in->bell.posts) == 0)
         ;
-    return atomic_exchange(&in->bell.rung, false);
+    bool rung = atomic_exchange(&in->bell.rung, false);
+    *by_job = atomic_exchange(&in->bell.by_job, false);
+    return rung || *by_job;
 }
 
 void inbox_sleep(struct inbox *in, int64_t until_ns)
@@ -76,7 +85,7 @@ static enum status check_place(const struct inbox *in, struct error *err)
 enum status inbox_submit(struct inbox *in, struct job *job, struct error *err)
 {
     job_hold(job);
-    job_attach(job, inbox_ring, &in->bell);
+    job_attach(job, inbox_ring_by_job, &in->bell);
     pthread_mutex_lock(&in->lock);
     enum status st = check_place(in, err);
     if (!st)
@@ -209,6 +218,7 @@ void inbox_count(struct inbox *in, const struct engine_stats *more)
     in->stats.n_steps += more->n_steps;
     in->stats.n_prompt_tokens += more->n_prompt_tokens;
     in->stats.n_output_tokens += more->n_output_tokens;
+    in->stats.n_dropped_tokens += more->n_dropped_tokens;
     in->stats.step_ns += more->step_ns;
     pthread_mutex_unlock(&in->lock);
 }

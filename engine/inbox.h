@@ -20,10 +20,11 @@
 #include "engine/engine.h"
 #include "engine/job.h"
 
-/* rung stays set until the engine looks, so that posts do not pile up. */
+/* rung stays set until the engine looks, so that posts do not pile up; by_job beside it when
+ * a job in a slot or in the queue may have been cancelled, or a full ring has room. */
 struct bell {
     sem_t posts;
-    atomic_bool rung;
+    atomic_bool rung, by_job;
 };
 
 struct inbox {
@@ -64,7 +65,9 @@ void inbox_drain(struct inbox *in);
 void inbox_fail(struct inbox *in, const struct error *failure);
 
 void inbox_ring(void *bell);
-bool inbox_answer(struct inbox *in); /* whether the bell was rung since the last time */
+void inbox_ring_by_job(void *bell);
+/* Whether the bell was rung since the last time, and whether a job did. */
+bool inbox_answer(struct inbox *in, bool *by_job);
 /* Until the bell rings or the clock says until_ns (INT64_MAX: no limit). May return early. */
 void inbox_sleep(struct inbox *in, int64_t until_ns);
 

@@ -206,15 +206,20 @@ bool sampler_counts(const struct sampling_params *p)
     return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
 }
 
-bool sampler_is_stop(const struct sampler *s, const struct sampling_params *p, int32_t token)
+bool sampling_is_stop(const struct sampling_params *p, const int32_t *eos, int n_eos, int32_t token)
 {
-    for (int i = 0; i < s->n_eos && !p->ignore_eos; i++)
-        if (s->eos[i] == token)
+    for (int i = 0; i < n_eos && !p->ignore_eos; i++)
+        if (eos[i] == token)
             return true;
     for (int i = 0; i < p->n_stop_tokens; i++)
         if (p->stop_tokens[i] == token)
             return true;
     return false;
+}
+
+bool sampler_is_stop(const struct sampler *s, const struct sampling_params *p, int32_t token)
+{
+    return sampling_is_stop(p, s->eos, s->n_eos, token);
 }
 
 /* A changed logit goes through the rules of row_load again. */

@@ -117,7 +117,10 @@ void sampler_distribution(struct sampler *s, int slot, const float *logits,
 void sampler_score(struct sampler *s, const float *logits, int32_t token, int n_top,
                    struct sampled *out);
 
-/* Whether a token ends generation under these params: eos unless ignored, or a stop token. */
+/* Whether a token ends generation under these params: one of eos [n_eos] unless ignored, or a
+ * stop token. sampler_is_stop: with the eos of sampler_open. */
+bool sampling_is_stop(const struct sampling_params *p, const int32_t *eos, int n_eos,
+                      int32_t token);
 bool sampler_is_stop(const struct sampler *s, const struct sampling_params *p, int32_t token);
 
 /* Philox 4x32-10: out = bijection of counter under key; exposed for its known-answer test. */

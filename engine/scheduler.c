@@ -8,46 +8,30 @@
 #include <string.h>
 
 #include "engine/inbox.h"
+#include "engine/plan.h"
+#include "engine/stepper.h"
 
-/* Prompt rows with scores at most: they need logits, and room in the job's ring. */
-enum { MAX_SCORED_CHUNK = 256 };
-
-/* A job that has a place in the model. */
-struct slot {
-    struct job *job; /* a counted reference; NULL: the slot is free */
-    const struct job_request *request;
-    size_t n_fed;     /* prompt tokens the model has seen */
-    int64_t n_output; /* tokens drawn */
-    int32_t next;     /* the last one, not fed yet, once the prompt is done */
-    bool counts;      /* its penalties need to know the tokens */
-};
-
-/* The step that is being put together. */
-struct plan {
-    int32_t *tokens;        /* [max_rows] */
-    struct model_seq *seqs; /* [n_slots] */
-    int n_rows, n_seqs, n_logit_rows;
-    int n_decode_rows, n_draws;
-};
+enum { MAX_DEPTH = 2 };
 
 struct scheduler {
     struct scheduler_options options;
-    struct model *model; /* borrowed */
-    int32_t vocab_size;
+    const struct model_config *config; /* the model's */
     int64_t max_position;
-    int max_rows, max_logit_rows, scored_chunk;
+    int depth;
 
     pthread_t thread;
     struct inbox inbox;
     atomic_bool stopping;
 
     /* The engine thread's own. */
-    struct sampler *sampler;
-    struct slot *slots; /* [n_slots] */
-    struct plan plan;
-    int turn;               /* slot whose prompt is first in the next step */
-    int64_t queue_wake_ns;  /* the queue's earliest deadline when last swept */
-    bool readers_have_news; /* something went on the ready list since the last wake */
+    struct stepper *stepper;
+    struct planner *planner;
+    struct plan plans[MAX_DEPTH]; /* of queued steps, and the next one */
+    int oldest, n_queued;         /* which of them are on their way */
+    int64_t busy_since_ns;        /* where the time of steps is counted from */
+    int64_t queue_wake_ns;        /* the queue's earliest deadline when last swept */
+    int64_t slots_wake_ns;        /* no slot has an earlier deadline */
+    bool readers_have_news;       /* something went on the ready list since the last wake */
 };
 
 static void push_ready(struct scheduler *s, struct job *job)
@@ -78,7 +62,7 @@ static void end_slot(struct scheduler *s, struct slot *slot, enum job_finish how
                      const struct error *err)
 {
     struct job *job = slot->job;
-    *slot = (struct slot){0};
+    planner_leave(s->planner, slot);
     inbox_leave(&s->inbox);
     end_job(s, job, how, err);
 }
@@ -93,25 +77,28 @@ static enum job_finish why_over(const struct job *job, struct error *err)
     return FINISH_ERROR;
 }
 
+static int64_t earlier(int64_t a_ns, int64_t b_ns)
+{
+    return a_ns < b_ns ? a_ns : b_ns;
+}
+
 static void end_overdue_slots(struct scheduler *s, int64_t now)
 {
+    s->slots_wake_ns = INT64_MAX;
     for (int i = 0; i < s->options.n_slots; i++) {
-        struct slot *slot = &s->slots[i];
-        if (!slot->job || !inbox_is_over(slot->job, now))
-            continue;
-        struct error err;
-        enum job_finish how = why_over(slot->job, &err);
-        end_slot(s, slot, how, how == FINISH_ERROR ? &err : NULL);
+        struct slot *slot = planner_slot(s->planner, i);
+        if (slot->job && inbox_is_over(slot->job, now)) {
+            struct error err;
+            enum job_finish how = why_over(slot->job, &err);
+            end_slot(s, slot, how, how == FINISH_ERROR ? &err : NULL);
+        } else if (slot->job && slot->deadline_ns) {
+            s->slots_wake_ns = earlier(s->slots_wake_ns, slot->deadline_ns);
+        }
     }
 }
 
-/* The queue is looked through only when a cancellation, a submission or a deadline asks. */
-static void end_overdue(struct scheduler *s, bool rung)
+static void end_overdue_queue(struct scheduler *s, int64_t now)
 {
-    int64_t now = job_clock_ns();
-    end_overdue_slots(s, now);
-    if (!rung && now < s->queue_wake_ns)
-        return;
     struct job *job, *over = inbox_sweep(&s->inbox, now, &s->queue_wake_ns);
     while ((job = over)) {
         over = job_links(job)->queue_next;
@@ -121,135 +108,74 @@ static void end_overdue(struct scheduler *s, bool rung)
     }
 }
 
+/* Slots and queue are looked through only when a cancellation or a deadline asks, the queue
+ * also for the deadline of a new job. */
+static void end_overdue(struct scheduler *s, bool rung, bool by_job)
+{
+    int64_t now = job_clock_ns();
+    if (by_job || now >= s->slots_wake_ns)
+        end_overdue_slots(s, now);
+    if (rung || now >= s->queue_wake_ns)
+        end_overdue_queue(s, now);
+}
+
 static void end_all(struct scheduler *s, const struct error *err)
 {
     struct job *job;
     for (int i = 0; i < s->options.n_slots; i++)
-        if (s->slots[i].job)
-            end_slot(s, &s->slots[i], FINISH_ERROR, err);
+        if (planner_slot(s->planner, i)->job)
+            end_slot(s, planner_slot(s->planner, i), FINISH_ERROR, err);
     while ((job = inbox_take(&s->inbox)))
         end_job(s, job, FINISH_ERROR, err);
 }
 
+/* Steps on their way are given up: the stepper may only be closed. */
 static void fail_device(struct scheduler *s, const struct error *cause)
 {
     struct error err;
     fail(&err, STATUS_DEVICE, "the device failed: %.300s", cause->text);
     inbox_fail(&s->inbox, &err);
+    s->n_queued = 0;
     end_all(s, &err);
 }
 
-/* ---- Admission ---- */
+/* ---- Queueing a step ---- */
 
 static void admit(struct scheduler *s)
 {
-    for (int i = 0; i < s->options.n_slots; i++) {
-        struct slot *slot = &s->slots[i];
-        if (slot->job)
-            continue;
-        struct job *job = inbox_admit(&s->inbox);
-        if (!job)
-            return;
+    struct job *job;
+    struct error err;
+    while (planner_has_room(s->planner) && (job = inbox_admit(&s->inbox))) {
+        struct slot *slot = planner_enter(s->planner, job);
         job_mark_admitted(job);
-        *slot = (struct slot){.job = job, .request = job_request(job), .next = -1};
-        slot->counts = sampler_counts(&slot->request->sampling);
-        if (slot->counts)
-            sampler_reset(s->sampler, i);
-        model_reset(s->model, i);
+        if (slot->deadline_ns)
+            s->slots_wake_ns = earlier(s->slots_wake_ns, slot->deadline_ns);
+        if (stepper_admit(s->stepper, planner_index(s->planner, slot), &slot->request->sampling,
+                          &err)) {
+            fail_device(s, &err);
+            return;
+        }
     }
 }
 
-/* ---- Planning a step ---- */
-
-static bool in_prompt(const struct slot *slot)
+/* False: there is nothing to do. */
+static bool queue_step(struct scheduler *s)
 {
-    return slot->n_fed < slot->request->n_prompt;
-}
-
-static bool is_scored(const struct slot *slot)
-{
-    return slot->request->prompt_logprobs >= 0;
-}
-
-/* Whether the job goes on to draw tokens when its prompt is done. */
-static bool will_draw(const struct scheduler *s, const struct slot *slot)
-{
-    size_t n_prompt = slot->request->n_prompt;
-    return slot->request->max_tokens > 0 &&
-           (!s->max_position || n_prompt < (uint64_t)s->max_position);
-}
-
-static void add_seq(struct scheduler *s, int slot, const int32_t *tokens, int n_rows,
-                    enum logits_wanted logits)
-{
-    struct plan *plan = &s->plan;
-    memcpy(plan->tokens + plan->n_rows, tokens, (size_t)n_rows * sizeof(*tokens));
-    plan->seqs[plan->n_seqs++] =
-        (struct model_seq){.slot = slot, .n_rows = n_rows, .logits = logits};
-    plan->n_rows += n_rows;
-    plan->n_logit_rows += logits == LOGITS_ALL ? n_rows : logits == LOGITS_LAST;
-}
-
-static void plan_decoding(struct scheduler *s)
-{
-    for (int i = 0; i < s->options.n_slots; i++) {
-        struct slot *slot = &s->slots[i];
-        if (!slot->job || in_prompt(slot) || !job_has_room(slot->job, 1))
-            continue;
-        add_seq(s, i, &slot->next, 1, LOGITS_LAST);
-        s->plan.n_decode_rows++;
-        s->plan.n_draws++;
-    }
-}
-
-/* The prompt's next chunk, if the step has room for it. False: it has not. */
-static bool plan_chunk(struct scheduler *s, int i)
-{
-    struct slot *slot = &s->slots[i];
-    size_t chunk = (size_t)(is_scored(slot) ? s->scored_chunk : s->options.chunk_tokens);
-    size_t n_prompt = slot->request->n_prompt, end = (slot->n_fed / chunk + 1) * chunk;
-    end = end < n_prompt ? end : n_prompt;
-    int n_rows = (int)(end - slot->n_fed);
-    bool draws = end == n_prompt && will_draw(s, slot);
-    enum logits_wanted logits = is_scored(slot) ? LOGITS_ALL : draws ? LOGITS_LAST : LOGITS_NONE;
-    int n_logit_rows = is_scored(slot) ? n_rows : draws;
-    if (s->plan.n_rows + n_rows > s->max_rows ||
-        s->plan.n_logit_rows + n_logit_rows > s->max_logit_rows)
+    struct plan *plan = &s->plans[(s->oldest + s->n_queued) % s->depth];
+    struct error err;
+    planner_next(s->planner, plan);
+    if (!plan->n_seqs)
         return false;
-
-    /* A row scores the token after it; the very first token has an entry without a score. */
-    int n_puts = draws;
-    if (is_scored(slot))
-        n_puts += (slot->n_fed == 0) + n_rows - (end == n_prompt);
-    if (n_puts && !job_has_room(slot->job, (size_t)n_puts))
-        return true;
-    add_seq(s, i, slot->request->prompt + slot->n_fed, n_rows, logits);
-    s->plan.n_draws += draws;
+    if (!s->n_queued)
+        s->busy_since_ns = job_clock_ns();
+    if (stepper_queue(s->stepper, plan->seqs, plan->n_seqs, &err))
+        fail_device(s, &err);
+    else
+        s->n_queued++;
     return true;
 }
 
-/* Prompts in turns: the first that finds no room is the first of the next step. */
-static void plan_prompts(struct scheduler *s)
-{
-    int n_slots = s->options.n_slots, first = s->turn, left_out = -1;
-    for (int k = 0; k < n_slots; k++) {
-        int i = (first + k) % n_slots;
-        if (s->slots[i].job && in_prompt(&s->slots[i]) && !plan_chunk(s, i) && left_out < 0)
-            left_out = i;
-    }
-    if (left_out >= 0)
-        s->turn = left_out;
-}
-
-static void make_plan(struct scheduler *s)
-{
-    struct plan *plan = &s->plan;
-    plan->n_rows = plan->n_seqs = plan->n_logit_rows = plan->n_decode_rows = plan->n_draws = 0;
-    plan_decoding(s);
-    plan_prompts(s);
-}
-
-/* ---- After a step ---- */
+/* ---- Collecting a step ---- */
 
 static void put(struct scheduler *s, struct slot *slot, const struct sampled *sampled,
                 bool is_prompt)
@@ -265,124 +191,101 @@ static void put(struct scheduler *s, struct slot *slot, const struct sampled *sa
         push_ready(s, slot->job);
 }
 
-static void draw(struct scheduler *s, int i, const float *logits)
+static void put_draw(struct scheduler *s, struct slot *slot, const struct sampled *sampled)
 {
-    struct slot *slot = &s->slots[i];
-    const struct job_request *request = slot->request;
-    const struct sampling_params *params = &request->sampling;
-    struct sampled sampled;
-    sampler_draw(s->sampler, i, logits, params, request->n_prompt + (uint64_t)slot->n_output,
-                 slot->n_output, &sampled);
+    const struct model_config *config = s->config;
     slot->n_output++;
-    slot->next = sampled.token;
-    if (slot->counts)
-        sampler_note(s->sampler, i, sampled.token, true);
-    put(s, slot, &sampled, false);
-
-    uint64_t position = request->n_prompt + (uint64_t)slot->n_output;
-    if (sampler_is_stop(s->sampler, params, sampled.token))
+    put(s, slot, sampled, false);
+    if (sampling_is_stop(&slot->request->sampling, config->eos_token_id, config->n_eos,
+                         sampled->token))
         end_slot(s, slot, FINISH_STOP, NULL);
-    else if (slot->n_output >= request->max_tokens ||
-             (s->max_position && position >= (uint64_t)s->max_position))
+    else if (slot->n_output >= slot->max_draws)
         end_slot(s, slot, FINISH_LENGTH, NULL);
 }
 
-/* Rows from..end of the prompt are done; logits [end - from, V] score the tokens after them. */
-static void put_scores(struct scheduler *s, struct slot *slot, size_t from, size_t end,
-                       const float *logits)
+/* results: the share's scores of the tokens after its rows, then its draw. */
+static void use_share(struct scheduler *s, struct slot *slot, const struct share *share,
+                      const struct sampled *results)
 {
     const struct job_request *request = slot->request;
-    struct sampled sampled = {.token = request->prompt[0], .logprob = NAN};
-    if (from == 0)
-        put(s, slot, &sampled, true);
-    for (size_t t = from; t < end && t + 1 < request->n_prompt; t++) {
-        sampler_score(s->sampler, logits + (t - from) * (size_t)s->vocab_size,
-                      request->prompt[t + 1], request->prompt_logprobs, &sampled);
-        put(s, slot, &sampled, true);
-    }
-}
-
-static void finish_chunk(struct scheduler *s, int i, int n_rows, const float *logits,
-                         int n_logit_rows)
-{
-    struct slot *slot = &s->slots[i];
-    const struct job_request *request = slot->request;
-    size_t from = slot->n_fed, end = from + (size_t)n_rows;
-    slot->n_fed = end;
-    job_mark_prompt_done(slot->job, end);
-    for (size_t t = from; slot->counts && t < end; t++)
-        sampler_note(s->sampler, i, request->prompt[t], false);
-    if (is_scored(slot))
-        put_scores(s, slot, from, end, logits);
-    if (end < request->n_prompt)
-        return;
-    if (will_draw(s, slot))
-        draw(s, i, logits + (size_t)(n_logit_rows - 1) * (size_t)s->vocab_size);
-    else
+    size_t end = share->from + (size_t)share->n_prompt_rows;
+    slot->n_coming -= share->n_entries;
+    if (share->n_prompt_rows)
+        job_mark_prompt_done(slot->job, end);
+    if (share->n_entries > share->n_scores + share->draws)
+        put(s, slot, &(struct sampled){.token = request->prompt[0], .logprob = NAN}, true);
+    for (int i = 0; i < share->n_scores; i++)
+        put(s, slot, &results[i], true);
+    if (share->draws)
+        put_draw(s, slot, &results[share->n_scores]);
+    else if (end == request->n_prompt)
         end_slot(s, slot, FINISH_LENGTH, NULL);
-}
-
-static void use_results(struct scheduler *s, const float *logits)
-{
-    for (int k = 0; k < s->plan.n_seqs; k++) {
-        const struct model_seq *seq = &s->plan.seqs[k];
-        int n_logit_rows = seq->logits == LOGITS_ALL ? seq->n_rows : seq->logits == LOGITS_LAST;
-        if (in_prompt(&s->slots[seq->slot]))
-            finish_chunk(s, seq->slot, seq->n_rows, logits, n_logit_rows);
-        else
-            draw(s, seq->slot, logits);
-        logits += (size_t)n_logit_rows * (size_t)s->vocab_size;
-    }
 }
 
 /* Tokens are counted before readers can see them, so that the counters never lag behind. */
-static void step(struct scheduler *s)
+static void count_step(struct scheduler *s, const struct plan *plan)
 {
-    const struct plan *plan = &s->plan;
-    const float *logits = NULL;
+    struct engine_stats more = {.n_steps = 1, .n_prompt_tokens = (uint64_t)plan->n_prompt_rows};
+    for (int k = 0; k < plan->n_seqs; k++) {
+        const struct share *share = &plan->shares[k];
+        bool owned = planner_owner(s->planner, share) != NULL;
+        more.n_output_tokens += share->draws && owned;
+        more.n_dropped_tokens += share->draws && !owned;
+    }
+    inbox_count(&s->inbox, &more);
+}
+
+static void collect_step(struct scheduler *s)
+{
+    const struct plan *plan = &s->plans[s->oldest];
+    const struct sampled *results = NULL;
     struct error err;
-    int64_t start_ns = job_clock_ns();
-    if (model_step(s->model, plan->tokens, plan->seqs, plan->n_seqs, &logits, &err)) {
+    if (stepper_collect(s->stepper, &results, &err)) {
         fail_device(s, &err);
         return;
     }
-    inbox_count(&s->inbox, &(struct engine_stats){
-                               .n_steps = 1,
-                               .n_prompt_tokens = (uint64_t)(plan->n_rows - plan->n_decode_rows),
-                               .n_output_tokens = (uint64_t)plan->n_draws,
-                           });
-    use_results(s, logits);
-    inbox_count(&s->inbox,
-                &(struct engine_stats){.step_ns = (uint64_t)(job_clock_ns() - start_ns)});
+    s->oldest = (s->oldest + 1) % s->depth;
+    s->n_queued--;
+    count_step(s, plan);
+    for (int k = 0; k < plan->n_seqs; k++) {
+        const struct share *share = &plan->shares[k];
+        struct slot *slot = planner_owner(s->planner, share);
+        if (slot)
+            use_share(s, slot, share, results);
+        results += share->n_scores + share->draws;
+    }
+    int64_t now = job_clock_ns();
+    inbox_count(&s->inbox, &(struct engine_stats){.step_ns = (uint64_t)(now - s->busy_since_ns)});
+    s->busy_since_ns = now;
 }
 
 /* ---- The thread ---- */
 
-/* When a job that only waits runs into its deadline. */
-static int64_t next_deadline_ns(const struct scheduler *s)
+/* One turn: queue a step if there is something to do, and collect the oldest when no more can
+ * be queued. False: nothing was done. */
+static bool turn(struct scheduler *s)
 {
-    int64_t earliest = s->queue_wake_ns;
-    for (int i = 0; i < s->options.n_slots; i++) {
-        int64_t deadline_ns = s->slots[i].job ? job_deadline_ns(s->slots[i].job) : 0;
-        if (deadline_ns && deadline_ns < earliest)
-            earliest = deadline_ns;
-    }
-    return earliest;
+    bool by_job, rung = inbox_answer(&s->inbox, &by_job);
+    end_overdue(s, rung, by_job);
+    if (by_job)
+        planner_retry(s->planner);
+    admit(s);
+    bool queued = queue_step(s);
+    bool collects = s->n_queued && (!queued || s->n_queued == s->depth);
+    if (collects)
+        collect_step(s);
+    wake_readers(s);
+    return queued || collects;
 }
 
 static void *run(void *context)
 {
     struct scheduler *s = context;
-    while (!atomic_load(&s->stopping)) {
-        end_overdue(s, inbox_answer(&s->inbox));
-        admit(s);
-        make_plan(s);
-        if (s->plan.n_seqs)
-            step(s);
-        wake_readers(s);
-        if (!s->plan.n_seqs)
-            inbox_sleep(&s->inbox, next_deadline_ns(s));
-    }
+    while (!atomic_load(&s->stopping))
+        if (!turn(s))
+            inbox_sleep(&s->inbox, earlier(s->queue_wake_ns, s->slots_wake_ns));
+    while (s->n_queued)
+        collect_step(s);
     struct error err;
     fail(&err, STATUS_SHUTDOWN, "the engine is shutting down");
     end_all(s, &err);
@@ -392,34 +295,46 @@ static void *run(void *context)
 
 /* ---- Opening, closing, submitting ---- */
 
-void scheduler_limits(const struct scheduler_options *o, int *max_rows, int *max_logit_rows)
+static int max_batch(const struct scheduler_options *o)
 {
-    int least = o->n_slots - 1 + o->chunk_tokens;
-    int scored = o->chunk_tokens < MAX_SCORED_CHUNK ? o->chunk_tokens : MAX_SCORED_CHUNK;
-    *max_rows = o->step_tokens > least ? o->step_tokens : least;
-    *max_logit_rows = o->n_slots - 1 + scored;
+    return o->max_batch && o->max_batch < o->n_slots ? o->max_batch : o->n_slots;
 }
 
-static enum status take_memory(struct scheduler *s, struct error *err)
+void scheduler_limits(const struct scheduler_options *o, int *max_rows, int *max_logit_rows)
 {
-    size_t n_slots = (size_t)s->options.n_slots;
-    s->slots = calloc(n_slots, sizeof(*s->slots));
-    s->plan.tokens = calloc((size_t)s->max_rows, sizeof(*s->plan.tokens));
-    s->plan.seqs = calloc(n_slots, sizeof(*s->plan.seqs));
-    if (!s->slots || !s->plan.tokens || !s->plan.seqs)
-        return fail(err, STATUS_NOMEM, "scheduler of %zu slots: out of memory", n_slots);
-    const struct model_config *config = model_config(s->model);
-    return sampler_open(&s->sampler, s->options.n_slots, config->vocab_size, config->eos_token_id,
-                        config->n_eos, err);
+    int n_beside = max_batch(o) < o->n_slots ? max_batch(o) : o->n_slots - 1;
+    int least = n_beside + o->chunk_tokens;
+    *max_rows = o->step_tokens > least ? o->step_tokens : least;
+    *max_logit_rows = n_beside + planner_scored_chunk(o->chunk_tokens);
+}
+
+static enum status take_memory(struct scheduler *s, struct model *model, struct error *err)
+{
+    struct plan_limits limits = {.n_slots = s->options.n_slots,
+                                 .max_batch = max_batch(&s->options),
+                                 .chunk_tokens = s->options.chunk_tokens,
+                                 .max_position = s->max_position};
+    scheduler_limits(&s->options, &limits.max_rows, &limits.max_logit_rows);
+    struct stepper_options options = {.n_slots = limits.n_slots,
+                                      .max_rows = limits.max_rows,
+                                      .max_logit_rows = limits.max_logit_rows,
+                                      .depth = s->options.depth};
+    enum status st = stepper_open(&s->stepper, model, &options, err);
+    if (!st)
+        st = planner_open(&s->planner, &limits, err);
+    s->depth = st ? 0 : stepper_depth(s->stepper);
+    for (int i = 0; i < s->depth && !st; i++)
+        st = plan_open(&s->plans[i], &limits, err);
+    return st;
 }
 
 static void free_memory(struct scheduler *s)
 {
-    sampler_close(s->sampler);
+    stepper_close(s->stepper);
+    planner_close(s->planner);
+    for (int i = 0; i < MAX_DEPTH; i++)
+        plan_close(&s->plans[i]);
     inbox_free(&s->inbox);
-    free(s->plan.tokens);
-    free(s->plan.seqs);
-    free(s->slots);
     free(s);
 }
 
@@ -431,16 +346,12 @@ enum status scheduler_open(struct scheduler **out, struct model *model,
     if (!s)
         return fail(err, STATUS_NOMEM, "scheduler: out of memory");
     s->options = *options;
-    s->model = model;
-    s->vocab_size = model_config(model)->vocab_size;
+    s->config = model_config(model);
     s->max_position = model_max_position(model);
-    s->scored_chunk =
-        options->chunk_tokens < MAX_SCORED_CHUNK ? options->chunk_tokens : MAX_SCORED_CHUNK;
-    scheduler_limits(options, &s->max_rows, &s->max_logit_rows);
-    s->queue_wake_ns = INT64_MAX;
+    s->queue_wake_ns = s->slots_wake_ns = INT64_MAX;
     inbox_init(&s->inbox, options->n_slots, options->max_queue);
 
-    enum status st = take_memory(s, err);
+    enum status st = take_memory(s, model, err);
     if (!st) {
         int failed = pthread_create(&s->thread, NULL, run, s);
         if (failed)
@@ -478,10 +389,10 @@ static enum status check_prompt(const struct scheduler *s, const struct job_requ
                           "the prompt has %zu tokens; this model's context holds %lld", r->n_prompt,
                           (long long)s->max_position);
     for (size_t i = 0; i < r->n_prompt; i++)
-        if (r->prompt[i] < 0 || r->prompt[i] >= s->vocab_size)
+        if (r->prompt[i] < 0 || r->prompt[i] >= s->config->vocab_size)
             return fail_field(err, STATUS_INVALID, "prompt",
                               "token %d at index %zu of the prompt is outside 0..%d", r->prompt[i],
-                              i, s->vocab_size - 1);
+                              i, s->config->vocab_size - 1);
     return STATUS_OK;
 }
 
@@ -490,7 +401,7 @@ enum status scheduler_submit(struct scheduler *s, struct job *job, struct error 
     const struct job_request *request = job_request(job);
     enum status st = check_prompt(s, request, err);
     if (!st)
-        st = sampling_params_check(&request->sampling, s->vocab_size, err);
+        st = sampling_params_check(&request->sampling, s->config->vocab_size, err);
     return st ? st : inbox_submit(&s->inbox, job, err);
 }
 

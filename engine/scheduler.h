@@ -1,16 +1,17 @@
-/* scheduler.h - which rows the next step takes: queue, slots, batches, deadlines.
+/* scheduler.h - the thread of a device: queue, slots, steps, deadlines.
  *
- * A job waits in a bounded queue (first in, first out) until one of n_slots slots is free.
- * Every step takes one row of every decoding slot, then chunks of prompts, in turns, while the
- * step has room. Chunks begin at multiples of chunk_tokens (of at most 256 for scored prompts,
- * whose rows all need logits) from the job's first token and are taken whole, so which rows share
- * a chunk does not depend on the load. So a decoding job waits for max_rows rows at most from one
- * token to the next, however many prompts arrive. Before each step,
- * cancelled and overdue jobs end, those in the queue too. A job whose ring has no room misses
- * steps until its reader makes some. With nothing to do the thread sleeps.
+ * A job waits in a bounded queue (first in, first out) until one of n_slots slots is free. What
+ * a step serves is said in plan.h: every decoding slot, or max_batch of them in turns, then
+ * chunks of prompts while there is room. So a decoding job waits for max_rows rows at most from
+ * one of its turns to the next, however many prompts arrive. Before each step, cancelled and
+ * overdue jobs end, those in the queue too. A job whose ring has no room misses steps until its
+ * reader makes some. With nothing to do the thread sleeps.
+ *
+ * Where the stepper takes a second step while the first runs, it is planned without the first
+ * one's tokens. What a job has there that ended in the first is dropped when it comes back.
  *
  * Threads: open, drain and close by one thread; submit, take_ready and stats by any. The
- *          engine thread, started by open, runs the model and the samplers.
+ *          engine thread, started by open, drives the stepper.
  * Memory:  all taken in scheduler_open; the engine thread allocates nothing.
  * Errors:  as in engine.h. Whatever fails in a step is a DEVICE error and sticky: all jobs end
  *          with it, and later ones are refused.
@@ -29,14 +30,17 @@ struct scheduler;
 
 struct scheduler_options {
     int n_slots, max_queue;
+    int max_batch;                 /* decoding rows of one step at most; 0: n_slots */
     int step_tokens, chunk_tokens; /* as in engine.h */
+    int depth;                     /* of the stepper; 0: as the backend */
     size_t max_prompt_tokens;      /* 0: no limit */
     void (*wake)(void *context);
     void *wake_context;
 };
 
 /* The max_rows and max_logit_rows that the model must be opened with. max_rows is step_tokens,
- * or more where n_slots - 1 decoding rows and one chunk would not fit. */
+ * or more where a prompt's whole chunk would not fit beside as many decoding rows as there can
+ * be: max_batch, and n_slots - 1. */
 void scheduler_limits(const struct scheduler_options *options, int *max_rows, int *max_logit_rows);
 
 /* Start serving jobs with a model, borrowed until scheduler_close; nobody else may use it. */

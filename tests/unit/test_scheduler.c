@@ -1,6 +1,7 @@
 /* test_scheduler.c - the scheduler over a model that is trivially right.
  *
- * This file stands in for model.c: its "state" is a hash of all tokens a slot has seen and of
+ * This file stands in for model.c, with drawing on the host or on the "device", and a step or
+ * two on their way: its "state" is a hash of all tokens a slot has seen and of
  * the places where prompts were cut in chunks, its logits are a function of that hash. So a
  * job's exact output can be computed without a scheduler, and any token applied twice, lost,
  * reordered, taken from a neighbour or cut at another place changes it.
@@ -18,15 +19,36 @@
 #include <time.h>
 
 #include "engine/scheduler.h"
+#include "engine/stepper.h"
 #include "tests/unit/fail_alloc.h"
 
-enum { V = 97, EOS = 5, MAX_SLOTS = 64, MAX_LOG = 4096 };
+enum { V = 97, EOS = 5, MAX_SLOTS = 64, MAX_LOG = 4096, MAX_RESULTS = 2048, MAX_QUEUED = 3 };
+
+/* How steps go: how many the scheduler has on their way, and how many the model takes (0: the
+ * host draws). */
+static const struct variant {
+    int depth, model_depth;
+} variants[] = {{1, 0}, {2, 0}, {1, 1}, {2, 2}};
+static const struct variant *variant = variants;
+
+static int take_variant(void **state)
+{
+    variant = *state ? *state : variants;
+    return 0;
+}
 
 /* ---- The model ---- */
 
 struct fake_slot {
     uint64_t hash;
     uint64_t position;
+};
+
+/* A step of a device that is on its way. */
+struct fake_queued {
+    struct sampled results[MAX_RESULTS];
+    bool fails;
+    int step;
 };
 
 struct log_entry {
@@ -41,12 +63,20 @@ static struct fake {
     struct fake_slot slots[MAX_SLOTS];
     float *logits; /* [max_logit_rows, V] */
 
+    /* Of a device: what its slots draw with, and the steps on their way. */
+    struct sampler *sampler;
+    struct sampling_params params[MAX_SLOTS];
+    int32_t drawn[MAX_SLOTS];
+    struct fake_queued queued[MAX_QUEUED];
+    int n_queued, n_collected;
+
     pthread_mutex_t lock; /* guards all that follows */
     pthread_cond_t changed;
     int n_allowed; /* steps that may pass the gate, -1: all */
     int n_arrived; /* steps that reached the gate */
-    int n_steps;
-    int fail_at; /* step that fails, -1: none */
+    int n_passed;  /* and those that are behind it */
+    int n_steps;   /* that were queued */
+    int fail_at;   /* step that fails, -1: none */
     struct log_entry log[MAX_LOG];
     int n_log;
 } fake;
@@ -74,18 +104,21 @@ static void logits_of(uint64_t hash, float *logits)
         logits[t] = (float)(mix(hash + (uint64_t)t * 77) >> 40) * 0x1p-22f; /* 0..4 */
 }
 
-/* The functions of model.h that the scheduler calls; the archive's model.o is not linked. */
-enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
-                       int n_seqs, const float **logits, struct error *err)
+/* Wait until the gate lets a step pass. With the lock held. */
+static void pass_gate(void)
 {
-    (void)m;
-    pthread_mutex_lock(&fake.lock);
     fake.n_arrived++;
     pthread_cond_broadcast(&fake.changed);
     while (fake.n_allowed == 0)
         pthread_cond_wait(&fake.changed, &fake.lock);
     if (fake.n_allowed > 0)
         fake.n_allowed--;
+    fake.n_passed++;
+}
+
+/* Rows into the slots' states, logits out of them. With the lock held; returns the step. */
+static int run_rows(const int32_t *tokens, const struct model_seq *seqs, int n_seqs)
+{
     int step = fake.n_steps++, n_rows = 0, n_logit_rows = 0;
     bool used[MAX_SLOTS] = {false};
     for (int k = 0; k < n_seqs; k++) {
@@ -99,6 +132,10 @@ enum status model_step(struct model *m, const int32_t *tokens, const struct mode
         slot->hash = cut(slot->hash, seq->n_rows);
         for (int i = 0; i < seq->n_rows; i++) {
             int32_t token = tokens[n_rows++];
+            if (token == TOKEN_DRAWN && variant->model_depth)
+                token = fake.drawn[seq->slot];
+            else if (variant->model_depth && fake.sampler)
+                sampler_note(fake.sampler, seq->slot, token, false);
             CHECK(token >= 0 && token < V);
             slot->hash = feed(slot->hash, token);
             slot->position++;
@@ -111,10 +148,79 @@ enum status model_step(struct model *m, const int32_t *tokens, const struct mode
         CHECK(!fake.max_position || slot->position <= (uint64_t)fake.max_position);
     }
     CHECK(n_rows <= fake.max_rows);
+    return step;
+}
+
+/* The functions of model.h that the scheduler and its stepper call; the archive's model.o is
+ * not linked. */
+enum status model_step(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
+                       int n_seqs, const float **logits, struct error *err)
+{
+    (void)m;
+    CHECK(!variant->model_depth);
+    pthread_mutex_lock(&fake.lock);
+    pass_gate();
+    int step = run_rows(tokens, seqs, n_seqs);
     bool fails = step == fake.fail_at;
     pthread_mutex_unlock(&fake.lock);
     *logits = fake.logits;
     return fails ? fail(err, STATUS_DEVICE, "broken at step %d", step) : STATUS_OK;
+}
+
+int model_depth(const struct model *m)
+{
+    (void)m;
+    return variant->model_depth;
+}
+
+enum status model_admit(struct model *m, int slot, const struct sampling_params *params,
+                        struct error *err)
+{
+    (void)m, (void)err;
+    fake.params[slot] = *params;
+    fake.drawn[slot] = -1;
+    sampler_reset(fake.sampler, slot);
+    return STATUS_OK;
+}
+
+/* All is computed when queued, and shown when collected. */
+enum status model_queue(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
+                        int n_seqs, const struct step_draw *draws, int n_draws,
+                        const struct step_score *scores, int n_scores, struct error *err)
+{
+    (void)m, (void)err;
+    CHECK(fake.n_queued - fake.n_collected < variant->model_depth);
+    CHECK(n_draws + n_scores <= MAX_RESULTS);
+    struct fake_queued *q = &fake.queued[fake.n_queued++ % (variant->model_depth + 1)];
+    memset(q, 0xee, sizeof(*q));
+    pthread_mutex_lock(&fake.lock);
+    q->step = run_rows(tokens, seqs, n_seqs);
+    q->fails = q->step == fake.fail_at;
+    pthread_mutex_unlock(&fake.lock);
+    struct sampled *out = q->results;
+    for (int i = 0; i < n_draws; i++, out++) {
+        const struct step_draw *d = &draws[i];
+        sampler_draw(fake.sampler, d->slot, fake.logits + d->logit_row * V, &fake.params[d->slot],
+                     d->position, d->n_output, out);
+        fake.drawn[d->slot] = out->token;
+        sampler_note(fake.sampler, d->slot, out->token, true);
+    }
+    for (int i = 0; i < n_scores; i++, out++)
+        sampler_score(fake.sampler, fake.logits + scores[i].logit_row * V, scores[i].target,
+                      scores[i].n_top, out);
+    return STATUS_OK;
+}
+
+enum status model_collect(struct model *m, const struct sampled **results, struct error *err)
+{
+    (void)m;
+    CHECK(fake.n_collected < fake.n_queued);
+    struct fake_queued *q = &fake.queued[fake.n_collected++ % (variant->model_depth + 1)];
+    pthread_mutex_lock(&fake.lock);
+    pass_gate();
+    pthread_mutex_unlock(&fake.lock);
+    *results = q->results;
+    return q->fails ? fail(err, STATUS_DEVICE, "broken at step %d", q->step) : STATUS_OK;
 }
 
 void model_reset(struct model *m, int slot)
@@ -169,9 +275,13 @@ static struct scheduler *start_with(const struct scheduler_options *options, int
     scheduler_limits(options, &fake.max_rows, &fake.max_logit_rows);
     fake.logits = calloc((size_t)fake.max_logit_rows * V, sizeof(float));
     atomic_store(&n_wakes, 0);
+    struct scheduler_options with_depth = *options;
     struct scheduler *s = NULL;
     struct error err;
-    if (scheduler_open(&s, NULL, options, &err))
+    const int32_t eos = EOS;
+    with_depth.depth = variant->depth;
+    if (sampler_open(&fake.sampler, MAX_SLOTS, V, &eos, 1, &err) ||
+        scheduler_open(&s, NULL, &with_depth, &err))
         fail_msg("%s", err.text);
     return s;
 }
@@ -190,6 +300,7 @@ static void stop(struct scheduler *s)
     pthread_mutex_unlock(&fake.lock);
     scheduler_close(s);
     free(fake.logits);
+    sampler_close(fake.sampler);
     pthread_cond_destroy(&fake.changed);
     pthread_mutex_destroy(&fake.lock);
 }
@@ -221,9 +332,11 @@ static int steps_done(void)
 
 static void pass_steps(int n)
 {
-    int done = steps_done();
+    pthread_mutex_lock(&fake.lock);
+    int passed = fake.n_passed;
+    pthread_mutex_unlock(&fake.lock);
     allow(n);
-    wait_at_gate(done + n);
+    wait_at_gate(passed + n);
 }
 
 struct spec {
@@ -377,6 +490,17 @@ static void check_output(struct job *job, const struct spec *spec, int chunk, in
     assert_int_equal(snapshot.stopped_by_token, finish == FINISH_STOP);
 }
 
+/* Returns once the engine takes no more steps. */
+static void settle(struct scheduler *s)
+{
+    struct engine_stats before, after;
+    do {
+        scheduler_stats(s, &before);
+        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        scheduler_stats(s, &after);
+    } while (before.n_steps != after.n_steps);
+}
+
 /* ---- Outputs ---- */
 
 static void test_outputs_alone(void **state)
@@ -416,17 +540,22 @@ static void test_outputs_together(void **state)
         specs[i].repetition_penalty = i % 4 ? 1 : 1.3f;
         jobs[i] = submit(s, &specs[i]);
     }
+    uint64_t n_prompt = 0, n_output = 0;
     for (int i = N - 1; i >= 0; i--) {
+        struct job_snapshot snapshot;
         check_output(jobs[i], &specs[i], 8, 0);
+        job_snapshot(jobs[i], &snapshot);
+        n_prompt += (uint64_t)specs[i].n_prompt;
+        n_output += snapshot.n_output;
         job_release(jobs[i]);
     }
+    settle(s); /* the last job may have ended with a row on its way */
     struct engine_stats stats;
     scheduler_stats(s, &stats);
     assert_true(stats.n_running == 0 && stats.n_waiting == 0);
-    uint64_t n_prompt = 0;
-    for (int i = 0; i < N; i++)
-        n_prompt += (uint64_t)specs[i].n_prompt;
     assert_int_equal(stats.n_prompt_tokens, n_prompt);
+    assert_int_equal(stats.n_output_tokens, n_output); /* what was dropped is not among them */
+    assert_int_equal(stats.n_dropped_tokens > 0, variant->depth == 2);
     stop(s);
 }
 
@@ -628,6 +757,47 @@ static void test_small_budget(void **state)
     stop(s);
 }
 
+/* More decoding slots than a step takes: each waits for the others' turn, and prompts still
+ * get their chunk beside a full batch. */
+static void test_turns(void **state)
+{
+    (void)state;
+    enum { SLOTS = 23, BATCH = 4 };
+    struct scheduler_options options = small_options();
+    options.n_slots = SLOTS;
+    options.max_batch = BATCH;
+    options.step_tokens = 2;
+    int max_rows, max_logit_rows;
+    scheduler_limits(&options, &max_rows, &max_logit_rows);
+    assert_int_equal(max_rows, BATCH + 8); /* all of a batch may decode beside the chunk */
+    assert_int_equal(max_logit_rows, BATCH + 8);
+    struct scheduler *s = start_with(&options, 0, 0);
+    struct job *jobs[SLOTS + 1];
+    struct spec spec = plain;
+    spec.max_tokens = 60;
+    spec.n_prompt = 30;
+    for (int i = 0; i <= SLOTS; i++) {
+        spec.seed = (uint64_t)i;
+        jobs[i] = submit(s, &spec);
+    }
+    allow(-1);
+    for (int i = 0; i <= SLOTS; i++) {
+        spec.seed = (uint64_t)i;
+        check_output(jobs[i], &spec, 8, 0);
+        job_release(jobs[i]);
+    }
+    /* Once all decode, they follow each other in a circle. */
+    int first = 0, n_chunks = 0;
+    while (n_chunks < SLOTS * 4)
+        n_chunks += fake.log[first++].n_rows > 1;
+    for (int i = first; i < first + SLOTS * 20; i++) {
+        assert_int_equal(fake.log[i].n_rows, 1);
+        assert_true(i < first + SLOTS || fake.log[i].slot == fake.log[i - SLOTS].slot);
+        assert_int_not_equal(fake.log[i].step, fake.log[i - BATCH].step);
+    }
+    stop(s);
+}
+
 static void test_first_in_first_out(void **state)
 {
     (void)state;
@@ -735,7 +905,7 @@ static void test_cancel(void **state)
     assert_int_equal(finish_of(a, NULL), FINISH_CANCELLED);
     assert_int_equal(finish_of(b, NULL), FINISH_CANCELLED);
     assert_int_equal(finish_of(waiting, NULL), FINISH_CANCELLED);
-    assert_true(steps_done() <= done + 1); /* the step that was on its way */
+    assert_true(steps_done() <= done + variant->depth); /* the steps that were on their way */
     struct job_snapshot snapshot;
     job_snapshot(waiting, &snapshot);
     assert_true(snapshot.admitted_ns == 0);
@@ -785,17 +955,6 @@ static void test_deadlines(void **state)
     stop(s);
 }
 
-/* Returns once the engine takes no more steps. */
-static void settle(struct scheduler *s)
-{
-    struct engine_stats before, after;
-    do {
-        scheduler_stats(s, &before);
-        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
-        scheduler_stats(s, &after);
-    } while (before.n_steps != after.n_steps);
-}
-
 /* A job whose reader does not read waits without steps, others go on; then it continues. */
 static void test_full_ring(void **state)
 {
@@ -841,6 +1000,36 @@ static void test_full_ring(void **state)
     stop(s);
 }
 
+/* One slot, many jobs: what a job has in a step behind its end never reaches the next one. */
+static void test_rows_without_owner(void **state)
+{
+    (void)state;
+    enum { N = 40 };
+    struct scheduler_options options = small_options();
+    options.n_slots = 1;
+    struct scheduler *s = start_with(&options, -1, 0);
+    struct job *jobs[N];
+    struct spec specs[N];
+    for (int i = 0; i < N; i++) {
+        specs[i] = plain;
+        specs[i].seed = (uint64_t)i + 3;
+        specs[i].n_prompt = 1 + i % 9;
+        specs[i].max_tokens = i % 5 ? 150 : i % 3; /* eos ends most of them */
+        specs[i].stops = true;
+        specs[i].prompt_logprobs = i % 4 == 1 ? 1 : -1;
+        jobs[i] = submit(s, &specs[i]);
+    }
+    for (int i = 0; i < N; i++) {
+        check_output(jobs[i], &specs[i], 8, 0);
+        job_release(jobs[i]);
+    }
+    settle(s);
+    struct engine_stats stats;
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_dropped_tokens > 10, variant->depth == 2);
+    stop(s);
+}
+
 static void test_device_failure(void **state)
 {
     (void)state;
@@ -865,7 +1054,7 @@ static void test_device_failure(void **state)
     struct engine_stats stats;
     scheduler_stats(s, &stats);
     assert_true(stats.failed && stats.n_running == 0 && stats.n_waiting == 0);
-    assert_int_equal(steps_done(), 4);
+    assert_int_equal(steps_done(), variant->model_depth == 2 ? 5 : 4);
     for (int i = 0; i < 7; i++)
         job_release(jobs[i]);
     stop(s);
@@ -1160,31 +1349,40 @@ static void test_stress(void **state)
     stop(s);
 }
 
+#define IN(test, v)                                                                                \
+    {                                                                                              \
+#test " " #v, test, take_variant, NULL, (void *)(uintptr_t)&variants[v]                    \
+    }
+#define IN_ALL(test) IN(test, 0), IN(test, 1), IN(test, 2), IN(test, 3)
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_outputs_alone),
-        cmocka_unit_test(test_outputs_together),
-        cmocka_unit_test(test_position_limit),
-        cmocka_unit_test(test_no_output),
-        cmocka_unit_test(test_prompt_logprobs),
-        cmocka_unit_test(test_logprobs_come_through),
-        cmocka_unit_test(test_batches),
-        cmocka_unit_test(test_small_budget),
-        cmocka_unit_test(test_first_in_first_out),
-        cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_full_queue),
-        cmocka_unit_test(test_cancel),
-        cmocka_unit_test(test_deadlines),
-        cmocka_unit_test(test_full_ring),
-        cmocka_unit_test(test_device_failure),
-        cmocka_unit_test(test_drain_and_close),
-        cmocka_unit_test(test_ready_list),
-        cmocka_unit_test(test_ready_once),
-        cmocka_unit_test(test_ends_reach_parked_readers),
-        cmocka_unit_test(test_engine_allocates_nothing),
-        cmocka_unit_test(test_out_of_memory),
-        cmocka_unit_test(test_stress),
+        IN_ALL(test_outputs_alone),
+        IN_ALL(test_outputs_together),
+        IN_ALL(test_position_limit),
+        IN_ALL(test_no_output),
+        IN_ALL(test_prompt_logprobs),
+        IN_ALL(test_logprobs_come_through),
+        IN(test_batches, 0),
+        IN(test_batches, 1),
+        IN_ALL(test_small_budget),
+        IN_ALL(test_turns),
+        IN_ALL(test_first_in_first_out),
+        IN(test_refusals, 0),
+        IN(test_full_queue, 0),
+        IN_ALL(test_cancel),
+        IN_ALL(test_deadlines),
+        IN_ALL(test_full_ring),
+        IN_ALL(test_rows_without_owner),
+        IN_ALL(test_device_failure),
+        IN_ALL(test_drain_and_close),
+        IN(test_ready_list, 0),
+        IN(test_ready_once, 0),
+        IN(test_ends_reach_parked_readers, 0),
+        IN_ALL(test_engine_allocates_nothing),
+        IN_ALL(test_out_of_memory),
+        IN_ALL(test_stress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
