@@ -55,7 +55,7 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
     static constexpr int IN_STAGES = HALVES == 1 ? 4 : 3;
     /* Groups of copies that may be unfinished when a stage is used. */
     static constexpr int PENDING = (NORM || STAGES < IN_STAGES ? STAGES : IN_STAGES) - 1;
-    static constexpr int MIN_BLOCKS = HALVES * TILES <= 32 ? 2 : 1;
+    static constexpr int MIN_BLOCKS = HALVES < 8 && HALVES * TILES * PIECES <= 48 ? 2 : 1;
 
     static constexpr int RING_STAGE = UNIT * TILES * 512 * SKINNY_WARPS;
     static constexpr int IN_STAGE = UNIT * PIECES * HALVES * 512 * SKINNY_WARPS;
@@ -111,6 +111,12 @@ static inline bool skinny_possible(const struct product *p)
            (!p->norm.weight ||
             ((uintptr_t)p->norm.weight % 16 == 0 && (uintptr_t)p->norm.bias % 16 == 0));
 }
+
+/* The product with its norm done before, in c->converted; a launch if there is one. */
+struct product product_without_norm(struct cuda *c, const struct product *p);
+
+/* library.cu: the library's scratch memory, which no work holds from one launcher to the next. */
+void *library_scratch(struct library *library, size_t *n_bytes);
 
 /* ---- pieces of the block ---- */
 
