@@ -2,7 +2,11 @@
 #
 #   SAN=address|thread   build with AddressSanitizer + UBSan, or ThreadSanitizer
 #   OPT=-O2              optimisation flags
+#   CUDA=0|1             without or with the GPU backend (default: 1 where there is nvcc)
+#   CUDA_HOME=dir        the CUDA toolkit (default: nvcc's, or /usr/local/cuda)
+#   CUARCH="80 90"       GPU architectures: machine code for each, PTX of the last
 #   V=1                  print whole commands
+#   BUILD=dir            build somewhere else than in build/<variant>/
 #
 # Objects go to build/<variant>/, so changing a variable never needs a clean.
 
@@ -11,7 +15,13 @@ OPT    ?= -O3
 MODEL  ?= weights/latte-12m
 ARGS   ?=
 
-VARIANT := $(if $(SAN),san-$(SAN),release)
+NVCC_ON_PATH := $(shell command -v nvcc)
+CUDA_HOME ?= $(or $(NVCC_ON_PATH:%/bin/nvcc=%),/usr/local/cuda)
+CUARCH  ?= 80 90
+NVCC    := $(wildcard $(CUDA_HOME)/bin/nvcc)
+CUDA    ?= $(if $(NVCC),1,0)
+
+VARIANT := $(if $(SAN),san-$(SAN),release$(if $(NVCC),$(if $(filter 0,$(CUDA)),-nocuda)))
 BUILD   := build/$(VARIANT)
 
 # One short line a file, or with V=1 the commands.
@@ -32,10 +42,40 @@ TEST_LIBS := -lcmocka -lcurl -lyaml
 
 # What belongs to one program is linked into it; everything else goes into one archive.
 MAINS    := server/main.c
-LIB_SRC  := $(filter-out $(MAINS),$(wildcard engine/base/*.c engine/*.c engine/kernels/*.c weights/*.c server/*.c))
+CUDA_NONE := engine/backend_cuda_none.c
+LIB_SRC  := $(filter-out $(MAINS) $(CUDA_NONE),$(wildcard engine/base/*.c engine/*.c engine/kernels/*.c weights/*.c server/*.c))
 LIB_OBJ  := $(LIB_SRC:%.c=$(BUILD)/%.o)
 LIB      := $(BUILD)/liblatte.a
 PROGRAMS := $(BUILD)/latte-server $(BUILD)/latte-run $(BUILD)/latte-bench
+
+# The CUDA backend comes in three archives. Programs get the real one; not when they are built
+# with a sanitizer, whose shadow memory is where the driver puts its own. Tests without a GPU get
+# the one that runs the kernels on the host, wherever there are CUDA's headers.
+CUDA_SRC  := $(wildcard engine/backend_cuda.cu engine/kernels/cuda/*.cu)
+EMULATOR  := $(wildcard tests/emulate/*.cc)
+REAL      := $(BUILD)/libcuda.a
+EMULATED  := $(BUILD)/libcuda_emulated.a
+NONE      := $(BUILD)/libcuda_none.a
+HAS_CUDA  := $(filter 1,$(if $(SAN),0,$(CUDA)))
+HAS_HEADERS := $(wildcard $(CUDA_HOME)/include/cuda_runtime.h)
+PROGRAM_CUDA := $(if $(HAS_CUDA),$(REAL),$(NONE))
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -Wl,--as-needed \
+             -lcudart_static -lcublasLt -lrt -ldl -lstdc++
+PROGRAM_LIBS := $(LIBS) $(if $(HAS_CUDA),$(CUDA_LIBS))
+NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler -Wall,-Wextra -I. \
+             $(foreach a,$(CUARCH),-gencode arch=compute_$a,code=sm_$a) \
+             -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH))
+# Kernels read memory as what it is not (16 bytes at once), as CUDA allows. Fibers are not for
+# ThreadSanitizer.
+EMULATE_FLAGS := -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function \
+             -fno-strict-aliasing -fno-omit-frame-pointer -pthread -DLATTE_EMULATE -I. \
+             -isystem $(CUDA_HOME)/include -fno-sanitize-recover=all -fsanitize=alignment \
+             $(if $(filter address,$(SAN)),$(SAN_FLAGS))
+
+CUDA_TESTS := $(patsubst tests/%,%,$(basename $(wildcard tests/cuda/test_*.c tests/cuda/test_*.cu)) \
+              $(addprefix tests/unit/,test_backend test_model test_model_golden))
+EMULATED_TESTS := $(if $(HAS_HEADERS),$(addprefix $(BUILD)/tests/emulated/,$(notdir $(CUDA_TESTS))))
+GPU_TESTS  := $(addprefix $(BUILD)/tests/gpu/,$(filter-out test_emulate,$(notdir $(CUDA_TESTS))))
 
 UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
 HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/http/test_*.c))
@@ -49,11 +89,12 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
               $(wildcard tests/golden/tokenizer/*.json)
 FUZZ_SECONDS ?= 20
 
-.PHONY: all help packages serve test unit-test http-test unit-tests http-tests bench fuzz fuzz-run deps format clean
+.PHONY: all help packages serve test unit-test http-test cuda-test unit-tests http-tests cuda-tests \
+        gpu-tests test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 packages: ## install the Debian packages that are missing (sudo when not root)
 	@sh deploy/packages.sh build
@@ -64,8 +105,8 @@ serve: packages ## build and serve the bundled model on 127.0.0.1:8080 (MODEL=di
 
 test: ## install what is missing, build, and run all tests
 	@sh deploy/packages.sh test
-	@$(MAKE) --no-print-directory -j$$(nproc) all unit-tests http-tests
-	@sh tests/run.sh $(BUILD)
+	@$(MAKE) --no-print-directory -j$$(nproc) all unit-tests http-tests cuda-tests
+	@sh tests/run.sh $(BUILD) unit http $(if $(HAS_HEADERS),emulated)
 
 unit-test: ## the unit tests alone (TEST_ONLY=name picks some)
 	@sh deploy/packages.sh test
@@ -77,41 +118,96 @@ http-test: ## the HTTP tests alone
 	@$(MAKE) --no-print-directory -j$$(nproc) http-tests
 	@sh tests/run.sh $(BUILD) http
 
+cuda-test: ## the tests of the CUDA backend alone, run by the host
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) cuda-tests
+	@sh tests/run.sh $(BUILD) $(if $(HAS_HEADERS),emulated)
+
+test-gpu: ## the tests that need a GPU (GPU_PREBUILT=1: run what gpu-tests built)
+ifndef GPU_PREBUILT
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) gpu-tests
+endif
+	@sh tests/run.sh $(BUILD) gpu
+
+test-gpu-sanitize: ## a quick selection of them under compute-sanitizer's tools
+ifndef GPU_PREBUILT
+	@sh deploy/packages.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) gpu-tests
+endif
+	@for tool in memcheck racecheck initcheck; do echo "== $$tool"; \
+	  LATTE_TEST_QUICK=1 TEST_EXCEPT=stress \
+	  TEST_UNDER="compute-sanitizer --tool $$tool --error-exitcode 1" \
+	  sh tests/run.sh $(BUILD) gpu || exit 1; done
+
+gpu-tests: $(GPU_TESTS) ## build the tests that need a GPU, to run them elsewhere too
+	@git describe --always --dirty >$(BUILD)/commit 2>/dev/null || echo unknown >$(BUILD)/commit
+cuda-tests: $(EMULATED_TESTS)
+	@$(if $(HAS_HEADERS),:,echo "tests of the CUDA backend LEFT OUT: no CUDA headers in $(CUDA_HOME)/include")
+
 unit-tests: $(UNIT_TESTS)
 http-tests: $(HTTP_TESTS) $(BUILD)/latte-server
 
 $(LIB): $(LIB_OBJ)
-	@rm -f $@
-	$(say) AR $@
-	$(Q)ar rcs $@ $^
-
-$(BUILD)/latte-server: $(BUILD)/server/main.o $(LIB)
-	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
-
-$(BUILD)/latte-run: $(RUN_SRC:%.c=$(BUILD)/%.o) $(LIB)
-	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
-
-$(BUILD)/latte-bench: $(BENCH_SRC:%.c=$(BUILD)/%.o) $(LIB)
-	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) -lcurl
-
+$(REAL): $(CUDA_SRC:%.cu=$(BUILD)/cuda/%.o)
+$(EMULATED): $(CUDA_SRC:%.cu=$(BUILD)/emulated/%.o) $(EMULATOR:%.cc=$(BUILD)/emulated/%.o)
+$(NONE): $(CUDA_NONE:%.c=$(BUILD)/%.o)
 # An archive, so that a test which stands in for a file (test_scheduler for model.c) can.
 $(BUILD)/libunit.a: $(UNIT_HELP)
+$(BUILD)/%.a:
 	@rm -f $@
 	$(say) AR $@
 	$(Q)ar rcs $@ $^
 
-$(BUILD)/tests/unit/test_%: $(BUILD)/tests/unit/test_%.o $(BUILD)/libunit.a $(LIB)
+# $(call link,$(CC),libraries): the archives need each other.
+link = $(Q)$1 $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) -Wl,--end-group $2
+
+$(BUILD)/latte-server: $(BUILD)/server/main.o $(LIB) $(PROGRAM_CUDA)
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
+	$(call link,$(CC),$(PROGRAM_LIBS))
+
+$(BUILD)/latte-run: $(RUN_SRC:%.c=$(BUILD)/%.o) $(LIB) $(PROGRAM_CUDA)
+	$(say) LD $@
+	$(call link,$(CC),$(PROGRAM_LIBS))
+
+$(BUILD)/latte-bench: $(BENCH_SRC:%.c=$(BUILD)/%.o) $(LIB) $(PROGRAM_CUDA)
+	$(say) LD $@
+	$(call link,$(CC),$(PROGRAM_LIBS) -lcurl)
+
+$(BUILD)/tests/unit/test_%: $(BUILD)/tests/unit/test_%.o $(BUILD)/libunit.a $(LIB) $(NONE)
+	$(say) LD $@
+	$(call link,$(CC),$(LIBS) $(TEST_LIBS))
+
+# A test of the CUDA backend is a unit test's program again, or a .c or .cu file of its own.
+define link_emulated
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(call link,$(CXX) -fsanitize=alignment,$(LIBS) $(TEST_LIBS))
+endef
+define link_gpu
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(call link,$(CC),$(PROGRAM_LIBS) $(TEST_LIBS))
+endef
+FOR_CUDA := $(BUILD)/libunit.a $(LIB)
+$(BUILD)/tests/emulated/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(EMULATED)
+	$(link_emulated)
+$(BUILD)/tests/emulated/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(EMULATED)
+	$(link_emulated)
+$(BUILD)/tests/emulated/test_%: $(BUILD)/emulated/tests/cuda/test_%.o $(FOR_CUDA) $(EMULATED)
+	$(link_emulated)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(REAL)
+	$(link_gpu)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(REAL)
+	$(link_gpu)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/cuda/tests/cuda/test_%.o $(FOR_CUDA) $(REAL)
+	$(link_gpu)
 
 $(BUILD)/tests/unit/test_run: | $(BUILD)/latte-run
 
-$(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB)
+$(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB) $(NONE)
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(TEST_LIBS)
+	$(call link,$(CC),$(LIBS) $(TEST_LIBS))
 
 $(BUILD)/server/openapi.o: openapi.yaml
 
@@ -120,9 +216,29 @@ $(BUILD)/%.o: %.c
 	$(say) CC $<
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(SAN_FLAGS) -MMD -MP -c -o $@ $<
 
-$(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_HELP) $(LIB)
+$(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/flags
+	@mkdir -p $(@D)
+	$(say) NVCC $<
+	$(Q)$(NVCC) $(NVCCFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+
+# Changes when the architectures do.
+$(BUILD)/cuda/flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCCFLAGS)' >$@
+
+$(BUILD)/emulated/%.o: %.cu
+	@mkdir -p $(@D)
+	$(say) CXX $<
+	$(Q)$(CXX) $(EMULATE_FLAGS) -MMD -MP -c -o $@ -x c++ $<
+
+$(BUILD)/emulated/%.o: %.cc
+	@mkdir -p $(@D)
+	$(say) CXX $<
+	$(Q)$(CXX) $(EMULATE_FLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_HELP) $(LIB) $(NONE)
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	$(call link,$(CC),$(LIBS))
 
 fuzz: packages ## mutate the inputs of every parser under ASan (FUZZ_SECONDS each)
 	@$(MAKE) --no-print-directory -j$$(nproc) SAN=address fuzz-run
@@ -139,11 +255,11 @@ deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \
 	  | sed -E 's|/[^/:]*:#include "| -> |' | sort | uniq -c
 
-format: ## clang-format every C file
-	clang-format -i $$(git ls-files '*.c' '*.h')
+format: ## clang-format every C and CUDA file
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cc')
 
 clean: ## remove build/
 	rm -rf build
 
 .SECONDARY:
--include $(shell find build -name '*.d' 2>/dev/null)
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

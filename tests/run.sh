@@ -1,13 +1,17 @@
 #!/bin/sh
-# run.sh BUILD [unit|http...] - run the test programs of a build directory, one after another,
+# run.sh BUILD [unit|http|emulated|gpu...] - run the test programs of a build directory, one after another,
 # and count what cmocka reports. Exits with 1 when a test failed, a program crashed or hung, or
 # there was nothing to run.
 #
 #   TEST_TIMEOUT   seconds a program may take (default 300)
 #   TEST_ONLY      run only programs whose path contains one of these words
+#   TEST_EXCEPT    leave out those whose path contains one of these
+#   TEST_UNDER     a command to run each program under
+#
+# gpu says first what it runs on; without a GPU it skips all, aloud.
 set -u
 
-build=${1:?usage: tests/run.sh BUILD [unit|http...]}
+build=${1:?usage: tests/run.sh BUILD [unit|http|emulated|gpu...]}
 shift
 [ $# -gt 0 ] || set -- unit http
 timeout_s=${TEST_TIMEOUT:-300}
@@ -24,7 +28,8 @@ count() {
 
 run_one() {
     started=$(date +%s)
-    timeout -k 10 "$timeout_s" "$1" >"$log" 2>&1 </dev/null
+    # shellcheck disable=SC2086 # words
+    timeout -k 10 "$timeout_s" ${TEST_UNDER:-} "$1" >"$log" 2>&1 </dev/null
     code=$?
     seconds=$(($(date +%s) - started))
     p=$(count PASSED) f=$(count FAILED) s=$(count SKIPPED)
@@ -51,6 +56,9 @@ run_one() {
 }
 
 is_wanted() {
+    for word in ${TEST_EXCEPT:-}; do
+        case $1 in *"$word"*) return 1 ;; esac
+    done
     [ -n "${TEST_ONLY:-}" ] || return 0
     for word in $TEST_ONLY; do
         case $1 in *"$word"*) return 0 ;; esac
@@ -58,10 +66,30 @@ is_wanted() {
     return 1
 }
 
+# What is left of a renamed test has no source any more.
+has_source() {
+    name=${1##*/}
+    case $2 in
+    unit | http) [ -f "tests/$2/$name.c" ] ;;
+    *) [ -f "tests/cuda/$name.cu" ] || [ -f "tests/cuda/$name.c" ] || [ -f "tests/unit/$name.c" ] ;;
+    esac
+}
+
+gpu_names() {
+    nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null
+}
+
 for kind in "$@"; do
+    if [ "$kind" = gpu ]; then
+        if ! gpus=$(gpu_names); then
+            echo "GPU tests SKIPPED: nvidia-smi finds no GPU on this machine"
+            skipped=$((skipped + 1))
+            continue
+        fi
+        echo "commit $(cat "$build/commit" 2>/dev/null || echo unknown), GPU and driver: $gpus"
+    fi
     for program in "$build/tests/$kind"/test_*; do
-        # What is left of a renamed test has no source any more.
-        [ -f "tests/$kind/${program##*/}.c" ] || continue
+        has_source "$program" "$kind" || continue
         if is_wanted "$program"; then
             run_one "$program"
         fi

@@ -1,0 +1,369 @@
+/* test_instructions.cu - what kernels stand on (instructions.cuh, shuffles, barriers, graphs)
+ * against plain loops. On a GPU this tests instructions.cuh; on the host it tests that the
+ * emulator says the same.
+ */
+#include "engine/kernels/cuda/device.cuh"
+
+extern "C" {
+#include "tests/unit/unit.h"
+}
+
+enum { N = 256 };
+
+#define OK(call) assert_int_equal((call), cudaSuccess)
+
+struct fixture {
+    struct queue q;
+    float *in, *out; /* device, [N * 16] */
+    float host[N * 16];
+};
+
+static struct fixture f;
+
+static int open_device(void **)
+{
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess || !n)
+        return 0; /* each test skips */
+    f.q.n_sms = 1;
+    OK(cudaStreamCreate(&f.q.stream));
+    OK(cudaMalloc((void **)&f.in, sizeof(f.host)));
+    OK(cudaMalloc((void **)&f.out, sizeof(f.host)));
+    return 0;
+}
+
+static void need_device(void)
+{
+    if (!f.q.stream) {
+        print_message("skipped: no GPU\n");
+        skip();
+    }
+}
+
+/* Numbers that bf16 holds and whose products add up exactly. */
+static void put_random(uint32_t seed)
+{
+    for (int i = 0; i < N * 16; i++)
+        f.host[i] = (float)((int)(test_random(&seed) % 33) - 16) / 8;
+    OK(cudaMemcpy(f.in, f.host, sizeof(f.host), cudaMemcpyHostToDevice));
+}
+
+static void get(float *out)
+{
+    OK(f.q.error);
+    OK(cudaMemcpyAsync(out, f.out, sizeof(f.host), cudaMemcpyDeviceToHost, f.q.stream));
+    OK(cudaStreamSynchronize(f.q.stream));
+}
+
+/* ---- matrices ---- */
+
+static __device__ uint32_t pair(const float *p, int step)
+{
+    __nv_bfloat162 two = __floats2bfloat162_rn(p[0], p[step]);
+    return *reinterpret_cast<uint32_t *>(&two);
+}
+
+/* d [16, 8] = a [16, 16] b [16, 8] + c, fragments filled from memory as the header describes. */
+static __global__ void fragments(float *d, const float *a, const float *b, const float *c)
+{
+    pdl_trigger();
+    pdl_wait();
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    uint32_t x[4], y[2];
+    float z[4];
+    for (int i = 0; i < 4; i++)
+        x[i] = pair(a + (g + 8 * (i & 1)) * 16 + 2 * t + 8 * (i / 2), 1);
+    for (int i = 0; i < 2; i++)
+        y[i] = pair(b + (2 * t + 8 * i) * 8 + g, 8);
+    for (int i = 0; i < 4; i++)
+        z[i] = c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2];
+    mma_bf16(z, x, y);
+    for (int i = 0; i < 4; i++)
+        d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = z[i];
+}
+
+/* The same by ldmatrix from shared memory, rows of 16 padded to 24. b is stored as it is and
+ * read transposed, or stored transposed and read as it is. */
+template <bool TRANS>
+static __global__ void matrices(float *d, const float *a, const float *b, const float *c)
+{
+    enum { WIDTH = 24 };
+    DYNAMIC_SHARED(bf16, shared);
+    bf16 *sa = shared, *sb = shared + 16 * WIDTH;
+    pdl_trigger();
+    pdl_wait();
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    for (int i = lane; i < 256; i += WARP)
+        sa[i / 16 * WIDTH + i % 16] = from_float<bf16>(a[i]);
+    for (int i = lane; i < 128; i += WARP)
+        sb[TRANS ? i / 8 * WIDTH + i % 8 : i % 8 * WIDTH + i / 8] = from_float<bf16>(b[i]);
+    __syncwarp();
+    uint32_t x[4], y[2];
+    float z[4];
+    ldmatrix_x4(x, sa + lane % 16 * WIDTH + lane / 16 * 8);
+    if (TRANS)
+        ldmatrix_x2_trans(y, sb + lane % 16 * WIDTH);
+    else
+        ldmatrix_x2(y, sb + lane % 8 * WIDTH + lane / 8 % 2 * 8);
+    for (int i = 0; i < 4; i++)
+        z[i] = c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2];
+    mma_bf16(z, x, y);
+    for (int i = 0; i < 4; i++)
+        d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = z[i];
+}
+
+static void test_matrices(void **)
+{
+    need_device();
+    enum { SHARED = 32 * 24 * 2 };
+    for (int way = 0; way < 3; way++) {
+        put_random(7 + way);
+        const float *a = f.in, *b = f.in + 256, *c = f.in + 512;
+        if (way == 0)
+            launch(&f.q, "fragments", fragments, dim3(1), WARP, 0, f.out, a, b, c);
+        if (way == 1)
+            launch(&f.q, "matrices", matrices<false>, dim3(1), WARP, SHARED, f.out, a, b, c);
+        if (way == 2)
+            launch(&f.q, "matrices", matrices<true>, dim3(1), WARP, SHARED, f.out, a, b, c);
+        static float out[N * 16];
+        get(out);
+        for (int i = 0; i < 16; i++) {
+            for (int j = 0; j < 8; j++) {
+                float sum = f.host[512 + i * 8 + j];
+                for (int k = 0; k < 16; k++)
+                    sum += f.host[i * 16 + k] * f.host[256 + k * 8 + j];
+                if (sum != out[i * 8 + j])
+                    fail_msg("way %d, %d %d: %g, expected %g", way, i, j, out[i * 8 + j], sum);
+            }
+        }
+    }
+}
+
+/* x4 and x4_trans give the pairs that the header names. */
+static __global__ void load_four(uint32_t *out)
+{
+    DYNAMIC_SHARED(uint16_t, shared);
+    pdl_trigger();
+    pdl_wait();
+    for (int i = threadIdx.x; i < 256; i += WARP)
+        shared[i] = (uint16_t)i;
+    __syncwarp();
+    uint32_t straight[4], across[4];
+    ldmatrix_x4(straight, shared + threadIdx.x * 8);
+    ldmatrix_x4_trans(across, shared + threadIdx.x * 8);
+    for (int i = 0; i < 4; i++) {
+        out[threadIdx.x * 8 + i] = straight[i];
+        out[threadIdx.x * 8 + 4 + i] = across[i];
+    }
+}
+
+static void test_load_four(void **)
+{
+    need_device();
+    launch(&f.q, "load_four", load_four, dim3(1), WARP, 512, (uint32_t *)f.out);
+    static uint32_t out[N * 16];
+    get((float *)out);
+    for (unsigned lane = 0; lane < 32; lane++) {
+        for (unsigned i = 0; i < 4; i++) {
+            unsigned row = lane / 4, column = 2 * (lane % 4);
+            unsigned low = i * 64 + row * 8 + column, t_low = i * 64 + column * 8 + row;
+            assert_int_equal(out[lane * 8 + i], low | (low + 1) << 16);
+            assert_int_equal(out[lane * 8 + 4 + i], t_low | (t_low + 8) << 16);
+        }
+    }
+}
+
+/* ---- warps and blocks ---- */
+
+static __global__ void shuffles(float *out, const float *in)
+{
+    pdl_trigger();
+    pdl_wait();
+    const unsigned all = 0xffffffffu;
+    const int i = threadIdx.x;
+    const float x = in[i];
+    out[i] = __shfl_sync(all, x, (i * 7 + 3) & 31);
+    out[N + i] = __shfl_up_sync(all, x, 3, 16);
+    out[2 * N + i] = __shfl_down_sync(all, x, 5);
+    out[3 * N + i] = __shfl_xor_sync(all, x, 4, 8);
+    out[4 * N + i] = (float)__popc(__ballot_sync(all, x > 0));
+    out[5 * N + i] = (float)__any_sync(all, x > 1.9f) + 2 * (float)__all_sync(all, x < 5);
+    out[6 * N + i] = (float)__shfl_xor_sync(all, (double)x, 1);
+    out[7 * N + i] = (float)__reduce_max_sync(all, (int)(8 * x));
+    if (i % 32 < 16) /* half a warp alone */
+        out[8 * N + i] = __shfl_xor_sync(0xffffu, x, 8, 16);
+    else
+        out[8 * N + i] = __shfl_xor_sync(0xffff0000u, x, 1, 16);
+}
+
+static void test_shuffles(void **)
+{
+    need_device();
+    put_random(3);
+    launch(&f.q, "shuffles", shuffles, dim3(1), N, 0, f.out, (const float *)f.in);
+    static float out[N * 16];
+    get(out);
+    for (int i = 0; i < N; i++) {
+        const int lane = i % 32;
+        const float *x = f.host, *warp = x + i - lane;
+        int positive = 0, any = 0, most = -1000;
+        for (int j = 0; j < 32; j++) {
+            positive += warp[j] > 0;
+            any |= warp[j] > 1.9f;
+            most = (int)(8 * warp[j]) > most ? (int)(8 * warp[j]) : most;
+        }
+        assert_true(out[i] == warp[((i % N) * 7 + 3) & 31]);
+        assert_true(out[N + i] == x[lane % 16 < 3 ? i : i - 3]);
+        assert_true(out[2 * N + i] == x[lane + 5 > 31 ? i : i + 5]);
+        assert_true(out[3 * N + i] == x[i ^ 4]);
+        assert_true(out[4 * N + i] == (float)positive);
+        assert_true(out[5 * N + i] == (float)(any + 2));
+        assert_true(out[6 * N + i] == x[i ^ 1]);
+        assert_true(out[7 * N + i] == (float)most);
+        assert_true(out[8 * N + i] == x[lane < 16 ? i ^ 8 : i ^ 1]);
+    }
+}
+
+/* Rounds of: write my place, meet, read my neighbour's. Half the threads return early. */
+static __global__ void barriers(float *out, const float *in)
+{
+    __shared__ float line[N], scratch[32];
+    pdl_trigger();
+    pdl_wait();
+    const int i = threadIdx.x, half = N / 2;
+    float x = in[blockIdx.x * N + i];
+    const float sum = block_sum(x, scratch);
+    if (i >= half)
+        return;
+    for (int round = 0; round < 5; round++) {
+        line[i] = x;
+        __syncthreads();
+        x = line[(i + 1) % half];
+        __syncthreads();
+    }
+    out[blockIdx.x * N + i] = x;
+    out[blockIdx.x * N + half + i] = sum;
+    if (i == 0)
+        atomicAdd(&out[15 * N], 1.f);
+}
+
+static void test_barriers(void **)
+{
+    need_device();
+    put_random(5);
+    OK(cudaMemset(f.out, 0, sizeof(f.host)));
+    launch(&f.q, "barriers", barriers, dim3(8), N, 0, f.out, (const float *)f.in);
+    static float out[N * 16];
+    get(out);
+    for (int b = 0; b < 8; b++) {
+        float sum = 0;
+        for (int i = 0; i < N; i++)
+            sum += f.host[b * N + i];
+        for (int i = 0; i < N / 2; i++) {
+            assert_true(out[b * N + i] == f.host[b * N + (i + 5) % (N / 2)]);
+            assert_true(out[b * N + N / 2 + i] == sum);
+        }
+    }
+    assert_true(out[15 * N] == 8);
+}
+
+/* Two stages in flight, the last row left out. */
+static __global__ void copies(float *out, const float *in)
+{
+    DYNAMIC_SHARED(float4, stage); /* [2, N] */
+    pdl_trigger();
+    pdl_wait();
+    const float4 *from = reinterpret_cast<const float4 *>(in);
+    const int i = threadIdx.x;
+    copy_async_16(stage + i, from + i);
+    copy_async_commit();
+    for (int row = 0; row < 4; row++) {
+        if (row < 3)
+            copy_async_16(stage + (row + 1) % 2 * N + i, from + (row + 1) * N + i, row + 1 != 3);
+        copy_async_commit();
+        copy_async_wait<1>();
+        __syncthreads();
+        const float4 x = stage[row % 2 * N + (i + 1) % N];
+        reinterpret_cast<float4 *>(out)[row * N + i] = x;
+        __syncthreads();
+    }
+}
+
+static void test_copies(void **)
+{
+    need_device();
+    put_random(9);
+    launch(&f.q, "copies", copies, dim3(1), N, 2 * N * sizeof(float4), f.out, (const float *)f.in);
+    static float out[N * 16];
+    get(out);
+    for (int row = 0; row < 4; row++)
+        for (int i = 0; i < N * 4; i++)
+            assert_true(out[row * N * 4 + i] ==
+                        (row == 3 ? 0 : f.host[row * N * 4 + (i + 4) % (N * 4)]));
+}
+
+/* ---- graphs and streams ---- */
+
+static __global__ void scale(float *x, float by, int n)
+{
+    pdl_trigger();
+    pdl_wait();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n)
+        x[i] *= by;
+}
+
+static void test_graph(void **)
+{
+    need_device();
+    put_random(11);
+    float *from;
+    OK(cudaHostAlloc((void **)&from, sizeof(f.host), cudaHostAllocDefault));
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    OK(cudaStreamBeginCapture(f.q.stream, cudaStreamCaptureModeThreadLocal));
+    OK(cudaMemcpyAsync(f.out, from, sizeof(f.host), cudaMemcpyHostToDevice, f.q.stream));
+    launch(&f.q, "scale", scale, dim3(N * 16 / 128), 128, 0, f.out, 2.f, N * 16);
+    launch(&f.q, "scale", scale, dim3(1), 128, 0, f.out, -1.f, 100);
+    OK(cudaStreamEndCapture(f.q.stream, &graph));
+    OK(cudaGraphInstantiate(&exec, graph, 0));
+    OK(cudaGraphDestroy(graph));
+    for (int round = 1; round < 4; round++) { /* the copy reads what is there when it runs */
+        static float out[N * 16];
+        for (int i = 0; i < N * 16; i++)
+            from[i] = f.host[i] * (float)round;
+        OK(cudaGraphLaunch(exec, f.q.stream));
+        get(out);
+        for (int i = 0; i < N * 16; i++)
+            assert_true(out[i] == f.host[i] * (float)round * (i < 100 ? -2 : 2));
+    }
+    OK(cudaGraphExecDestroy(exec));
+    OK(cudaFreeHost(from));
+}
+
+static void test_limits(void **)
+{
+    need_device();
+    struct queue q = f.q;
+    launch(&q, "scale", scale, dim3(1), 2048, 0, f.out, 2.f, 1);
+    assert_int_not_equal(q.error, cudaSuccess);
+    assert_string_equal(q.where, "scale");
+    q = f.q;
+    launch(&q, "scale", scale, dim3(1), 32, 300 * 1024, f.out, 2.f, 1);
+    assert_int_not_equal(q.error, cudaSuccess);
+    q = f.q;
+    launch(&q, "scale", scale, dim3(0), 32, 0, f.out, 2.f, 1); /* nothing to do */
+    assert_int_equal(q.error, cudaSuccess);
+    (void)cudaGetLastError();
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_matrices), cmocka_unit_test(test_load_four),
+        cmocka_unit_test(test_shuffles), cmocka_unit_test(test_barriers),
+        cmocka_unit_test(test_copies),   cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_limits),
+    };
+    return cmocka_run_group_tests(tests, open_device, NULL);
+}

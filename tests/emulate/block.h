@@ -1,0 +1,35 @@
+/* block.h - what the parts of the emulator ask of each other: emulate.cc runs the blocks of one
+ * kernel, runtime.cc queues work on streams.
+ *
+ * Threads: run() one at a time, under the lock of runtime.cc.
+ */
+#ifndef LATTE_TESTS_EMULATE_BLOCK_H
+#define LATTE_TESTS_EMULATE_BLOCK_H
+
+#include <functional>
+
+#include <cuda_runtime.h>
+
+namespace emulate
+{
+
+enum { SHARED_LIMIT = 227 * 1024 };
+
+struct kernel_run {
+    const void *kernel; /* for messages */
+    dim3 grid;
+    int block;
+    size_t shared_bytes;
+    std::function<void()> body; /* what each thread calls */
+};
+
+/* Run all blocks, now, on this thread. `number` is the launch's, from 1. */
+void run(const kernel_run &launch, long number);
+
+/* Queue work on a stream, or record it where the stream is being captured. */
+typedef std::function<cudaError_t()> work;
+cudaError_t enqueue(cudaStream_t stream, work todo);
+
+} // namespace emulate
+
+#endif

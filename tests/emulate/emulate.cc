@@ -1,0 +1,705 @@
+/* emulate.cc - the threads of a block as fibers: see emulate.h. */
+#include "engine/kernels/cuda/device.cuh"
+#include "tests/emulate/block.h"
+
+#include <link.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+namespace emulate
+{
+
+enum {
+    MAX_THREADS = 1024,
+    MAX_WARPS = MAX_THREADS / 32,
+    MAX_COPIES = 128,         /* in flight, of a thread */
+    STACK_BYTES = 256 * 1024, /* taken from the system as it is used */
+    GUARD_BYTES = 4096,
+    CANARY = 0xA5,
+    POISON = 0xFF, /* NaN as f32, bf16 and fp8, -1 as an integer */
+};
+
+/* ---- fibers ---- */
+
+struct context {
+#ifdef __x86_64__
+    void *stack_pointer;
+#else
+    ucontext_t registers;
+#endif
+    void *fake_stack; /* AddressSanitizer's */
+    const void *bottom;
+    size_t n_bytes;
+};
+
+struct copy {
+    unsigned char *to;
+    const void *from;
+    bool valid;
+};
+
+struct fiber : thread {
+    context registers;
+    unsigned char *stack;
+    int warp;
+
+    /* What it waits for in its warp. */
+    uint32_t mask;
+    void *arguments;
+    combine *what;
+    const char *file; /* where it waits, in the warp or at the barrier */
+    int line;
+
+    copy copies[MAX_COPIES]; /* not done, oldest first */
+    int n_copies;
+    int groups[MAX_COPIES]; /* copies in all after each commit, oldest first */
+    int n_groups;
+};
+
+struct warp {
+    uint32_t ready, meeting, at_barrier, returned; /* lanes */
+};
+
+thread *self;
+uint3 block_index;
+dim3 block_dim, grid_dim;
+unsigned char *dynamic_shared;
+
+static fiber fibers[MAX_THREADS];
+static warp warps[MAX_WARPS];
+static context host;
+static const kernel_run *running;
+static std::vector<unsigned char> host_variables; /* see static_shared */
+static int n_warps, n_live, n_arrived, n_true;
+static int barrier_true, barrier_live; /* of the barrier passed last */
+static const char *barrier_file;
+static int barrier_line;
+static uint32_t ready_warps;
+static bool any_waited;
+static long order;
+static uint32_t random_state;
+
+static fiber *current(void)
+{
+    return static_cast<fiber *>(self);
+}
+
+#ifdef __x86_64__
+extern "C" void emulate_switch(void **save, void *load);
+asm(R"(
+.text
+.globl emulate_switch
+.type emulate_switch, @function
+emulate_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulate_switch, . - emulate_switch
+)");
+#endif
+
+/* `forever`: the one that is left has returned. */
+static void change(context *from, context *to, bool forever)
+{
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(forever ? nullptr : &from->fake_stack, to->bottom, to->n_bytes);
+#endif
+#ifdef __x86_64__
+    emulate_switch(&from->stack_pointer, to->stack_pointer);
+#else
+    swapcontext(&from->registers, &to->registers);
+#endif
+    (void)forever;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
+#endif
+}
+
+static void fiber_main(void);
+
+static void take_stack(fiber *f)
+{
+    void *p = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, GUARD_BYTES, PROT_NONE)) {
+        perror("emulate: stacks");
+        abort();
+    }
+    f->stack = (unsigned char *)p + GUARD_BYTES;
+}
+
+static void start(fiber *f)
+{
+    if (!f->stack)
+        take_stack(f);
+    f->registers.bottom = f->stack;
+    f->registers.n_bytes = STACK_BYTES;
+    f->registers.fake_stack = nullptr;
+#ifdef __x86_64__
+    /* As emulate_switch leaves it: six registers, where to return to, and a word that makes
+     * the stack aligned as after a call. */
+    void **top = (void **)(f->stack + STACK_BYTES) - 8;
+    memset(top, 0, 8 * sizeof(*top));
+    top[6] = (void *)fiber_main;
+    f->registers.stack_pointer = top;
+#else
+    getcontext(&f->registers.registers);
+    f->registers.registers.uc_stack.ss_sp = f->stack;
+    f->registers.registers.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&f->registers.registers, fiber_main, 0);
+#endif
+    f->n_copies = f->n_groups = 0;
+}
+
+/* ---- mistakes ---- */
+
+static void restore_host_variables(void);
+
+/* The kernel's name, by the debugging information of the program. */
+static void print_name(const void *kernel)
+{
+    Dl_info info;
+    char command[512] = "", name[256] = "";
+    if (dladdr(kernel, &info))
+        snprintf(command, sizeof(command), "addr2line -fCs -e '%s' %#lx 2>/dev/null | paste -sd' '",
+                 info.dli_fname,
+                 (unsigned long)((const char *)kernel - (const char *)info.dli_fbase));
+    FILE *f = *command ? popen(command, "r") : nullptr;
+    if (!f || !fgets(name, sizeof(name), f))
+        snprintf(name, sizeof(name), "%p", kernel);
+    name[strcspn(name, "\n")] = 0;
+    if (f)
+        pclose(f);
+    fprintf(stderr, "  kernel %s\n", name);
+}
+
+static void print_where(void)
+{
+    print_name(running->kernel);
+    fprintf(stderr, "  grid %u %u %u, block of %d, %zu bytes of dynamic shared memory\n",
+            grid_dim.x, grid_dim.y, grid_dim.z, running->block, running->shared_bytes);
+    fprintf(stderr, "  in block %u %u %u, order %ld\n", block_index.x, block_index.y, block_index.z,
+            order);
+}
+
+void mistake(const char *file, int line, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    restore_host_variables(); /* malloc may have some */
+    fflush(stdout);
+    fprintf(stderr, "%s:%d: ", file, line);
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    va_end(arguments);
+    print_where();
+    if (self)
+        fprintf(stderr, "  thread %u\n", self->index.x);
+    abort();
+}
+
+/* Where the threads of each warp stand, a line for each different place. */
+[[noreturn]] static void deadlock(void)
+{
+    restore_host_variables();
+    fflush(stdout);
+    fprintf(stderr, "emulate: deadlock\n");
+    print_where();
+    for (int w = 0; w < n_warps; w++) {
+        uint32_t left = ~warps[w].returned;
+        if (w == n_warps - 1 && running->block % 32)
+            left &= (1u << running->block % 32) - 1;
+        if (warps[w].returned)
+            fprintf(stderr, "  warp %d: lanes %08x have returned\n", w, warps[w].returned);
+        while (left) {
+            const fiber *f = &fibers[w * 32 + __builtin_ctz(left)];
+            uint32_t same = 0;
+            bool at_barrier = warps[w].at_barrier >> f->lane & 1;
+            for (uint32_t i = left; i; i &= i - 1) {
+                const fiber *other = &fibers[w * 32 + __builtin_ctz(i)];
+                if (other->file == f->file && other->line == f->line &&
+                    (at_barrier || other->mask == f->mask))
+                    same |= 1u << other->lane;
+            }
+            left &= ~same;
+            fprintf(stderr, "  warp %d: lanes %08x wait at %s:%d ", w, same, f->file, f->line);
+            if (at_barrier)
+                fprintf(stderr, "for the block\n");
+            else
+                fprintf(stderr, "for lanes %08x\n", f->mask);
+        }
+    }
+    abort();
+}
+
+/* ---- who runs next ---- */
+
+static uint32_t random_bits(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 17;
+    random_state ^= random_state << 5;
+    return random_state;
+}
+
+static int pick(uint32_t set)
+{
+    if (order == 0)
+        return __builtin_ctz(set);
+    if (order == 1)
+        return 31 - __builtin_clz(set);
+    for (int skip = (int)(random_bits() % (uint32_t)__builtin_popcount(set)); skip; skip--)
+        set &= set - 1;
+    return __builtin_ctz(set);
+}
+
+static void make_ready(int w, uint32_t lanes)
+{
+    warps[w].ready |= lanes;
+    if (warps[w].ready)
+        ready_warps |= 1u << w;
+}
+
+static fiber *take_next(int w)
+{
+    if (!warps[w].ready) {
+        if (!ready_warps)
+            deadlock();
+        w = pick(ready_warps);
+    }
+    const int lane = pick(warps[w].ready);
+    warps[w].ready &= ~(1u << lane);
+    if (!warps[w].ready)
+        ready_warps &= ~(1u << w);
+    return &fibers[w * 32 + lane];
+}
+
+/* Let others run until something makes this one ready again. */
+static void rest(void)
+{
+    fiber *me = current(), *next = take_next(me->warp);
+    if (next == me)
+        return;
+    self = next;
+    change(&me->registers, &next->registers, false);
+    self = me;
+}
+
+static void open_barrier(void)
+{
+    barrier_true = n_true;
+    barrier_live = n_live;
+    n_true = n_arrived = 0;
+    barrier_file = nullptr;
+    for (int w = 0; w < n_warps; w++) {
+        uint32_t lanes = warps[w].at_barrier;
+        warps[w].at_barrier = 0;
+        make_ready(w, lanes);
+    }
+}
+
+int barrier(bool predicate, int *n_threads, const char *file, int line)
+{
+    fiber *me = current();
+    if (!barrier_file) {
+        barrier_file = file;
+        barrier_line = line;
+    }
+    if (line != barrier_line || strcmp(file, barrier_file))
+        mistake(file, line, "this barrier meets another one, of %s:%d", barrier_file, barrier_line);
+    me->file = file;
+    me->line = line;
+    n_true += predicate;
+    warps[me->warp].at_barrier |= 1u << me->lane;
+    if (++n_arrived == n_live)
+        open_barrier();
+    rest();
+    if (n_threads)
+        *n_threads = barrier_live;
+    return barrier_true;
+}
+
+/* Are all lanes of the mask here for the same? */
+static bool all_met(const fiber *me)
+{
+    const warp *w = &warps[me->warp];
+    if (me->mask & w->returned)
+        mistake(me->file, me->line, "waits for lanes %08x, which have returned",
+                me->mask & w->returned);
+    if ((w->meeting & me->mask) != me->mask)
+        return false;
+    for (uint32_t lanes = me->mask; lanes; lanes &= lanes - 1) {
+        const fiber *other = &fibers[me->warp * 32 + __builtin_ctz(lanes)];
+        if (other->mask != me->mask)
+            return false;
+        if (other->what != me->what || other->line != me->line)
+            mistake(me->file, me->line, "meets another warp operation, of %s:%d", other->file,
+                    other->line);
+    }
+    return true;
+}
+
+void meet(uint32_t mask, void *arguments, combine *what, const char *file, int line)
+{
+    fiber *me = current();
+    warp *w = &warps[me->warp];
+    me->mask = mask;
+    me->arguments = arguments;
+    me->what = what;
+    me->file = file;
+    me->line = line;
+    if (!(mask >> me->lane & 1))
+        mistake(file, line, "lane %d is not in its own mask %08x", me->lane, mask);
+    w->meeting |= 1u << me->lane;
+    if (all_met(me)) {
+        void *all[32];
+        for (uint32_t lanes = mask; lanes; lanes &= lanes - 1)
+            all[__builtin_ctz(lanes)] = fibers[me->warp * 32 + __builtin_ctz(lanes)].arguments;
+        what(all, mask);
+        w->meeting &= ~mask;
+        make_ready(me->warp, mask);
+    }
+    rest();
+}
+
+/* ---- shared memory ---- */
+
+/* The program's thread-local variables: the __shared__ ones, and the host's own, which are put
+ * back when a kernel has ended. */
+struct area {
+    unsigned char *start;
+    size_t n_bytes;
+};
+
+static int find_area(struct dl_phdr_info *info, size_t, void *data)
+{
+    area *found = (area *)data;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data) {
+            found->start = (unsigned char *)info->dlpi_tls_data;
+            found->n_bytes = info->dlpi_phdr[i].p_memsz;
+        }
+    }
+    return 1; /* the first object is the program */
+}
+
+static area static_shared;
+
+static void restore_host_variables(void)
+{
+    if (!host_variables.empty())
+        memcpy(static_shared.start, host_variables.data(), host_variables.size());
+    host_variables.clear();
+}
+
+static unsigned char *shared_end; /* of the pages for dynamic shared memory */
+
+static size_t round_up(size_t n, size_t to)
+{
+    return (n + to - 1) / to * to;
+}
+
+/* Dynamic shared memory ends where a page that cannot be touched begins. */
+static void place_shared(size_t n_bytes)
+{
+    const size_t pages = round_up(SHARED_LIMIT + 1024, 4096);
+    if (!shared_end) {
+        unsigned char *p = (unsigned char *)mmap(nullptr, pages + 4096, PROT_READ | PROT_WRITE,
+                                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED || mprotect(p + pages, 4096, PROT_NONE)) {
+            perror("emulate: shared memory");
+            abort();
+        }
+        shared_end = p + pages;
+    }
+    dynamic_shared = shared_end - round_up(n_bytes, 128);
+}
+
+static void poison_shared(void)
+{
+    const size_t n = running->shared_bytes;
+    memset(dynamic_shared - 128, CANARY, 128);
+    memset(dynamic_shared, POISON, n);
+    memset(dynamic_shared + n, CANARY, (size_t)(shared_end - dynamic_shared) - n);
+    memset(static_shared.start, POISON, static_shared.n_bytes);
+}
+
+static void check_shared(void)
+{
+    const unsigned char *end = dynamic_shared + running->shared_bytes;
+    self = nullptr;
+    for (const unsigned char *p = end; p < shared_end; p++)
+        if (*p != CANARY)
+            mistake("emulate", 0, "dynamic shared memory was written at offset %zu",
+                    (size_t)(p - dynamic_shared));
+    for (const unsigned char *p = dynamic_shared - 128; p < dynamic_shared; p++)
+        if (*p != CANARY)
+            mistake("emulate", 0, "dynamic shared memory was written at offset -%zu",
+                    (size_t)(dynamic_shared - p));
+}
+
+bool is_shared(const void *pointer, size_t n)
+{
+    auto p = (const unsigned char *)pointer;
+    return (p >= dynamic_shared && p + n <= dynamic_shared + running->shared_bytes) ||
+           (p >= static_shared.start && p + n <= static_shared.start + static_shared.n_bytes);
+}
+
+/* ---- copies in the background ---- */
+
+void copy_16(void *shared, const void *global, bool valid, const char *file, int line)
+{
+    if ((uintptr_t)shared % 16 || (valid && (uintptr_t)global % 16))
+        mistake(file, line, "copy_async_16 from %p to %p, not aligned to 16", global, shared);
+    if (!is_shared(shared, 16))
+        mistake(file, line, "copy_async_16 to %p, which is not shared memory (dynamic: %p)", shared,
+                (void *)dynamic_shared);
+    fiber *me = current();
+    if (me->n_copies == MAX_COPIES)
+        mistake(file, line, "more than %d copies in flight", MAX_COPIES);
+    me->copies[me->n_copies++] = {(unsigned char *)shared, global, valid};
+    memset(shared, POISON, 16);
+}
+
+void commit_copies(void)
+{
+    fiber *me = current();
+    if (me->n_groups == MAX_COPIES)
+        mistake("emulate", 0, "more than %d groups of copies in flight", MAX_COPIES);
+    me->groups[me->n_groups++] = me->n_copies;
+}
+
+void wait_copies(int n_left)
+{
+    fiber *me = current();
+    const int n_groups = me->n_groups - n_left;
+    if (n_groups <= 0)
+        return;
+    const int n = me->groups[n_groups - 1];
+    for (int i = 0; i < n; i++) {
+        const copy *c = &me->copies[i];
+        if (c->valid)
+            memcpy(c->to, c->from, 16);
+        else
+            memset(c->to, 0, 16);
+    }
+    me->n_copies -= n;
+    me->n_groups -= n_groups;
+    memmove(me->copies, me->copies + n, (size_t)me->n_copies * sizeof(*me->copies));
+    for (int i = 0; i < me->n_groups; i++)
+        me->groups[i] = me->groups[n_groups + i] - n;
+}
+
+void waited(void)
+{
+    any_waited = true;
+}
+
+/* ---- matrices ---- */
+
+struct product {
+    float *d;
+    const uint32_t *a, *b;
+};
+
+/* The fragments as instructions.cuh has them. */
+static void multiply(void **arguments, uint32_t)
+{
+    auto all = reinterpret_cast<product **>(arguments);
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const product *p = all[lane];
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; i++) {
+            const int row = g + 8 * (i & 1), column = 2 * t + 8 * (i >> 1);
+            a[row][column] = bf16_value(p->a[i] & 0xffff);
+            a[row][column + 1] = bf16_value(p->a[i] >> 16);
+        }
+        for (int i = 0; i < 2; i++) {
+            b[2 * t + 8 * i][g] = bf16_value(p->b[i] & 0xffff);
+            b[2 * t + 8 * i + 1][g] = bf16_value(p->b[i] >> 16);
+        }
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; i++) {
+            const int row = g + 8 * (i >> 1), column = 2 * t + (i & 1);
+            float sum = all[lane]->d[i];
+            for (int k = 0; k < 16; k++)
+                sum += a[row][k] * b[k][column];
+            all[lane]->d[i] = sum;
+        }
+    }
+}
+
+void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line)
+{
+    product mine = {d, a, b};
+    meet(0xffffffffu, &mine, multiply, file, line);
+}
+
+struct load {
+    uint32_t *out;
+    const void *row;
+    int n;
+    bool transposed;
+};
+
+static void load_matrices(void **arguments, uint32_t)
+{
+    auto all = reinterpret_cast<load **>(arguments);
+    for (int i = 0; i < all[0]->n; i++) {
+        uint16_t matrix[8][8];
+        for (int j = 0; j < 8; j++)
+            memcpy(matrix[j], all[8 * i + j]->row, 16);
+        for (int lane = 0; lane < 32; lane++) {
+            const int row = lane / 4, column = 2 * (lane % 4);
+            uint32_t low = matrix[row][column], high = matrix[row][column + 1];
+            if (all[lane]->transposed) {
+                low = matrix[column][row];
+                high = matrix[column + 1][row];
+            }
+            all[lane]->out[i] = low | high << 16;
+        }
+    }
+}
+
+void ldmatrix(uint32_t *out, const void *row, int n, bool transposed, const char *file, int line)
+{
+    load mine = {out, row, n, transposed};
+    if (self->lane < 8 * n) { /* the other lanes' addresses are not used */
+        if ((uintptr_t)row % 16)
+            mistake(file, line, "ldmatrix row at %p, not aligned to 16", row);
+        if (!is_shared(row, 16))
+            mistake(file, line, "ldmatrix row at %p, which is not shared memory", row);
+    }
+    meet(0xffffffffu, &mine, load_matrices, file, line);
+}
+
+/* ---- blocks ---- */
+
+static void fiber_main(void)
+{
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+    running->body();
+    fiber *me = current();
+    warps[me->warp].returned |= 1u << me->lane;
+    n_live--;
+    if (n_live && n_arrived == n_live)
+        open_barrier();
+    if (!n_live)
+        change(&me->registers, &host, true);
+    fiber *next = take_next(me->warp);
+    self = next;
+    change(&me->registers, &next->registers, true);
+    abort(); /* nobody comes back */
+}
+
+static void start_fibers(void)
+{
+    const int n = running->block;
+    n_live = n;
+    n_arrived = n_true = 0;
+    barrier_file = nullptr;
+    n_warps = (n + 31) / 32;
+    for (int i = 0; i < n; i++) {
+        fiber *f = &fibers[i];
+        f->index = {(unsigned)i, 0, 0};
+        f->lane = i % 32;
+        f->warp = i / 32;
+        f->file = "";
+        start(f);
+    }
+    for (int w = 0; w < n_warps; w++) {
+        const int n_lanes = n - w * 32;
+        warps[w] = {};
+        make_ready(w, n_lanes >= 32 ? 0xffffffffu : (1u << n_lanes) - 1);
+    }
+}
+
+static void run_block(void)
+{
+    poison_shared();
+    start_fibers();
+    fiber *first = take_next(order == 1 ? n_warps - 1 : 0);
+    self = first;
+    change(&host, &first->registers, false);
+    check_shared();
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+static void find_host_stack(void)
+{
+    pthread_attr_t attributes;
+    void *bottom;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &bottom, &host.n_bytes);
+    pthread_attr_destroy(&attributes);
+    host.bottom = bottom;
+}
+#else
+static void find_host_stack(void)
+{
+}
+#endif
+
+static void choose_order(long number)
+{
+    const char *fixed = getenv("LATTE_EMULATE_ORDER");
+    order = fixed ? atol(fixed) : number % 3 < 2 ? number % 3 : number;
+    random_state = (uint32_t)order * 2654435761u | 1;
+}
+
+void run(const kernel_run &launch, long number)
+{
+    running = &launch;
+    grid_dim = launch.grid;
+    block_dim = dim3((unsigned)launch.block);
+    any_waited = false;
+    choose_order(number);
+    find_host_stack();
+    static_shared = {};
+    dl_iterate_phdr(find_area, &static_shared);
+    host_variables.assign(static_shared.start, static_shared.start + static_shared.n_bytes);
+    place_shared(launch.shared_bytes);
+
+    const uint64_t n_blocks = (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z;
+    for (uint64_t i = 0; i < n_blocks; i++) {
+        const uint64_t b = order == 1 ? n_blocks - 1 - i : i;
+        block_index.x = (unsigned)(b % launch.grid.x);
+        block_index.y = (unsigned)(b / launch.grid.x % launch.grid.y);
+        block_index.z = (unsigned)(b / launch.grid.x / launch.grid.y);
+        run_block();
+    }
+    restore_host_variables();
+    if (!any_waited)
+        mistake("emulate", 0, "no thread of the kernel called pdl_wait");
+    running = nullptr;
+}
+
+} // namespace emulate
