@@ -1,329 +1,167 @@
-/* bench_engine.c - latte-bench engine: how fast the model itself runs, without HTTP.
- *
- * Prompts (tokens per second by length and number of sequences), decoding (by batch) and the
- * time of a token by the position of its session, which should not depend on it. Each figure is
- * the median of repeats, with the 10th and 90th percentile beside it.
- */
+/* bench_engine.c - latte-bench engine: how fast the model itself runs, without HTTP: its options,
+ * and the model they ask for. */
+#include "tests/bench/bench_engine.h"
+
 #include <errno.h>
 #include <getopt.h>
-#include <sched.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/base/bytes.h"
-#include "engine/model.h"
+#include "engine/cores.h"
 #include "tests/bench/bench.h"
 #include "tests/bench/bench_random.h"
 
 enum {
-    MAX_SAMPLES = 4096,
-    MAX_BATCHES = 16,
-    MIN_SAMPLES = 3,
-    CHUNK_ROWS = 512, /* rows of a prefill step */
-    WARM_TOKENS = 32, /* before decoding is measured */
+    PROMPT_SEQS = 16,                 /* sequences of the widest table of prompts */
+    SESSIONS_SPARE_BYTES = 512 << 20, /* left free where sessions take what fits */
+    MAX_SESSIONS = 1 << 17,
 };
-
-struct settings {
-    const char *model_dir, *random, *device, *weight_dtype;
-    int n_threads;
-    int batches[MAX_BATCHES];
-    int n_batches;
-    int seconds;       /* to spend on one figure, repeats permitting */
-    int real_position; /* positions up to here are reached by feeding tokens */
-    bool json;
-};
-
-struct bench {
-    struct settings set;
-    struct model *model;
-    int32_t *tokens; /* [max_rows] random, the same for every step */
-    struct model_seq *seqs;
-    int64_t n_parameters;
-    int n_slots;
-    int n_samples;
-    double samples[MAX_SAMPLES];
-};
-
-/* ---- running ---- */
-
-/* One step of n_seqs sequences in slots 0.., n_rows each; seconds it took, < 0 on failure. */
-static double step(struct bench *b, int n_seqs, int n_rows)
-{
-    const float *logits;
-    struct error err;
-    for (int i = 0; i < n_seqs; i++)
-        b->seqs[i] = (struct model_seq){i, n_rows, LOGITS_LAST};
-    const double start = bench_now();
-    if (model_step(b->model, b->tokens, b->seqs, n_seqs, &logits, &err)) {
-        fprintf(stderr, "latte-bench: %s\n", err.text);
-        return -1;
-    }
-    return bench_now() - start;
-}
-
-/* Feed n_rows tokens to each of n_seqs sequences in steps of CHUNK_ROWS rows. */
-static double prefill(struct bench *b, int n_seqs, int n_rows)
-{
-    double seconds = 0;
-    const int most = CHUNK_ROWS / n_seqs > 0 ? CHUNK_ROWS / n_seqs : 1;
-    for (int done = 0, n; done < n_rows; done += n) {
-        n = n_rows - done < most ? n_rows - done : most;
-        double one = step(b, n_seqs, n);
-        if (one < 0)
-            return -1;
-        seconds += one;
-    }
-    return seconds;
-}
-
-static void reset(struct bench *b, int n_seqs)
-{
-    for (int i = 0; i < n_seqs; i++)
-        model_reset(b->model, i);
-}
-
-static bool fits(const struct bench *b, double n_tokens)
-{
-    const int64_t limit = model_max_position(b->model);
-    return !limit || n_tokens <= (double)limit;
-}
-
-static bool enough(const struct bench *b, double start)
-{
-    return b->n_samples == MAX_SAMPLES ||
-           (b->n_samples >= MIN_SAMPLES && bench_now() - start >= b->set.seconds);
-}
-
-/* Keep a sample; false for one of a step that failed. */
-static bool note(struct bench *b, double value)
-{
-    if (value <= 0)
-        return false;
-    b->samples[b->n_samples++] = value;
-    return true;
-}
-
-/* ---- reporting ---- */
-
-struct spread {
-    double median, low, high;
-};
-
-static struct spread spread_of(struct bench *b)
-{
-    const size_t n = (size_t)b->n_samples;
-    return (struct spread){bench_quantile(b->samples, n, 0.5), bench_quantile(b->samples, n, 0.1),
-                           bench_quantile(b->samples, n, 0.9)};
-}
-
-static void heading(const struct bench *b, const char *text)
-{
-    if (!b->set.json)
-        printf("\n%s\n", text);
-}
-
-static void report_prefill(struct bench *b, int length, int n_seqs)
-{
-    const struct spread s = spread_of(b);
-    if (b->set.json)
-        printf("{\"kind\":\"prefill\",\"prompt_tokens\":%d,\"sequences\":%d,\"repeats\":%d,"
-               "\"tokens_per_s\":%.2f,\"p10\":%.2f,\"p90\":%.2f}\n",
-               length, n_seqs, b->n_samples, s.median, s.low, s.high);
-    else
-        printf("%8d  %9d  %10.1f  %9.1f .. %-9.1f  %7d\n", length, n_seqs, s.median, s.low, s.high,
-               b->n_samples);
-    fflush(stdout);
-}
-
-/* Samples are milliseconds of one step. */
-static void report_decode(struct bench *b, int batch)
-{
-    const struct spread s = spread_of(b);
-    const double rate = 1e3 * batch / s.median;
-    if (b->set.json)
-        printf("{\"kind\":\"decode\",\"batch\":%d,\"repeats\":%d,\"tokens_per_s\":%.2f,"
-               "\"step_ms\":%.4f,\"p10\":%.4f,\"p90\":%.4f}\n",
-               batch, b->n_samples, rate, s.median, s.low, s.high);
-    else
-        printf("%8d  %10.1f  %9.3f  %8.3f .. %-8.3f  %7d\n", batch, rate, s.median, s.low, s.high,
-               b->n_samples);
-    fflush(stdout);
-}
-
-static void report_position(struct bench *b, double position, bool real)
-{
-    const struct spread s = spread_of(b);
-    if (b->set.json)
-        printf("{\"kind\":\"position\",\"position\":%.0f,\"reached\":\"%s\",\"repeats\":%d,"
-               "\"token_ms\":%.4f,\"p10\":%.4f,\"p90\":%.4f}\n",
-               position, real ? "fed" : "set", b->n_samples, s.median, s.low, s.high);
-    else
-        printf("%8.0f  %-7s  %9.3f  %8.3f .. %-8.3f  %7d\n", position, real ? "fed" : "set",
-               s.median, s.low, s.high, b->n_samples);
-    fflush(stdout);
-}
-
-static void report_skip(const struct bench *b, double n_tokens)
-{
-    if (!b->set.json)
-        printf("%8.0f  beyond max_position_embeddings of full attention\n", n_tokens);
-}
-
-static void report_setup(const struct bench *b)
-{
-    const struct model *m = b->model;
-    const char *name = b->set.random ? b->set.random : b->set.model_dir;
-    if (b->set.json) {
-        struct bytes text = {0};
-        bytes_text(&text, "{\"kind\":\"setup\",\"machine\":");
-        bytes_json_string(&text, bench_machine(), strlen(bench_machine()));
-        bytes_text(&text, ",\"model\":");
-        bytes_json_string(&text, name, strlen(name));
-        bytes_format(&text,
-                     ",\"parameters\":%lld,\"backend\":\"%s\",\"threads\":%d,"
-                     "\"weight_dtype\":\"%s\",\"weight_bytes\":%zu,\"state_bytes\":%zu}",
-                     (long long)b->n_parameters, model_backend_name(m), b->set.n_threads,
-                     b->set.weight_dtype, model_weight_bytes(m), model_state_bytes(m));
-        puts(text.failed ? "{}" : text.data);
-        bytes_free(&text);
-        return;
-    }
-    printf("machine  %s\n", bench_machine());
-    printf("model    %s%s, %.1fM parameters\n", name, b->set.random ? " (random weights)" : "",
-           (double)b->n_parameters / 1e6);
-    printf("engine   %s backend, %d threads, %s weights of %.1f MB, %.2f MB of state a session\n",
-           model_backend_name(m), b->set.n_threads, b->set.weight_dtype,
-           (double)model_weight_bytes(m) / 1e6, (double)model_state_bytes(m) / 1e6);
-}
-
-/* ---- the tables ---- */
-
-static bool measure_prefill(struct bench *b, int length, int n_seqs)
-{
-    if (!fits(b, length)) {
-        report_skip(b, length);
-        return true;
-    }
-    const double start = bench_now();
-    for (b->n_samples = 0; !enough(b, start);) {
-        reset(b, n_seqs);
-        if (!note(b, (double)length * n_seqs / prefill(b, n_seqs, length)))
-            return false;
-    }
-    report_prefill(b, length, n_seqs);
-    return true;
-}
-
-/* Time single steps of the first n_seqs slots, while a session may go on. */
-static bool sample_steps(struct bench *b, int n_seqs)
-{
-    const double start = bench_now();
-    for (b->n_samples = 0; !enough(b, start) && fits(b, (double)model_position(b->model, 0) + 1);)
-        if (!note(b, 1e3 * step(b, n_seqs, 1)))
-            return false;
-    return true;
-}
-
-static bool measure_decode(struct bench *b, int batch)
-{
-    reset(b, batch);
-    if (prefill(b, batch, WARM_TOKENS) < 0)
-        return false;
-    if (!sample_steps(b, batch))
-        return false;
-    report_decode(b, batch);
-    return true;
-}
-
-/* Move slot 0 on to the position, by tokens as far as that was asked for, and time some more. */
-static bool measure_position(struct bench *b, double position)
-{
-    const double reached = (double)model_position(b->model, 0);
-    const bool real = position <= b->set.real_position;
-    if (!fits(b, position + MIN_SAMPLES)) {
-        report_skip(b, position);
-        return true;
-    }
-    if (!real)
-        model_set_position(b->model, 0, (uint64_t)position);
-    else if (position > reached && prefill(b, 1, (int)(position - reached)) < 0)
-        return false;
-    if (!sample_steps(b, 1))
-        return false;
-    report_position(b, position, real);
-    return true;
-}
-
-static bool measure_all(struct bench *b)
-{
-    static const int prompts[][2] = {{128, 1}, {1024, 1}, {4096, 1}, {128, 4}, {1024, 4}};
-    static const double positions[] = {1e3, 1e4, 1e5, 1e6};
-    bool ok = true;
-    heading(b, "prompts: tokens, sequences at once, tokens/s, 10th..90th percentile, repeats");
-    for (size_t i = 0; ok && i < sizeof(prompts) / sizeof(*prompts); i++)
-        if (prompts[i][1] <= b->n_slots)
-            ok = measure_prefill(b, prompts[i][0], prompts[i][1]);
-    heading(b, "decoding: batch, tokens/s, ms a step, 10th..90th percentile, steps");
-    for (int i = 0; ok && i < b->set.n_batches; i++)
-        ok = measure_decode(b, b->set.batches[i]);
-    heading(b, "one session: position, reached by tokens fed or by being set, ms a token, "
-               "10th..90th percentile, tokens");
-    model_reset(b->model, 0);
-    for (size_t i = 0; ok && i < sizeof(positions) / sizeof(*positions); i++)
-        ok = measure_position(b, positions[i]);
-    return ok;
-}
 
 /* ---- opening ---- */
 
-static int n_cores(void)
+static bool is_device(const struct bench_settings *s)
 {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+    return s->device_index >= 0;
 }
 
-/* "auto" is what the file holds; F16 files are kept as f32, as the engine does. */
-static enum dtype choose_dtype(struct settings *s, const struct checkpoint *c)
+static enum dtype dtype_of(const char *name)
+{
+    static const struct {
+        const char *name;
+        enum dtype dtype;
+    } all[] = {{"f32", DTYPE_F32}, {"bf16", DTYPE_BF16}, {"int8", DTYPE_I8}, {"f8", DTYPE_F8_E4M3}};
+    for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
+        if (!strcmp(name, all[i].name))
+            return all[i].dtype;
+    return DTYPE_OTHER;
+}
+
+/* What "auto" means for this file and device, as the engine has it. */
+static void settle(struct bench_settings *s, const struct checkpoint *c)
 {
     if (!strcmp(s->weight_dtype, "auto"))
         s->weight_dtype = c->embed_tokens->dtype == DTYPE_BF16 ? "bf16" : "f32";
-    return strcmp(s->weight_dtype, "f32") ? DTYPE_BF16 : DTYPE_F32;
+    if (!strcmp(s->window_dtype, "auto"))
+        s->window_dtype = is_device(s) ? "bf16" : "f32";
 }
 
-static int largest_batch(const struct settings *s)
+static enum status open_backend(struct backend **out, const struct bench_settings *s,
+                                const struct backend_options *options, struct error *err)
 {
-    int most = 4; /* the prompts' sequences */
-    for (int i = 0; i < s->n_batches; i++)
-        most = s->batches[i] > most ? s->batches[i] : most;
-    return most;
+    if (is_device(s))
+        return backend_cuda_open(out, options, err);
+    return strcmp(s->device, "ref") ? backend_cpu_open(out, options, err)
+                                    : backend_ref_open(out, options, err);
+}
+
+static int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+/* Slots, sequences and rows that the tables asked for will use. */
+static void size_model(struct bench *b, struct model_options *options)
+{
+    const struct bench_settings *s = &b->set;
+    int batch = 1;
+    if (s->tables & TABLE_PREFILL)
+        batch = is_device(s) ? PROMPT_SEQS : 4;
+    if (s->tables & TABLE_JOB)
+        batch = larger(batch, 128);
+    for (int i = 0; s->tables & TABLE_DECODE && i < s->n_batches; i++)
+        batch = larger(batch, s->batches[i]);
+    b->n_slots = batch;
+    if (s->tables & TABLE_SESSIONS) {
+        b->n_slots = larger(batch, s->n_sessions);
+        batch = larger(batch, s->n_sessions < BENCH_TURN ? s->n_sessions : BENCH_TURN);
+    }
+    b->max_seqs = batch;
+    b->max_rows = larger(batch, s->step_tokens);
+    options->n_slots = b->n_slots;
+    options->max_rows = b->max_rows;
+    options->max_logit_rows = b->max_seqs;
+}
+
+static void backend_options_of(const struct bench *b, const struct checkpoint *c,
+                               const struct model_options *options, struct backend_options *out)
+{
+    *out = (struct backend_options){.n_threads = b->set.n_threads,
+                                    .device = larger(b->set.device_index, 0),
+                                    .deterministic = b->set.deterministic,
+                                    .composed = b->set.composed};
+    model_backend_options(&c->config, options, out);
+}
+
+/* Whether n sessions fit on the device. */
+static bool sessions_fit(struct bench *b, const struct checkpoint *c, struct model_options *options,
+                         int n)
+{
+    struct backend_options bo;
+    struct backend_memory memory;
+    struct model_needs needs;
+    struct error err;
+    b->set.n_sessions = n;
+    size_model(b, options);
+    backend_options_of(b, c, options, &bo);
+    model_needs(c, options, &needs);
+    if (backend_cuda_probe(&bo, &memory, &err))
+        return false;
+    const size_t taken = needs.weight_bytes + needs.scratch_bytes + memory.workspace_bytes +
+                         (size_t)b->n_slots * needs.slot_bytes + SESSIONS_SPARE_BYTES;
+    return taken <= memory.free_bytes;
+}
+
+/* As many sessions as the device holds beside all else; 1024 on a host. */
+static void size_sessions(struct bench *b, const struct checkpoint *c,
+                          struct model_options *options)
+{
+    int least = 1, most = is_device(&b->set) ? MAX_SESSIONS : BENCH_TURN;
+    if (!is_device(&b->set))
+        least = most;
+    while (least < most) {
+        const int middle = least + (most - least + 1) / 2;
+        if (sessions_fit(b, c, options, middle))
+            least = middle;
+        else
+            most = middle - 1;
+    }
+    b->set.n_sessions = least;
+}
+
+static enum status take_arrays(struct bench *b, int32_t vocab_size, struct error *err)
+{
+    b->tokens = calloc((size_t)b->max_rows, sizeof(*b->tokens));
+    b->seqs = calloc((size_t)b->max_seqs, sizeof(*b->seqs));
+    b->n_output = calloc((size_t)b->n_slots, sizeof(*b->n_output));
+    if (!b->tokens || !b->seqs || !b->n_output)
+        return fail(err, STATUS_NOMEM, "out of memory for %d rows", b->max_rows);
+    for (int i = 0; i < b->max_rows; i++)
+        b->tokens[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)vocab_size);
+    return STATUS_OK;
 }
 
 static enum status open_model(struct bench *b, const struct checkpoint *c, struct error *err)
 {
-    b->n_slots = largest_batch(&b->set);
-    const int most_rows = b->n_slots > CHUNK_ROWS ? b->n_slots : CHUNK_ROWS;
-    const struct model_options options = {.n_slots = b->n_slots,
-                                          .max_rows = most_rows,
-                                          .max_logit_rows = b->n_slots,
-                                          .weight_dtype = choose_dtype(&b->set, c)};
-    struct backend_options bo = {.n_threads = b->set.n_threads};
+    struct backend_options bo;
     struct backend *backend = NULL;
-    model_backend_options(&c->config, &options, &bo);
-    enum status st = strcmp(b->set.device, "ref") ? backend_cpu_open(&backend, &bo, err)
-                                                  : backend_ref_open(&backend, &bo, err);
+    settle(&b->set, c);
+    struct model_options options = {.weight_dtype = dtype_of(b->set.weight_dtype),
+                                    .window_dtype = dtype_of(b->set.window_dtype)};
+    if (b->set.tables & TABLE_SESSIONS && !b->set.n_sessions)
+        size_sessions(b, c, &options);
+    size_model(b, &options);
+    backend_options_of(b, c, &options, &bo);
+    enum status st = open_backend(&backend, &b->set, &bo, err);
     if (!st)
         st = model_open(&b->model, c, backend, &options, NULL, NULL, err);
     if (st)
         return st;
-    b->tokens = calloc((size_t)most_rows, sizeof(*b->tokens));
-    b->seqs = calloc((size_t)b->n_slots, sizeof(*b->seqs));
-    if (!b->tokens || !b->seqs)
-        return fail(err, STATUS_NOMEM, "out of memory for %d rows", most_rows);
-    for (int i = 0; i < most_rows; i++)
-        b->tokens[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)c->config.vocab_size);
-    return STATUS_OK;
+    const struct stepper_options so = {
+        .n_slots = b->n_slots, .max_rows = b->max_rows, .max_logit_rows = b->max_seqs};
+    b->n_parameters = c->n_parameters;
+    st = take_arrays(b, c->config.vocab_size, err);
+    return st ? st : stepper_open(&b->stepper, b->model, &so, err);
 }
 
 /* The files are not needed once the model is open. */
@@ -336,8 +174,6 @@ static bool load(struct bench *b, const char *dir)
         st = open_model(b, c, &err);
     if (st)
         fprintf(stderr, "latte-bench: %s\n", err.text);
-    else
-        b->n_parameters = c->n_parameters;
     checkpoint_close(c);
     return st == STATUS_OK;
 }
@@ -345,11 +181,20 @@ static bool load(struct bench *b, const char *dir)
 static bool load_random(struct bench *b)
 {
     char dir[4000];
-    if (random_model_write(b->set.random, dir, sizeof(dir)))
+    if (random_model_write(b->set.random, b->set.context, dir, sizeof(dir)))
         return false;
     const bool ok = load(b, dir);
     random_model_remove(dir);
     return ok;
+}
+
+static void bench_close(struct bench *b)
+{
+    stepper_close(b->stepper);
+    model_close(b->model);
+    free(b->tokens);
+    free(b->seqs);
+    free(b->n_output);
 }
 
 /* ---- options ---- */
@@ -360,14 +205,27 @@ static void usage(FILE *out)
             "usage: latte-bench engine (-m DIR | --random SHAPE) [options]\n"
             "  -m, --model DIR        the model to measure\n"
             "      --random SHAPE     random weights of a known shape: %s\n"
-            "      --device NAME      cpu (default) or ref\n"
+            "      --context N        positions of a random shape with full attention\n"
+            "      --device NAME      cpu (default), ref, or cuda[:N]\n"
             "      --threads N        compute threads (default: one per core)\n"
-            "      --weight-dtype T   auto (as the file, default), f32 or bf16\n"
-            "      --batches LIST     sessions decoded together (default 1,4,16,64,128)\n"
-            "      --seconds N        to spend on a figure at least (default 2)\n"
+            "      --weight-dtype T   auto (as the file, default), f32, bf16, or on a GPU int8\n"
+            "      --window-dtype T   auto (default: bf16 on a GPU), f32, or on a GPU bf16, f8\n"
+            "      --deterministic    (GPU) the same bits whatever else is in the batch\n"
+            "      --composed         (GPU) no fused layers: what fusing gains\n"
+            "      --only LIST        of prefill, decode, job, position, memory, sessions\n"
+            "                         (default: the first, second and fourth; on a GPU all)\n"
+            "      --batches LIST     sessions decoded together (default 1,4,16,64,128; on a GPU\n"
+            "                         1,4,16,32,64,128,256,512,1024)\n"
+            "      --top-k N          decode by drawing among the top N (default 0: greedy)\n"
+            "      --positions LIST   (default 1000,10000,100000,1000000,10000000)\n"
             "      --real-position N  positions up to N are reached by feeding tokens, those\n"
             "                         beyond are set (default 10000)\n"
-            "      --json             one JSON object a line instead of tables\n",
+            "      --step-tokens N    rows of a step of prompts (default 512; on a GPU 8192)\n"
+            "      --sessions N       live sessions that decode in turn (default auto: what fits)\n"
+            "      --bandwidth GB/s   of memory, for floors (default 3080 on a GPU)\n"
+            "      --tflops N         of bf16 products, for floors (default 720 on a GPU)\n"
+            "      --seconds N        to spend on a figure at least (default 2; on a GPU 1)\n"
+            "      --json, --csv      lines for programs instead of tables\n",
             random_model_names());
 }
 
@@ -382,30 +240,67 @@ static bool parse_count(int *out, const char *text, int least, int most)
     return true;
 }
 
-static bool parse_batches(struct settings *s, const char *text)
+static bool parse_list(int *out, int *n, const char *text, int most)
 {
-    char copy[200], *rest = copy;
+    char copy[400], *rest = copy;
     if ((size_t)snprintf(copy, sizeof(copy), "%s", text) >= sizeof(copy))
         return false;
-    s->n_batches = 0;
+    *n = 0;
     for (char *item; (item = strsep(&rest, ","));)
-        if (s->n_batches == MAX_BATCHES || !parse_count(&s->batches[s->n_batches++], item, 1, 4096))
+        if (*n == BENCH_MAX_LIST || !parse_count(&out[(*n)++], item, 1, most))
             return false;
     return true;
 }
 
-static bool one_of(const char *text, const char *const *names)
+static bool parse_tables(unsigned *out, const char *text)
+{
+    static const struct {
+        const char *name;
+        unsigned table;
+    } all[] = {{"prefill", TABLE_PREFILL}, {"decode", TABLE_DECODE},
+               {"job", TABLE_JOB},         {"position", TABLE_POSITION},
+               {"memory", TABLE_MEMORY},   {"sessions", TABLE_SESSIONS}};
+    char copy[200], *rest = copy;
+    if ((size_t)snprintf(copy, sizeof(copy), "%s", text) >= sizeof(copy))
+        return false;
+    *out = 0;
+    for (char *item; (item = strsep(&rest, ","));) {
+        const unsigned before = *out;
+        for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
+            if (!strcmp(item, all[i].name))
+                *out |= all[i].table;
+        if (*out == before)
+            return false;
+    }
+    return true;
+}
+
+static bool one_of(const char **out, const char *text, const char *const *names)
 {
     for (; *names; names++)
-        if (!strcmp(text, *names))
+        if (!strcmp(text, *names)) {
+            *out = *names;
             return true;
+        }
     return false;
 }
 
-static bool parse_option(struct settings *s, int option)
+static bool parse_device(struct bench_settings *s, const char *text)
 {
-    static const char *const devices[] = {"cpu", "ref", NULL};
-    static const char *const dtypes[] = {"auto", "f32", "bf16", NULL};
+    static const char *const hosts[] = {"cpu", "ref", NULL};
+    s->device_index = -1;
+    if (one_of(&s->device, text, hosts))
+        return true;
+    s->device = "cuda";
+    if (!strcmp(text, "cuda"))
+        return parse_count(&s->device_index, "0", 0, 0);
+    return !strncmp(text, "cuda:", 5) && parse_count(&s->device_index, text + 5, 0, 1023);
+}
+
+static bool parse_option(struct bench_settings *s, int option)
+{
+    static const char *const weights[] = {"auto", "f32", "bf16", "int8", NULL};
+    static const char *const windows[] = {"auto", "f32", "bf16", "f8", NULL};
     switch (option) {
     case 'm':
         s->model_dir = optarg;
@@ -413,67 +308,133 @@ static bool parse_option(struct settings *s, int option)
     case 'r':
         s->random = optarg;
         return true;
+    case 'c':
+        return parse_count(&s->context, optarg, 1, INT32_MAX);
     case 'd':
-        s->device = optarg;
-        return one_of(optarg, devices);
+        return parse_device(s, optarg);
     case 'w':
-        s->weight_dtype = optarg;
-        return one_of(optarg, dtypes);
+        return one_of(&s->weight_dtype, optarg, weights);
+    case 'W':
+        return one_of(&s->window_dtype, optarg, windows);
+    case 'D':
+        return s->deterministic = true;
+    case 'C':
+        return s->composed = true;
     case 't':
         return parse_count(&s->n_threads, optarg, 1, 1024);
+    case 'o':
+        return parse_tables(&s->tables, optarg);
     case 'b':
-        return parse_batches(s, optarg);
-    case 's':
-        return parse_count(&s->seconds, optarg, 0, 3600);
+        return parse_list(s->batches, &s->n_batches, optarg, 65536);
+    case 'k':
+        return parse_count(&s->top_k, optarg, 0, 1 << 24);
+    case 'P':
+        return parse_list(s->positions, &s->n_positions, optarg, 2000000000);
     case 'p':
         return parse_count(&s->real_position, optarg, 0, 1000000000);
+    case 'T':
+        return parse_count(&s->step_tokens, optarg, 1, 1 << 20);
+    case 'n':
+        return !strcmp(optarg, "auto") || parse_count(&s->n_sessions, optarg, 1, MAX_SESSIONS);
+    case 'B':
+        return parse_count(&s->bandwidth, optarg, 1, 1000000);
+    case 'f':
+        return parse_count(&s->tflops, optarg, 1, 1000000);
+    case 's':
+        return parse_count(&s->seconds, optarg, 0, 3600);
     case 'j':
-        return s->json = true;
+        s->output = OUTPUT_JSON;
+        return true;
+    case 'v':
+        s->output = OUTPUT_CSV;
+        return true;
     default:
         return false;
     }
 }
 
-int bench_engine(int argc, char **argv)
+/* What the device decides of the settings that nobody gave. */
+static void set_defaults(struct bench_settings *s)
+{
+    const bool device = is_device(s);
+    if (!s->tables)
+        s->tables = TABLE_PREFILL | TABLE_DECODE | TABLE_POSITION |
+                    (device ? TABLE_JOB | TABLE_MEMORY | TABLE_SESSIONS : 0);
+    if (!s->n_batches)
+        parse_list(s->batches, &s->n_batches,
+                   device ? "1,4,16,32,64,128,256,512,1024" : "1,4,16,64,128", 4096);
+    if (!s->n_positions)
+        parse_list(s->positions, &s->n_positions, "1000,10000,100000,1000000,10000000", INT32_MAX);
+    if (!s->step_tokens)
+        s->step_tokens = device ? 8192 : 512;
+    if (s->seconds < 0)
+        s->seconds = device ? 1 : 2;
+    if (!s->bandwidth && device)
+        s->bandwidth = 3080;
+    if (!s->tflops && device)
+        s->tflops = 720;
+}
+
+/* 0 to go on, else the exit code plus one. */
+static int parse(struct bench_settings *s, int argc, char **argv)
 {
     static const struct option options[] = {{"model", 1, 0, 'm'},
                                             {"random", 1, 0, 'r'},
+                                            {"context", 1, 0, 'c'},
                                             {"device", 1, 0, 'd'},
-                                            {"weight-dtype", 1, 0, 'w'},
                                             {"threads", 1, 0, 't'},
+                                            {"weight-dtype", 1, 0, 'w'},
+                                            {"window-dtype", 1, 0, 'W'},
+                                            {"deterministic", 0, 0, 'D'},
+                                            {"composed", 0, 0, 'C'},
+                                            {"only", 1, 0, 'o'},
                                             {"batches", 1, 0, 'b'},
+                                            {"top-k", 1, 0, 'k'},
+                                            {"positions", 1, 0, 'P'},
+                                            {"real-position", 1, 0, 'p'},
+                                            {"step-tokens", 1, 0, 'T'},
+                                            {"sessions", 1, 0, 'n'},
+                                            {"bandwidth", 1, 0, 'B'},
+                                            {"tflops", 1, 0, 'f'},
                                             {"seconds", 1, 0, 's'},
                                             {"json", 0, 0, 'j'},
-                                            {"real-position", 1, 0, 'p'},
+                                            {"csv", 0, 0, 'v'},
                                             {"help", 0, 0, 'h'},
                                             {0, 0, 0, 0}};
-    static struct bench b; /* the samples are no stack's business */
-    b.set = (struct settings){.device = "cpu",
-                              .weight_dtype = "auto",
-                              .n_threads = n_cores(),
-                              .batches = {1, 4, 16, 64, 128},
-                              .n_batches = 5,
-                              .seconds = 2,
-                              .real_position = 10000};
     bool ok = true;
     for (int c; ok && (c = getopt_long(argc, argv, "m:h", options, NULL)) != -1;) {
         if (c == 'h') {
             usage(stdout);
-            return 0;
+            return 1;
         }
-        ok = parse_option(&b.set, c);
+        ok = parse_option(s, c);
     }
-    if (!ok || optind != argc || (b.set.model_dir != NULL) == (b.set.random != NULL)) {
-        usage(stderr);
-        return 2;
+    if (ok && optind == argc && (s->model_dir != NULL) != (s->random != NULL)) {
+        set_defaults(s);
+        return 0;
     }
-    ok = b.set.random ? load_random(&b) : load(&b, b.set.model_dir);
+    usage(stderr);
+    return 3;
+}
+
+int bench_engine(int argc, char **argv)
+{
+    static struct bench b; /* the samples are no stack's business */
+    b.set = (struct bench_settings){.device = "cpu",
+                                    .device_index = -1,
+                                    .weight_dtype = "auto",
+                                    .window_dtype = "auto",
+                                    .n_threads = cores_available(),
+                                    .seconds = -1,
+                                    .real_position = 10000};
+    const int code = parse(&b.set, argc, argv);
+    if (code)
+        return code - 1;
+    bool ok = b.set.random ? load_random(&b) : load(&b, b.set.model_dir);
     if (ok) {
-        report_setup(&b);
-        ok = measure_all(&b);
+        bench_report_setup(&b);
+        ok = bench_measure(&b);
     }
-    model_close(b.model);
-    free(b.tokens);
-    free(b.seqs);
+    bench_close(&b);
     return ok ? 0 : 1;
 }
