@@ -12,24 +12,69 @@
 
 #define MODELS "tests/golden/models"
 
-const char *const run_backends[] = {"ref", "cpu", NULL};
+const char *const *run_backends(void)
+{
+    static const char *const all[] = {"ref", "cpu", "cuda", NULL};
+    static const char *const hosts[] = {"ref", "cpu", NULL};
+    return backend_cuda_count() > 0 ? all : hosts;
+}
+
+bool run_quick(void)
+{
+    const struct backend_options options = {.n_threads = 1,
+                                            .max_rows = 1,
+                                            .max_seqs = 1,
+                                            .max_dim = 1,
+                                            .n_slots = 1,
+                                            .max_logit_rows = 1};
+    const char *quick = getenv("LATTE_TEST_QUICK");
+    struct backend_memory memory;
+    struct error err;
+    if (quick && !strcmp(quick, "1"))
+        return true;
+    return backend_cuda_count() > 0 && !backend_cuda_probe(&options, &memory, &err) &&
+           strstr(memory.device, "emulated");
+}
+
+bool run_skips(const char *backend, const char *dir)
+{
+    static const char *const kept[] = {
+        "latte-conv-plus",  "macchiato",    "gemma-macchiato", "mixed-conv",
+        "transformer-plus", "vapor-window", "latte",           NULL};
+    if (strcmp(backend, "cuda") != 0 || !run_quick())
+        return false;
+    const char *name = strrchr(dir, '/') ? strrchr(dir, '/') + 1 : dir;
+    for (int i = 0; kept[i]; i++)
+        if (!strcmp(name, kept[i]))
+            return false;
+    return true;
+}
 
 enum status run_try_backend(struct backend **out, const char *name,
                             const struct backend_options *options, struct error *err)
 {
     if (!strcmp(name, "ref"))
         return backend_ref_open(out, options, err);
+    if (!strcmp(name, "cuda"))
+        return backend_cuda_open(out, options, err);
     return backend_cpu_open(out, options, err);
 }
 
-void run_open(struct run *r, const char *dir, const struct run_options *options)
+void run_open_as(struct run *r, const char *dir, const struct run_options *options,
+                 const struct run_form *form)
 {
     struct error err;
     struct checkpoint *c = NULL;
     struct backend *backend = NULL;
-    const struct model_options mo = {
-        .n_slots = options->n_slots, .max_rows = RUN_MAX_ROWS, .weight_dtype = options->dtype};
-    struct backend_options bo = {.n_threads = options->n_threads};
+    const struct model_options mo = {.n_slots = options->n_slots,
+                                     .max_rows = form->max_rows ? form->max_rows : RUN_MAX_ROWS,
+                                     .max_logit_rows = form->max_logit_rows,
+                                     .weight_dtype = options->dtype,
+                                     .window_dtype = form->window_dtype};
+    struct backend_options bo = {.n_threads = options->n_threads,
+                                 .device = form->device,
+                                 .deterministic = form->deterministic,
+                                 .composed = form->composed};
     enum status st = checkpoint_open(&c, dir, NULL, NULL, &err);
     if (!st) {
         model_backend_options(&c->config, &mo, &bo);
@@ -40,9 +85,16 @@ void run_open(struct run *r, const char *dir, const struct run_options *options)
     if (st)
         fail_msg("%s: %s", dir, err.text);
     r->vocab_size = c->config.vocab_size;
-    snprintf(r->label, sizeof(r->label), "%s (%s, %s, %d threads)", dir, options->backend,
-             dtype_name(options->dtype), options->n_threads);
+    snprintf(r->label, sizeof(r->label), "%s (%s, %s, window %s, %d threads%s%s)", dir,
+             options->backend, dtype_name(options->dtype), dtype_name(form->window_dtype),
+             options->n_threads, form->deterministic ? ", deterministic" : "",
+             form->composed ? ", composed" : "");
     checkpoint_close(c);
+}
+
+void run_open(struct run *r, const char *dir, const struct run_options *options)
+{
+    run_open_as(r, dir, options, &(struct run_form){.window_dtype = DTYPE_F32});
 }
 
 void run_close(struct run *r)

@@ -15,10 +15,18 @@
 enum { RUN_MAX_ROWS = 128, RUN_MAX_MODELS = 64 };
 
 struct run_options {
-    const char *backend; /* "ref" or "cpu" */
+    const char *backend; /* "ref", "cpu" or "cuda" */
     int n_threads;
-    enum dtype dtype;
+    enum dtype dtype; /* of matrices */
     int n_slots;
+};
+
+/* What else a model may be opened with; all zero by default. */
+struct run_form {
+    enum dtype window_dtype;
+    int max_rows, max_logit_rows; /* 0: RUN_MAX_ROWS, max_rows */
+    int device;
+    bool deterministic, composed; /* as backend_options */
 };
 
 /* One open model; V and a label for messages beside it. */
@@ -28,11 +36,22 @@ struct run {
     char label[200];
 };
 
-extern const char *const run_backends[]; /* ends with NULL */
+/* "ref", "cpu", and "cuda" where there is a device, real or emulated; ends with NULL. */
+const char *const *run_backends(void);
+
+/* Whether tests on the device are to be small: LATTE_TEST_QUICK=1 (as under compute-sanitizer),
+ * or it is an emulated one. */
+bool run_quick(void);
+
+/* Whether to leave out a golden model on this backend, because the device is slow: the first of
+ * each kind of layer, latent input and position stays. */
+bool run_skips(const char *backend, const char *dir);
 
 enum status run_try_backend(struct backend **out, const char *name,
                             const struct backend_options *options, struct error *err);
 void run_open(struct run *r, const char *dir, const struct run_options *options);
+void run_open_as(struct run *r, const char *dir, const struct run_options *options,
+                 const struct run_form *form);
 void run_close(struct run *r);
 
 /* The golden models, sorted by name: paths without a trailing slash. */
