@@ -1,0 +1,68 @@
+/* cuda_tests.h - what the tests of whole models on a GPU share: small models whose heads are as
+ * wide as those of real ones, so that the fused passes take them (the golden models' heads of 8
+ * values are below what those need), and skipping where there is no device.
+ *
+ * Threads: one. Memory: none kept. Errors: end the cmocka test with a sentence.
+ */
+#ifndef LATTE_TESTS_CUDA_TESTS_H
+#define LATTE_TESTS_CUDA_TESTS_H
+
+#include "tests/unit/model_files.h"
+#include "tests/unit/model_run.h"
+
+#define WIDE_SIZES                                                                                 \
+    "{\"model_type\":\"latte\",\"architectures\":[\"LatteForCausalLM\"],"                          \
+    "\"num_hidden_layers\":2,\"num_attention_heads\":2,\"eos_token_id\":0,"                        \
+    "\"tie_word_embeddings\":true,"
+
+static const struct test_model wide_models[] = {
+    /* the reference model of LATTE.md in small: d = 96, M = 16 */
+    {"wide-macchiato",
+     WIDE_SIZES "\"vocab_size\":509,\"hidden_size\":192,\"intermediate_size\":256,"
+                "\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"num_latents\":32,"
+                "\"layer_type\":\"macchiato\",\"sliding_window\":24,"
+                "\"latent_input\":\"rglru\",\"rglru_blocks\":2}"},
+    {"wide-gemma",
+     WIDE_SIZES "\"vocab_size\":384,\"hidden_size\":128,\"intermediate_size\":192,"
+                "\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"num_latents\":32,\"head_dim\":256,"
+                "\"num_key_value_heads\":1,\"layer_type\":\"macchiato\",\"sliding_window\":16,"
+                "\"latent_input\":\"rglru\",\"rglru_blocks\":2,\"post_norms\":true,"
+                "\"embedding_scale\":11.3,\"norm_offset\":1.0,\"query_pre_attn_scalar\":256,"
+                "\"attn_logit_softcapping\":50.0,\"final_logit_softcapping\":30.0,"
+                "\"hidden_act\":\"gelu_tanh\",\"position_embedding\":\"rope\"}"},
+    {"wide-transformer",
+     WIDE_SIZES "\"vocab_size\":256,\"hidden_size\":128,\"intermediate_size\":192,"
+                "\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"layer_type\":\"full_attention\","
+                "\"position_embedding\":\"rope\",\"max_position_embeddings\":512}"},
+    {"wide-latte-conv",
+     WIDE_SIZES "\"vocab_size\":256,\"hidden_size\":128,\"intermediate_size\":192,"
+                "\"norm\":\"layernorm\",\"mlp\":\"plain\",\"hidden_act\":\"gelu\","
+                "\"num_latents\":32,\"layer_type\":\"latte\",\"latent_input\":\"conv\"}"},
+};
+enum { N_WIDE_MODELS = sizeof(wide_models) / sizeof(*wide_models) };
+
+/* Write one to a fresh directory; test_dir_remove takes it away. */
+static inline void wide_model_make(int i, char *dir, size_t n)
+{
+    const struct model_files_options files = {.dtype = "BF16"};
+    if (test_dir_make(dir, n) ||
+        model_files_write(dir, wide_models[i].config_json, 90 + (uint64_t)i, &files))
+        fail_msg("%s: the model could not be written", wide_models[i].name);
+}
+
+static inline void test_no_device(void **state)
+{
+    (void)state;
+    print_message("SKIPPED: no CUDA device\n");
+    skip();
+}
+
+/* Run the tests, or skip aloud. */
+#define RUN_CUDA_TESTS(tests)                                                                      \
+    do {                                                                                           \
+        const struct CMUnitTest none[] = {cmocka_unit_test(test_no_device)};                       \
+        return backend_cuda_count() ? cmocka_run_group_tests(tests, NULL, NULL)                    \
+                                    : cmocka_run_group_tests(none, NULL, NULL);                    \
+    } while (0)
+
+#endif
