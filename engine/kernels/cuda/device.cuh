@@ -100,6 +100,14 @@ static inline void launch(struct queue *q, const char *where, void (*kernel)(P..
         q->where = where;
 }
 
+/* Shared memory that one block may have. */
+static inline size_t shared_limit(const struct queue *q)
+{
+    const bool large = q->capability == 80 || q->capability == 87;
+    const bool largest = q->capability == 90 || q->capability / 10 == 10;
+    return (size_t)(largest ? 227 : large ? 163 : 99) * 1024;
+}
+
 static inline int ceil_div(int a, int b)
 {
     return (a + b - 1) / b;

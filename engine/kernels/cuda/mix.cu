@@ -1,0 +1,1024 @@
+/* mix.cu - launch 2 of a decode layer: one row's latents and window, head by head.
+ *
+ * A block serves one row and one or several query heads that share a kv head. Everything it
+ * reads of size is on its way at once: the ring's keys and values go to shared memory in the
+ * background, the latents to registers, and what is done first (rope, gates, scores) is done
+ * while the rest arrives. A ring longer than a tile of keys is walked tile by tile with a
+ * running maximum.
+ *
+ * Before pdl_wait a block fetches the gates' weights, and also its slot's state: a layer's state
+ * is touched by this kernel alone within a step, steps are ordered by the copy of their arrays,
+ * and those arrays are never written by a kernel. Only q, k, v, u and the gates come from the
+ * kernels just before.
+ *
+ * Bytes of a row and kv head with G query heads: 2 w d ring values read and 2 d written; G latent
+ * tensors of M (d + 2) f32 read and written. At d = 96, M = 16, w = 128, bf16: 49 KB + 2 * 6.3 KB,
+ * so 1024 rows of 8 heads move 0.5 GB: 165 us at 3.08 TB/s. Four blocks of 128 threads and 53 KB
+ * of shared memory run on an SM. With the gates computed here their weights, 2 D (2 M + 1) bytes
+ * a head, are read from L2 by every row.
+ *
+ * A head's sums run in one order, given by the shape alone: whole tiles of keys in ring order,
+ * latents by thread, then groups of threads one after the other.
+ */
+#include <math.h>
+
+#include "engine/kernels/cuda/fused.cuh"
+#include "engine/kernels/cuda/math.cuh"
+
+enum {
+    MAX_RING_ROWS = 1024, /* longer ones are worth splitting over several blocks: window.cu */
+    MAX_HEAD_DIM = 256,
+    MAX_LATENTS = 128, /* of a head */
+    BATCH = 4,         /* latents a thread has on their way at a time */
+    GATE_TILE = 64,    /* gates whose sums a warp keeps at a time */
+};
+
+/* Byte offsets into shared memory. */
+struct mix_places {
+    int keys, values;            /* tiles of the ring; sums of groups of threads at the end */
+    int query;                   /* [G, d] f32, scaled */
+    int new_key, new_value;      /* [d] as the ring has them */
+    int value;                   /* [d] f32 */
+    int weights;                 /* [G, keys of a tile] */
+    int stats;                   /* [warps, G] */
+    int keep, take, share;       /* [G, M] of the latents */
+    int window_share;            /* [G] p(0|t) */
+    int input, matrix, products; /* gates: u bf16 [D]; weights; sums [warps, gates] */
+    int total;
+};
+
+struct mix_call {
+    struct mix m; /* its slabs of rings are the host's */
+    struct device_step step;
+    void *ring_k, *ring_v;
+    int64_t ring_row_values;
+    int head_dim, ring_rows, n_gates, matrix_pitch;
+    struct mix_places at;
+};
+
+/* D = 0: any head_dim. HEADS query heads a block. GATES: computed here, for small batches, with
+ * as many threads as help one block alone on its SM. */
+template <int D, int HEADS, class RING, bool GATES> struct mix_shape {
+    static constexpr int d = D, heads = HEADS;
+    static constexpr bool gates = GATES;
+    static constexpr int threads = GATES || D == 0 || D == 256 ? 256 : 128;
+    static constexpr int warps = threads / WARP;
+    static constexpr int keys = D && D * sizeof(RING) <= 256 ? 128 : 64;
+    static constexpr int per_key = threads / keys;                      /* threads */
+    static constexpr int pairs = D ? (D + 63) / 64 : MAX_HEAD_DIM / 64; /* rope's, of a lane */
+    typedef RING ring;
+
+    static __host__ __device__ constexpr int row_bytes(int dim)
+    {
+        return dim * (int)sizeof(RING);
+    }
+    /* Rows of keys are read by per_key threads each, 16 bytes a thread: an odd number of
+     * per_key * 16 bytes puts the rows of a warp into different banks. */
+    static __host__ __device__ constexpr int key_pitch(int dim)
+    {
+        const int units = (row_bytes(dim) + 15) / 16;
+        return (((units + per_key - 1) / per_key) | 1) * per_key * 16;
+    }
+    static __host__ __device__ constexpr int value_pitch(int dim)
+    {
+        return (row_bytes(dim) + 15) / 16 * 16;
+    }
+};
+
+/* What a block works on. */
+struct mix_block {
+    int row, head, kv; /* head: the first */
+    int64_t slot, position;
+    int n_keys;  /* ring rows that count, the new one included */
+    int newest;  /* the ring row of this position: its old content does not count */
+    bool begins; /* position 0: the slot's latents hold nothing of this session */
+};
+
+template <class S> static __device__ __forceinline__ int dim_of(const struct mix_call &c)
+{
+    return S::d ? S::d : c.head_dim;
+}
+
+/* exp(a - b) for a <= b; 1 for equal ones, even infinite. */
+static __device__ __forceinline__ float exp_below(float a, float b)
+{
+    return a == b ? 1 : expf(a - b);
+}
+
+/* ---- memory ---- */
+
+/* Start copying n rows of the ring, but for row `skip`. */
+template <class S>
+static __device__ __forceinline__ void
+fetch_rows(unsigned char *to, int pitch, const typename S::ring *from, int n, int skip, int dim)
+{
+    const int bytes = S::row_bytes(dim);
+    const unsigned char *source = reinterpret_cast<const unsigned char *>(from);
+    if (S::d) {
+        constexpr int units = S::row_bytes(S::d ? S::d : 8) / 16;
+#pragma unroll
+        for (int j = 0; j < (S::keys * units + S::threads - 1) / S::threads; j++) {
+            const int i = (int)threadIdx.x + j * S::threads, row = i / (units ? units : 1);
+            if (row < n && row != skip)
+                copy_async_16(to + row * pitch + (i - row * units) * 16, source + i * 16);
+        }
+    } else if (bytes % 16 == 0) {
+        const int units = bytes / 16;
+        for (int i = threadIdx.x; i < n * units; i += S::threads) {
+            const int row = i / units;
+            if (row != skip)
+                copy_async_16(to + row * pitch + (i - row * units) * 16, source + i * 16);
+        }
+    } else {
+        const int units = bytes / 8;
+        for (int i = threadIdx.x; i < n * units; i += S::threads) {
+            const int row = i / units;
+            if (row != skip)
+                *reinterpret_cast<uint2 *>(to + row * pitch + (i - row * units) * 8) =
+                    *reinterpret_cast<const uint2 *>(source + i * 8);
+        }
+    }
+}
+
+template <class S>
+static __device__ __forceinline__ void fetch_tile(const struct mix_call &c,
+                                                  const struct mix_block &b, unsigned char *to,
+                                                  int pitch, const void *ring, int first)
+{
+    const int dim = dim_of<S>(c), left = b.n_keys - first;
+    const typename S::ring *from = static_cast<const typename S::ring *>(ring) +
+                                   b.slot * c.ring_row_values +
+                                   ((int64_t)b.kv * c.ring_rows + first) * dim;
+    fetch_rows<S>(to, pitch, from, left < S::keys ? left : S::keys, b.newest - first, dim);
+    copy_async_commit();
+}
+
+/* Eight values of a ring row as f32. */
+static __device__ __forceinline__ void read_eight(float x[8], const unsigned char *from, bf16)
+{
+    const uint4 raw = *reinterpret_cast<const uint4 *>(from);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+static __device__ __forceinline__ void read_eight(float x[8], const unsigned char *from, fp8)
+{
+    const uint2 raw = *reinterpret_cast<const uint2 *>(from);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        fp8 one;
+        one.__x = (__nv_fp8_storage_t)((i < 4 ? raw.x : raw.y) >> (8 * (i % 4)));
+        x[i] = to_float(one);
+    }
+}
+static __device__ __forceinline__ void read_eight(float x[8], const unsigned char *from, float)
+{
+    const float4 low = reinterpret_cast<const float4 *>(from)[0];
+    const float4 high = reinterpret_cast<const float4 *>(from)[1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+/* ---- q, k and v ---- */
+
+/* Angles of this lane's pairs (i, i + d/2), i = lane + 32 p. */
+template <class S> struct mix_angles {
+    float sine[S::pairs], cosine[S::pairs];
+};
+
+template <class S>
+static __device__ __forceinline__ void find_angles(struct mix_angles<S> *a,
+                                                   const struct mix_call &c, int64_t position)
+{
+    const int half = dim_of<S>(c) / 2;
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = (int)threadIdx.x % WARP + WARP * p;
+        a->sine[p] = 0, a->cosine[p] = 1;
+        if (i < half)
+            angle(position, c.m.frequencies[i], &a->sine[p], &a->cosine[p]);
+    }
+}
+
+/* One warp: a head of q or k, normed and turned; low[p] and high[p] are a lane's pairs. */
+template <class S>
+static __device__ __forceinline__ void turn_head(float low[S::pairs], float high[S::pairs],
+                                                 const struct mix_call &c, const bf16 *x,
+                                                 const float *norm, const struct mix_angles<S> &a)
+{
+    const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
+    float square = 0;
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = lane + WARP * p;
+        low[p] = i < half ? to_float(x[i]) : 0;
+        high[p] = i < half ? to_float(x[i + half]) : 0;
+        square += fmaf(low[p], low[p], high[p] * high[p]);
+    }
+    const float scale = norm ? 1 / sqrtf(warp_sum(square) / (float)dim + c.m.qk_eps) : 1;
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = lane + WARP * p;
+        float x0 = low[p], x1 = high[p];
+        if (norm && i < half)
+            x0 *= scale * norm[i], x1 *= scale * norm[i + half];
+        low[p] = fmaf(x0, a.cosine[p], -x1 * a.sine[p]);
+        high[p] = fmaf(x0, a.sine[p], x1 * a.cosine[p]);
+    }
+}
+
+template <class S>
+static __device__ __forceinline__ void put_query(const struct mix_call &c,
+                                                 const struct mix_block &b, unsigned char *shared,
+                                                 int head, const struct mix_angles<S> &a)
+{
+    const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
+    float *query = reinterpret_cast<float *>(shared + c.at.query) + head * dim;
+    float low[S::pairs], high[S::pairs];
+    turn_head<S>(low, high, c, c.m.q + b.row * c.m.stride + (int64_t)(b.head + head) * dim,
+                 c.m.q_norm, a);
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = lane + WARP * p;
+        if (i < half) {
+            query[i] = low[p] * c.m.window.scale;
+            query[i + half] = high[p] * c.m.window.scale;
+        }
+    }
+}
+
+/* Where this position's key or value belongs in the ring. */
+template <class S>
+static __device__ __forceinline__ typename S::ring *ring_row(const struct mix_call &c,
+                                                             const struct mix_block &b, void *ring)
+{
+    return static_cast<typename S::ring *>(ring) + b.slot * c.ring_row_values +
+           ((int64_t)b.kv * c.ring_rows + b.newest) * dim_of<S>(c);
+}
+
+/* Of the blocks that share a kv head, the first writes the ring; none reads that row. */
+static __device__ __forceinline__ bool writes_ring(const struct mix_call &c,
+                                                   const struct mix_block &b)
+{
+    return b.head % (c.m.window.n_heads / c.m.window.n_kv_heads) == 0;
+}
+
+template <class S>
+static __device__ __forceinline__ void put_key(const struct mix_call &c, const struct mix_block &b,
+                                               unsigned char *shared, const struct mix_angles<S> &a)
+{
+    typedef typename S::ring ring;
+    const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
+    ring *key = reinterpret_cast<ring *>(shared + c.at.new_key);
+    ring *out = ring_row<S>(c, b, c.ring_k);
+    const bool writes = writes_ring(c, b);
+    float low[S::pairs], high[S::pairs];
+    turn_head<S>(low, high, c, c.m.k + b.row * c.m.stride + (int64_t)b.kv * dim, c.m.k_norm, a);
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = lane + WARP * p;
+        if (i < half) {
+            key[i] = from_float<ring>(low[p]);
+            key[i + half] = from_float<ring>(high[p]);
+            if (writes)
+                out[i] = key[i], out[i + half] = key[i + half];
+        }
+    }
+}
+
+template <class S>
+static __device__ __forceinline__ void put_value(const struct mix_call &c,
+                                                 const struct mix_block &b, unsigned char *shared)
+{
+    typedef typename S::ring ring;
+    const int dim = dim_of<S>(c);
+    const bf16 *v = c.m.v + b.row * c.m.stride + (int64_t)b.kv * dim;
+    float *value = reinterpret_cast<float *>(shared + c.at.value);
+    ring *kept = reinterpret_cast<ring *>(shared + c.at.new_value);
+    ring *out = c.ring_rows ? ring_row<S>(c, b, c.ring_v) : nullptr;
+    const bool writes = c.ring_rows && writes_ring(c, b);
+#pragma unroll
+    for (int p = 0; p < 2 * S::pairs; p++) {
+        const int i = (int)threadIdx.x % WARP + WARP * p;
+        if (i < dim) {
+            value[i] = to_float(v[i]);
+            if (c.ring_rows)
+                kept[i] = from_float<ring>(value[i]);
+            if (writes)
+                out[i] = kept[i];
+        }
+    }
+}
+
+/* ---- gates computed here: rows of latent_k, then of latent_q, times bf16(norm(u)) ---- */
+
+static __device__ __forceinline__ void
+fetch_matrix(unsigned char *to, int pitch, const struct product_weight &w, int first, int n)
+{
+    const int lane = threadIdx.x % WARP, size = w.dtype == DTYPE_I8 ? 1 : 2;
+    const int units = w.n_in * size / 16;
+    const unsigned char *from = static_cast<const unsigned char *>(w.data);
+    for (int r = threadIdx.x / WARP; r < n; r += blockDim.x / WARP) {
+        const unsigned char *row = from + (int64_t)(first + r) * w.n_in * size;
+        for (int i = lane; i < units; i += WARP)
+            copy_async_16(to + r * pitch + i * 16, row + i * 16);
+        if (w.n_in % 16 && lane == 0) /* an mma takes 16 columns */
+            *reinterpret_cast<uint4 *>(to + r * pitch + units * 16) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+template <class S>
+static __device__ __forceinline__ void fetch_matrices(const struct mix_call &c, int head,
+                                                      unsigned char *shared)
+{
+    const int n_latents = c.m.latents.n_latents, n_queries = n_latents + c.m.latents.gated_window;
+    unsigned char *to = shared + c.at.matrix;
+    fetch_matrix(to, c.matrix_pitch, c.m.latent_k, head * n_latents, S::heads * n_latents);
+    fetch_matrix(to + S::heads * n_latents * c.matrix_pitch, c.matrix_pitch, c.m.latent_q,
+                 head * n_queries, S::heads * n_queries);
+    copy_async_commit();
+}
+
+/* The latent input in shared memory; each warp finds the row's scale for itself. */
+static __device__ __forceinline__ void put_input(const struct mix_call &c, int row,
+                                                 unsigned char *shared)
+{
+    const int dim = c.m.latent_k.n_in, padded = (dim + 15) / 16 * 16;
+    const struct device_norm &n = c.m.u_norm;
+    const float *u = c.m.u + (int64_t)row * dim;
+    bf16 *input = reinterpret_cast<bf16 *>(shared + c.at.input);
+    struct row_scale s = {0, 1};
+    if (n.weight)
+        s = read_scale(u, dim, n.type == NORM_LAYER, n.eps);
+    for (int i = threadIdx.x; i < padded; i += blockDim.x) {
+        float x = i < dim ? u[i] : 0;
+        if (n.weight && i < dim)
+            x = normed(x, s, __ldg(n.weight + i), n.bias ? __ldg(n.bias + i) : 0);
+        input[i] = from_float<bf16>(x);
+    }
+}
+
+/* Two int8 weights as bf16, exactly. */
+static __device__ __forceinline__ uint32_t bf16_pair(const unsigned char *from)
+{
+    const int8_t *w = reinterpret_cast<const int8_t *>(from);
+    return __float_as_uint((float)w[0]) >> 16 | (__float_as_uint((float)w[1]) & 0xffff0000u);
+}
+
+/* 16 gates' weights for 16 columns from k on, as mma wants them; rows beyond the last repeat it. */
+static __device__ __forceinline__ void gate_fragment(uint32_t a[4], const struct mix_call &c,
+                                                     const unsigned char *matrix, int first, int k)
+{
+    const int lane = threadIdx.x % WARP, last = c.n_gates - 1;
+    if (c.m.latent_k.dtype == DTYPE_I8) {
+        const int r = first + lane / 4, low = r < last ? r : last,
+                  high = r + 8 < last ? r + 8 : last;
+        const unsigned char *at = matrix + k + lane % 4 * 2;
+        a[0] = bf16_pair(at + low * c.matrix_pitch);
+        a[1] = bf16_pair(at + high * c.matrix_pitch);
+        a[2] = bf16_pair(at + low * c.matrix_pitch + 8);
+        a[3] = bf16_pair(at + high * c.matrix_pitch + 8);
+    } else {
+        const int r = first + lane % 16, row = r < last ? r : last;
+        ldmatrix_x4(a, matrix + row * c.matrix_pitch + (k + lane / 16 * 8) * (int)sizeof(bf16));
+    }
+}
+
+/* Each warp sums its share of the columns, for all gates. Every column of the mma's right-hand
+ * side is u: only the first is used. */
+template <class S>
+static __device__ __forceinline__ void gate_products(const struct mix_call &c,
+                                                     unsigned char *shared)
+{
+    constexpr int tiles = GATE_TILE / 16;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int padded = (c.n_gates + 15) / 16 * 16;
+    const bf16 *input = reinterpret_cast<const bf16 *>(shared + c.at.input) + lane % 4 * 2;
+    float *sums = reinterpret_cast<float *>(shared + c.at.products) + warp * padded + lane / 4;
+    for (int first = 0; first < c.n_gates; first += GATE_TILE) {
+        float d[tiles][4] = {};
+        for (int k = warp * 16; k < c.m.latent_k.n_in; k += S::warps * 16) {
+            const uint32_t b[2] = {*reinterpret_cast<const uint32_t *>(input + k),
+                                   *reinterpret_cast<const uint32_t *>(input + k + 8)};
+#pragma unroll
+            for (int t = 0; t < tiles; t++) {
+                if (first + 16 * t < c.n_gates) {
+                    uint32_t a[4];
+                    gate_fragment(a, c, shared + c.at.matrix, first + 16 * t, k);
+                    mma_bf16(d[t], a, b);
+                }
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < tiles; t++) {
+            if (first + 16 * t < c.n_gates && lane % 4 == 0) {
+                sums[first + 16 * t] = d[t][0];
+                sums[first + 16 * t + 8] = d[t][2];
+            }
+        }
+    }
+}
+
+/* ---- the softmax of the gates, and what it does to the latents' maxima and sums ---- */
+
+/* theta of a block's head (or g, its queries) number i, given or from gate_products. */
+template <class S>
+static __device__ __forceinline__ float
+gate_value(const struct mix_call &c, const struct mix_block &b, const unsigned char *shared,
+           int head, int i, bool query)
+{
+    const int n_latents = c.m.latents.n_latents;
+    const int n = query ? n_latents + c.m.latents.gated_window : n_latents;
+    const int at = (b.head + head) * n + i;
+    if (!S::gates)
+        return (query ? c.m.g : c.m.theta)[b.row * c.m.gate_stride + at];
+
+    const struct product_weight &w = query ? c.m.latent_q : c.m.latent_k;
+    const int padded = (c.n_gates + 15) / 16 * 16;
+    const float *sums = reinterpret_cast<const float *>(shared + c.at.products) +
+                        (query ? S::heads * n_latents : 0) + head * n + i;
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < S::warps; warp++)
+        sum += sums[warp * padded];
+    if (w.scales)
+        sum *= __ldg(w.scales + at);
+    return w.bias ? sum + __ldg(w.bias + at) : sum;
+}
+
+/* The head whose gates are this warp's work; the last warps, since the first have q and k. */
+template <class S> static __device__ __forceinline__ int gate_head(void)
+{
+    const int head = S::warps - 1 - (int)threadIdx.x / WARP;
+    return head < S::heads ? head : -1;
+}
+
+static __device__ __forceinline__ int64_t latent_at(const struct mix_call &c,
+                                                    const struct mix_block &b,
+                                                    const struct device_slab<float> &slab, int head)
+{
+    return b.slot * slab.row_values + (int64_t)(b.head + head) * c.m.latents.n_latents;
+}
+
+/* One warp, one head. before, sum: m and alpha of latent `lane`, fetched early. */
+template <class S>
+static __device__ __forceinline__ void put_gates(const struct mix_call &c,
+                                                 const struct mix_block &b, unsigned char *shared,
+                                                 int head, float before, float sum)
+{
+    constexpr int parts = MAX_LATENTS / WARP;
+    const int lane = threadIdx.x % WARP, n = c.m.latents.n_latents;
+    const bool gated = c.m.latents.gated_window;
+    float *m = c.m.m.data + latent_at(c, b, c.m.m, head);
+    float *alpha = c.m.alpha.data + latent_at(c, b, c.m.alpha, head);
+    float theta[parts], p[parts], top = -INFINITY, total = 0, window = 0;
+    if (gated)
+        top = window = gate_value<S>(c, b, shared, head, 0, true);
+#pragma unroll
+    for (int j = 0; j < parts; j++) {
+        const int l = lane + WARP * j;
+        theta[j] = l < n ? gate_value<S>(c, b, shared, head, l, false) : 0;
+        p[j] = l < n ? gate_value<S>(c, b, shared, head, l + gated, true) : -INFINITY;
+        top = fmaxf(top, p[j]);
+    }
+    top = warp_max(top);
+#pragma unroll
+    for (int j = 0; j < parts; j++) {
+        p[j] = lane + WARP * j < n ? exp_below(p[j], top) : 0;
+        total += p[j];
+    }
+    window = gated ? exp_below(window, top) : 0;
+    total = 1 / (warp_sum(total) + window);
+    if (lane == 0)
+        reinterpret_cast<float *>(shared + c.at.window_share)[head] = gated ? window * total : 1;
+
+#pragma unroll
+    for (int j = 0; j < parts; j++) {
+        const int l = lane + WARP * j;
+        if (l >= n)
+            continue;
+        if (j && !b.begins)
+            before = m[l], sum = alpha[l];
+        const float now = b.begins ? theta[j] : fmaxf(before, theta[j]);
+        const float keep = b.begins ? 0 : exp_below(before, now), take = exp_below(theta[j], now);
+        const float sum_now = b.begins ? take : fmaf(sum, keep, take);
+        m[l] = now;
+        alpha[l] = sum_now;
+        reinterpret_cast<float *>(shared + c.at.keep)[head * n + l] = keep;
+        reinterpret_cast<float *>(shared + c.at.take)[head * n + l] = take;
+        reinterpret_cast<float *>(shared + c.at.share)[head * n + l] = p[j] * total / sum_now;
+    }
+}
+
+/* ---- latents: a thread has 4 dimensions of every n_groups-th latent ---- */
+
+template <class S>
+static __device__ __forceinline__ void fetch_latents(float4 held[BATCH], const struct mix_call &c,
+                                                     const struct mix_block &b, int head, int first)
+{
+    const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
+    const int quad = (int)threadIdx.x % quads;
+    const float *s = c.m.s.data + b.slot * c.m.s.row_values +
+                     ((int64_t)(b.head + head) * c.m.latents.n_latents) * dim + quad * 4;
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+        const int l = first + j * n_groups;
+        held[j] = make_float4(0, 0, 0, 0);
+        if (head < S::heads && l < c.m.latents.n_latents && !b.begins)
+            held[j] = *reinterpret_cast<const float4 *>(s + (int64_t)l * dim);
+    }
+}
+
+/* s = s keep + take v, and the head's sum of share * s, of this thread's part. */
+template <class S>
+static __device__ __forceinline__ void
+step_latents(float4 *sum, const float4 held[BATCH], const struct mix_call &c,
+             const struct mix_block &b, const unsigned char *shared, int head, int first, float4 v)
+{
+    const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
+    const int quad = (int)threadIdx.x % quads, n = c.m.latents.n_latents;
+    const float *keep = reinterpret_cast<const float *>(shared + c.at.keep) + head * n;
+    const float *take = reinterpret_cast<const float *>(shared + c.at.take) + head * n;
+    const float *share = reinterpret_cast<const float *>(shared + c.at.share) + head * n;
+    float *s =
+        c.m.s.data + b.slot * c.m.s.row_values + ((int64_t)(b.head + head) * n) * dim + quad * 4;
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+        const int l = first + j * n_groups;
+        if (l >= n)
+            continue;
+        const float k = keep[l], t = take[l], p = share[l];
+        const float4 old = held[j];
+        const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
+                                       fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
+        *reinterpret_cast<float4 *>(s + (int64_t)l * dim) = now;
+        *sum = make_float4(fmaf(p, now.x, sum->x), fmaf(p, now.y, sum->y), fmaf(p, now.z, sum->z),
+                           fmaf(p, now.w, sum->w));
+    }
+}
+
+/* sums [groups, heads, d] of the block's groups of threads. held: the first batch. */
+template <class S>
+static __device__ __forceinline__ void
+mix_latents(float *sums, float4 held[BATCH], const struct mix_call &c, const struct mix_block &b,
+            const unsigned char *shared)
+{
+    const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
+    const int group = (int)threadIdx.x / quads, quad = (int)threadIdx.x % quads;
+    const int stride = n_groups * BATCH;
+    if (group >= n_groups)
+        return;
+    const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
+#pragma unroll
+    for (int h = 0; h < S::heads; h++) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int first = group; first < c.m.latents.n_latents; first += stride) {
+            const bool more = first + stride < c.m.latents.n_latents;
+            float4 next[BATCH];
+            if (more || h + 1 < S::heads)
+                fetch_latents<S>(next, c, b, more ? h : h + 1, more ? first + stride : group);
+            step_latents<S>(&sum, held, c, b, shared, h, first, v);
+            if (more || h + 1 < S::heads) {
+#pragma unroll
+                for (int j = 0; j < BATCH; j++)
+                    held[j] = next[j];
+            }
+        }
+        *reinterpret_cast<float4 *>(sums + (group * S::heads + h) * dim + quad * 4) = sum;
+    }
+}
+
+/* ---- the window ---- */
+
+/* Scores of this thread's key; -inf where there is none. per_key threads get the same ones. */
+template <class S>
+static __device__ __forceinline__ void score_key(float score[S::heads], const struct mix_call &c,
+                                                 const struct mix_block &b,
+                                                 const unsigned char *shared, int first, int n)
+{
+    const int dim = dim_of<S>(c);
+    const int key = (int)threadIdx.x / S::per_key, part = (int)threadIdx.x % S::per_key;
+    const unsigned char *row = shared + c.at.keys + key * S::key_pitch(dim);
+    if (first + key == b.newest)
+        row = shared + c.at.new_key;
+    const float *query = reinterpret_cast<const float *>(shared + c.at.query);
+    float4 sum[S::heads];
+#pragma unroll
+    for (int h = 0; h < S::heads; h++)
+        sum[h] = make_float4(0, 0, 0, 0);
+    if (key < n) {
+#pragma unroll 4
+        for (int i = part; i < dim / 8; i += S::per_key) {
+            float k[8];
+            read_eight(k, row + i * 8 * (int)sizeof(typename S::ring), typename S::ring());
+#pragma unroll
+            for (int h = 0; h < S::heads; h++) {
+                const float4 *q = reinterpret_cast<const float4 *>(query + h * dim + i * 8);
+                const float4 low = q[0], high = q[1];
+                sum[h].x = fmaf(high.x, k[4], fmaf(low.x, k[0], sum[h].x));
+                sum[h].y = fmaf(high.y, k[5], fmaf(low.y, k[1], sum[h].y));
+                sum[h].z = fmaf(high.z, k[6], fmaf(low.z, k[2], sum[h].z));
+                sum[h].w = fmaf(high.w, k[7], fmaf(low.w, k[3], sum[h].w));
+            }
+        }
+    }
+    const float cap = c.m.window.softcap;
+#pragma unroll
+    for (int h = 0; h < S::heads; h++) {
+        float x = (sum[h].x + sum[h].y) + (sum[h].z + sum[h].w);
+#pragma unroll
+        for (int o = 1; o < S::per_key; o *= 2)
+            x += __shfl_xor_sync(0xffffffffu, x, o);
+        if (cap > 0)
+            x = cap * tanhf(x / cap);
+        score[h] = key < n ? x : -INFINITY;
+    }
+}
+
+/* What a block carries from tile to tile, for each head. */
+template <class S> struct mix_window {
+    float top[S::heads];    /* of all scores so far */
+    float total[S::heads];  /* of the weights of this thread's keys */
+    float sum[S::heads][8]; /* of weighted values: 8 dimensions of every n_groups-th key */
+};
+
+/* After a barrier: the new maximum; what was summed before is scaled to it; weights. */
+template <class S>
+static __device__ __forceinline__ void
+weigh_key(struct mix_window<S> *w, const float score[S::heads], const struct mix_call &c,
+          unsigned char *shared, int n)
+{
+    const int key = (int)threadIdx.x / S::per_key, part = (int)threadIdx.x % S::per_key;
+    const float *stats = reinterpret_cast<const float *>(shared + c.at.stats);
+    float *weights = reinterpret_cast<float *>(shared + c.at.weights);
+#pragma unroll
+    for (int h = 0; h < S::heads; h++) {
+        float top = w->top[h];
+#pragma unroll
+        for (int i = 0; i < S::warps; i++)
+            top = fmaxf(top, stats[i * S::heads + h]);
+        const float scale = exp_below(w->top[h], top);
+        const float weight = key < n ? exp_below(score[h], top) : 0;
+        if (part == 0)
+            weights[h * S::keys + key] = weight;
+        w->top[h] = top;
+        w->total[h] = fmaf(w->total[h], scale, part == 0 ? weight : 0);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            w->sum[h][i] *= scale;
+    }
+}
+
+template <class S>
+static __device__ __forceinline__ void
+take_values(struct mix_window<S> *w, const struct mix_call &c, const struct mix_block &b,
+            const unsigned char *shared, int first, int n)
+{
+    const int dim = dim_of<S>(c), eights = dim / 8, n_groups = S::threads / eights;
+    const int group = (int)threadIdx.x / eights, eight = (int)threadIdx.x % eights;
+    const int offset = eight * 8 * (int)sizeof(typename S::ring);
+    const unsigned char *tile = shared + c.at.values + offset;
+    const unsigned char *newest = shared + c.at.new_value + offset;
+    const float *weights = reinterpret_cast<const float *>(shared + c.at.weights);
+    if (group >= n_groups)
+        return;
+#pragma unroll 4
+    for (int key = group; key < n; key += n_groups) {
+        float v[8];
+        read_eight(v, first + key == b.newest ? newest : tile + key * S::value_pitch(dim),
+                   typename S::ring());
+#pragma unroll
+        for (int h = 0; h < S::heads; h++) {
+            const float weight = weights[h * S::keys + key];
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                w->sum[h][i] = fmaf(weight, v[i], w->sum[h][i]);
+        }
+    }
+}
+
+/* sums [groups, heads, d], and the weights' totals by warp. */
+template <class S>
+static __device__ __forceinline__ void put_window(float *sums, const struct mix_window<S> &w,
+                                                  const struct mix_call &c, unsigned char *shared)
+{
+    const int dim = dim_of<S>(c), eights = dim / 8, n_groups = S::threads / eights;
+    const int group = (int)threadIdx.x / eights, eight = (int)threadIdx.x % eights;
+    float *stats = reinterpret_cast<float *>(shared + c.at.stats);
+#pragma unroll
+    for (int h = 0; h < S::heads; h++) {
+        const float total = warp_sum(w.total[h]);
+        if (threadIdx.x % WARP == 0)
+            stats[(int)threadIdx.x / WARP * S::heads + h] = total;
+        if (group < n_groups) {
+            float4 *out =
+                reinterpret_cast<float4 *>(sums + (group * S::heads + h) * dim + eight * 8);
+            out[0] = make_float4(w.sum[h][0], w.sum[h][1], w.sum[h][2], w.sum[h][3]);
+            out[1] = make_float4(w.sum[h][4], w.sum[h][5], w.sum[h][6], w.sum[h][7]);
+        }
+    }
+}
+
+/* ---- the block ---- */
+
+static __device__ __forceinline__ struct mix_block find_block(const struct mix_call &c, int heads)
+{
+    struct mix_block b;
+    b.row = blockIdx.y;
+    b.head = (int)blockIdx.x * heads;
+    b.kv = b.head / (c.m.window.n_heads / c.m.window.n_kv_heads);
+    b.slot = c.step.seq_slot[b.row];
+    b.position = c.step.positions[b.row];
+    b.begins = b.position == 0;
+    b.n_keys = b.newest = 0;
+    if (c.ring_rows) {
+        b.n_keys = b.position < c.ring_rows ? (int)b.position + 1 : c.ring_rows;
+        b.newest = (c.ring_rows & (c.ring_rows - 1)) == 0
+                       ? (int)(b.position & (c.ring_rows - 1))
+                       : (int)((uint64_t)b.position % (uint32_t)c.ring_rows);
+    }
+    return b;
+}
+
+/* Heads of q, then k, then v, one a warp and turn. */
+template <class S>
+static __device__ __forceinline__ void put_row(const struct mix_call &c, const struct mix_block &b,
+                                               unsigned char *shared, const struct mix_angles<S> &a)
+{
+    for (int i = (int)threadIdx.x / WARP; i < S::heads + 2; i += S::warps) {
+        if (i == S::heads + 1)
+            put_value<S>(c, b, shared);
+        else if (c.ring_rows && i == S::heads)
+            put_key<S>(c, b, shared, a);
+        else if (c.ring_rows)
+            put_query<S>(c, b, shared, i, a);
+    }
+}
+
+/* out = p(0|t) local + sum over latents, from the groups' sums in order. */
+template <class S>
+static __device__ __forceinline__ void put_out(const struct mix_call &c, const struct mix_block &b,
+                                               const unsigned char *shared, const float *local,
+                                               const float *latents)
+{
+    const int dim = dim_of<S>(c), n = S::heads * dim;
+    const int local_groups = c.ring_rows ? S::threads / (dim / 8) : 0;
+    const int latent_groups = c.m.latents.n_latents ? S::threads / (dim / 4) : 0;
+    const float *stats = reinterpret_cast<const float *>(shared + c.at.stats);
+    const float *share = reinterpret_cast<const float *>(shared + c.at.window_share);
+    bf16 *out = c.m.out + ((int64_t)b.row * c.m.window.n_heads + b.head) * dim;
+    for (int i = threadIdx.x; i < n; i += S::threads) {
+        const int h = i / dim;
+        float sum = 0, total = 0, rest = 0;
+#pragma unroll 4
+        for (int g = 0; g < local_groups; g++)
+            sum += local[g * n + i];
+#pragma unroll 4
+        for (int g = 0; g < latent_groups; g++)
+            rest += latents[g * n + i];
+        if (c.ring_rows) {
+#pragma unroll
+            for (int w = 0; w < S::warps; w++)
+                total += stats[w * S::heads + h];
+            rest = fmaf(latent_groups ? share[h] : 1, sum / total, rest);
+        }
+        out[i] = from_float<bf16>(rest);
+    }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__ struct mix_call c)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    pdl_trigger();
+    const bool latents = c.m.latents.n_latents > 0;
+    if (S::gates)
+        fetch_matrices<S>(c, (int)blockIdx.x * S::heads, shared);
+    if ((int)blockIdx.y >= c.step.sizes->n_rows) {
+        copy_async_wait<0>();
+        pdl_wait();
+        return;
+    }
+
+    const struct mix_block b = find_block(c, S::heads);
+    const int dim = dim_of<S>(c), n_lanes = dim / 4;
+    unsigned char *keys = shared + c.at.keys, *values = shared + c.at.values;
+    if (c.ring_rows) {
+        fetch_tile<S>(c, b, keys, S::key_pitch(dim), c.ring_k, 0);
+        fetch_tile<S>(c, b, values, S::value_pitch(dim), c.ring_v, 0);
+    }
+    const int my_head = latents ? gate_head<S>() : -1, lane = (int)threadIdx.x % WARP;
+    float4 held[BATCH] = {};
+    float before = 0, sum = 0;
+    if (latents && (int)threadIdx.x / n_lanes < S::threads / n_lanes)
+        fetch_latents<S>(held, c, b, 0, (int)threadIdx.x / n_lanes);
+    if (my_head >= 0 && lane < c.m.latents.n_latents && !b.begins) {
+        before = c.m.m.data[latent_at(c, b, c.m.m, my_head) + lane];
+        sum = c.m.alpha.data[latent_at(c, b, c.m.alpha, my_head) + lane];
+    }
+    struct mix_angles<S> angles = {
+    };
+    if (c.ring_rows && (int)threadIdx.x / WARP <= S::heads)
+        find_angles<S>(&angles, c, b.position);
+
+    pdl_wait();
+    put_row<S>(c, b, shared, angles);
+    if (S::gates)
+        put_input(c, b.row, shared);
+    else if (my_head >= 0)
+        put_gates<S>(c, b, shared, my_head, before, sum);
+
+    struct mix_window<S> w = {
+    };
+#pragma unroll
+    for (int h = 0; h < S::heads; h++)
+        w.top[h] = -INFINITY;
+    for (int first = 0; first < b.n_keys; first += S::keys) {
+        const int n = b.n_keys - first < S::keys ? b.n_keys - first : S::keys;
+        const bool more = first + S::keys < b.n_keys;
+        float score[S::heads];
+        copy_async_wait<1>(); /* the keys, and what came before them */
+        __syncthreads();
+        score_key<S>(score, c, b, shared, first, n);
+#pragma unroll
+        for (int h = 0; h < S::heads; h++) {
+            const float top = warp_max(score[h]);
+            if (lane == 0)
+                reinterpret_cast<float *>(shared +
+                                          c.at.stats)[(int)threadIdx.x / WARP * S::heads + h] = top;
+        }
+        if (S::gates && first == 0)
+            gate_products<S>(c, shared);
+        __syncthreads();
+        if (S::gates && first == 0 && my_head >= 0)
+            put_gates<S>(c, b, shared, my_head, before, sum);
+        weigh_key<S>(&w, score, c, shared, n);
+        copy_async_wait<0>(); /* the values */
+        __syncthreads();
+        if (more)
+            fetch_tile<S>(c, b, keys, S::key_pitch(dim), c.ring_k, first + S::keys);
+        take_values<S>(&w, c, b, shared, first, n);
+        if (more) {
+            __syncthreads();
+            fetch_tile<S>(c, b, values, S::value_pitch(dim), c.ring_v, first + S::keys);
+        }
+    }
+    if (!c.ring_rows) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (S::gates) {
+            gate_products<S>(c, shared);
+            __syncthreads();
+            if (my_head >= 0)
+                put_gates<S>(c, b, shared, my_head, before, sum);
+            __syncthreads();
+        }
+    }
+
+    /* The keys' place is free: nobody reads it after the last barrier. */
+    float *local = reinterpret_cast<float *>(keys);
+    float *other = local + 8 * S::threads * S::heads;
+    if (latents)
+        mix_latents<S>(other, held, c, b, shared);
+    if (c.ring_rows)
+        put_window<S>(local, w, c, shared);
+    __syncthreads();
+    put_out<S>(c, b, shared, local, other);
+}
+
+/* ---- launching ---- */
+
+template <class S> static void place_shared(struct mix_call *c)
+{
+    const int dim = c->head_dim, n_latents = c->m.latents.n_latents * S::heads;
+    const int size = sizeof(typename S::ring), window = c->ring_rows > 0;
+    int at = 0;
+    const auto place = [&at](int n_bytes) {
+        const int offset = at;
+        at = (at + n_bytes + 15) / 16 * 16;
+        return offset;
+    };
+    const int sums = 12 * S::threads * S::heads * (int)sizeof(float);
+    const int keys = window * S::keys * S::key_pitch(dim);
+    c->at.keys = place(keys > sums ? keys : sums);
+    c->at.values = place(window * S::keys * S::value_pitch(dim));
+    c->at.query = place(window * S::heads * dim * (int)sizeof(float));
+    c->at.new_key = place(window * dim * size);
+    c->at.new_value = place(window * dim * size);
+    c->at.value = place(dim * (int)sizeof(float));
+    c->at.weights = place(window * S::heads * S::keys * (int)sizeof(float));
+    c->at.stats = place(S::warps * S::heads * (int)sizeof(float));
+    c->at.keep = place(n_latents * (int)sizeof(float));
+    c->at.take = place(n_latents * (int)sizeof(float));
+    c->at.share = place(n_latents * (int)sizeof(float));
+    c->at.window_share = place(S::heads * (int)sizeof(float));
+    if (S::gates) {
+        const struct product_weight *w = &c->m.latent_k;
+        const int units = (w->n_in * (w->dtype == DTYPE_I8 ? 1 : 2) + 15) / 16;
+        c->n_gates = 2 * n_latents + S::heads * c->m.latents.gated_window;
+        c->matrix_pitch = (units + 1) * 16; /* odd for most, and room for an mma's last columns */
+        c->at.input = place((w->n_in + 15) / 16 * 16 * (int)sizeof(bf16));
+        c->at.matrix = place(c->n_gates * c->matrix_pitch);
+        c->at.products = place(S::warps * ((c->n_gates + 15) / 16 * 16) * (int)sizeof(float));
+    }
+    c->at.total = at;
+}
+
+template <class S> static bool run_mix(struct cuda *c, struct mix_call *call)
+{
+    place_shared<S>(call);
+    if ((size_t)call->at.total > shared_limit(&c->queue))
+        return false;
+    const dim3 grid((unsigned)(call->m.window.n_heads / S::heads), (unsigned)c->step.rows);
+    launch(&c->queue, "fused_mix", mix_kernel<S>, grid, S::threads, (size_t)call->at.total, *call);
+    return true;
+}
+
+/* How the block's heads are chosen must not depend on the batch: from the shape alone. */
+template <int D, class RING> static bool run_heads(struct cuda *c, struct mix_call *call)
+{
+    const int group = call->m.window.n_heads / call->m.window.n_kv_heads;
+    if (call->m.latents.n_latents && !call->m.theta)
+        return run_mix<mix_shape<D, 1, RING, true>>(c, call);
+    constexpr bool wide = D && sizeof(RING) == 2;
+    if (wide && call->ring_rows && group % 4 == 0)
+        return run_mix<mix_shape<D, wide ? 4 : 2, RING, false>>(c, call);
+    if (call->ring_rows && group % 2 == 0)
+        return run_mix<mix_shape<D, 2, RING, false>>(c, call);
+    return run_mix<mix_shape<D, 1, RING, false>>(c, call);
+}
+
+template <class RING> static bool run_dim(struct cuda *c, struct mix_call *call)
+{
+    switch (call->head_dim) {
+    case 64:
+        return run_heads<64, RING>(c, call);
+    case 80:
+        return run_heads < sizeof(RING) == 2 ? 80 : 0, RING > (c, call);
+    case 96:
+        return run_heads<96, RING>(c, call);
+    case 128:
+        return run_heads<128, RING>(c, call);
+    case 256:
+        return run_heads<256, RING>(c, call);
+    default:
+        return run_heads<0, RING>(c, call);
+    }
+}
+
+static bool gates_fit(const struct mix *m)
+{
+    const struct product_weight *k = &m->latent_k, *q = &m->latent_q;
+    const int multiple = k->dtype == DTYPE_I8 ? 16 : 8;
+    return k->dtype == q->dtype && (k->dtype == DTYPE_BF16 || k->dtype == DTYPE_I8) &&
+           k->n_in == q->n_in && k->n_in % multiple == 0 && m->u;
+}
+
+static bool mix_fits(const struct cuda *c, const struct mix *m, int head_dim)
+{
+    const bool window = m->q && m->window.ring_rows;
+    const int n_latents = m->latents.n_latents;
+    if (!c->step.decode || head_dim % 8 || head_dim < 8 || head_dim > MAX_HEAD_DIM)
+        return false;
+    if (window &&
+        (m->window.ring_rows > MAX_RING_ROWS || m->ring_k.row_values % 16 ||
+         m->ring_k.row_values != m->ring_v.row_values || m->ring_k.dtype != m->ring_v.dtype))
+        return false;
+    if (n_latents > MAX_LATENTS || (n_latents && m->s.row_values % 4))
+        return false;
+    return !n_latents || m->theta || gates_fit(m);
+}
+
+bool fused_mix(struct cuda *c, const struct mix *m)
+{
+    struct mix_call call = {};
+    const bool window = m->q && m->window.ring_rows;
+    call.m = *m;
+    call.step = c->step;
+    call.head_dim = m->latents.n_latents ? m->latents.head_dim : m->window.head_dim;
+    if (!mix_fits(c, m, call.head_dim))
+        return false;
+    if (!window) { /* one description of the heads for both */
+        call.m.window = (struct window_shape){};
+        call.m.window.n_heads = m->latents.n_heads;
+        call.m.window.n_kv_heads = m->latents.n_kv_heads;
+        return run_dim<bf16>(c, &call);
+    }
+    call.ring_rows = (int)m->window.ring_rows;
+    call.ring_k = m->ring_k.buffer->data;
+    call.ring_v = m->ring_v.buffer->data;
+    call.ring_row_values = m->ring_k.row_values;
+    switch (m->ring_k.dtype) {
+    case DTYPE_BF16:
+        return run_dim<bf16>(c, &call);
+    case DTYPE_F8_E4M3:
+        return run_dim<fp8>(c, &call);
+    case DTYPE_F32:
+        return run_heads<0, float>(c, &call);
+    default:
+        return false;
+    }
+}
