@@ -26,7 +26,7 @@ struct kernel_run {
 /* Run all blocks, now, on this thread. `number` is the launch's, from 1. */
 void run(const kernel_run &launch, long number);
 
-/* Queue work on a stream, or record it where the stream is being captured. */
+/* Queue a library's kernel on a stream, or record it where the stream is being captured. */
 typedef std::function<cudaError_t()> work;
 cudaError_t enqueue(cudaStream_t stream, work todo);
 

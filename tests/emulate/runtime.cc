@@ -178,7 +178,7 @@ static cudaError_t unsafe(void)
 
 cudaError_t emulate::enqueue(cudaStream_t stream, work todo)
 {
-    return function([&] { return put(stream, std::move(todo), false); });
+    return function([&] { return put(stream, std::move(todo), true); });
 }
 
 cudaError_t emulate::submit(cudaStream_t stream, const void *kernel, dim3 grid, int block,
@@ -724,10 +724,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t f, void *data)
 {
-    return emulate::enqueue(stream, [=] {
+    auto todo = [=] {
         f(data);
         return cudaSuccess;
-    });
+    };
+    return function([&] { return put(stream, todo, false); });
 }
 
 /* ---- graphs ---- */
