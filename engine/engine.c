@@ -1,22 +1,29 @@
 /* engine.c - see engine.h */
 #include "engine/engine.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/cores.h"
+#include "engine/devices.h"
 #include "engine/model.h"
 #include "engine/pool.h"
 #include "engine/scheduler.h"
+#include "engine/sizing.h"
+#include "engine/stepper.h"
 
-enum {
-    MAX_SLOTS = 4096,
-    MAX_STEP_TOKENS = 1 << 20,
+enum { MAX_STEP_TOKENS = 1 << 20, WARM_UP_TOKENS = 64 };
+
+/* A device with its own copy of the model and its own thread. */
+struct unit {
+    struct model *model;
+    struct scheduler *scheduler;
+    struct engine_device device;
 };
 
 struct engine {
-    struct model *model;
-    struct scheduler *scheduler;
+    struct unit units[ENGINE_MAX_DEVICES];
+    int n_units;
     struct engine_info info;
     char fingerprint[33];
 };
@@ -26,10 +33,9 @@ void engine_options_init(struct engine_options *o)
     *o = (struct engine_options){
         .device = "auto",
         .weight_dtype = "auto",
-        .n_slots = 64,
+        .window_dtype = "auto",
+        .device_memory_share = 0.9,
         .max_queue = 1024,
-        .step_tokens = 256,
-        .chunk_tokens = 128,
     };
 }
 
@@ -42,10 +48,11 @@ static enum status check_options(const struct engine_options *o, struct error *e
         int value, least, most;
     } rules[] = {
         {"threads", o->n_threads, 0, POOL_MAX_THREADS},
-        {"slots", o->n_slots, 1, MAX_SLOTS},
+        {"slots", o->n_slots, 0, ENGINE_MAX_SLOTS},
+        {"max batch", o->max_batch, 0, ENGINE_MAX_SLOTS},
         {"max queue", o->max_queue, 1, INT32_MAX / 2},
-        {"step tokens", o->step_tokens, 1, MAX_STEP_TOKENS},
-        {"chunk tokens", o->chunk_tokens, 1, MAX_STEP_TOKENS},
+        {"step tokens", o->step_tokens, 0, MAX_STEP_TOKENS},
+        {"chunk tokens", o->chunk_tokens, 0, MAX_STEP_TOKENS},
     };
     if (!o->model_dir)
         return fail(err, STATUS_INVALID, "no model directory is given");
@@ -53,40 +60,19 @@ static enum status check_options(const struct engine_options *o, struct error *e
         if (rules[i].value < rules[i].least || rules[i].value > rules[i].most)
             return fail_field(err, STATUS_INVALID, rules[i].name, "%s is %d; it must be %d to %d",
                               rules[i].name, rules[i].value, rules[i].least, rules[i].most);
+    if (!(o->device_memory_share > 0 && o->device_memory_share <= 1))
+        return fail_field(err, STATUS_INVALID, "device memory share",
+                          "device memory share is %g; it must be over 0 and at most 1",
+                          o->device_memory_share);
     return STATUS_OK;
-}
-
-static enum status choose_dtype(enum dtype *out, const char *name, const struct checkpoint *c,
-                                struct error *err)
-{
-    if (!strcmp(name, "auto")) /* half floats become f32, which holds them exactly */
-        *out = c->embed_tokens->dtype == DTYPE_BF16 ? DTYPE_BF16 : DTYPE_F32;
-    else if (!strcmp(name, "f32"))
-        *out = DTYPE_F32;
-    else if (!strcmp(name, "bf16"))
-        *out = DTYPE_BF16;
-    else
-        return fail(err, STATUS_INVALID, "weight dtype \"%s\" is none of auto, f32, bf16", name);
-    return STATUS_OK;
-}
-
-/* The one place that knows which devices there are. */
-static enum status open_backend(struct backend **out, const char *device,
-                                const struct backend_options *options, struct error *err)
-{
-    if (!strcmp(device, "auto") || !strcmp(device, "cpu"))
-        return backend_cpu_open(out, options, err);
-    if (!strcmp(device, "ref"))
-        return backend_ref_open(out, options, err);
-    return fail(err, STATUS_INVALID, "device \"%s\" is none of auto, cpu, ref", device);
 }
 
 /* ---- Loading ---- */
 
-/* Reading the files and building the model, shown as one: half and half. */
+/* Reading the files and building the model on each device, shown as one. */
 struct progress {
     const struct engine_options *options;
-    int stage;
+    int stage, n_stages;
 };
 
 static void show_progress(void *context, uint64_t done, uint64_t total)
@@ -94,105 +80,156 @@ static void show_progress(void *context, uint64_t done, uint64_t total)
     const struct progress *p = context;
     if (p->options->progress && total)
         p->options->progress(p->options->progress_context, done + (uint64_t)p->stage * total,
-                             2 * total);
+                             (uint64_t)p->n_stages * total);
 }
 
-static struct scheduler_options scheduler_options_of(const struct engine_options *o)
+static enum status open_backend(struct backend **out, const struct sizing *s, struct error *err)
 {
-    return (struct scheduler_options){
-        .n_slots = o->n_slots,
-        .max_queue = o->max_queue,
-        .step_tokens = o->step_tokens,
-        .chunk_tokens = o->chunk_tokens,
-        .max_prompt_tokens = o->max_prompt_tokens,
-        .wake = o->wake,
-        .wake_context = o->wake_context,
-    };
-}
-
-static enum status build_model(struct engine *e, const struct checkpoint *c,
-                               struct progress *progress, struct error *err)
-{
-    const struct engine_options *o = progress->options;
-    struct scheduler_options limits = scheduler_options_of(o);
-    struct model_options options = {.n_slots = o->n_slots};
-    scheduler_limits(&limits, &options.max_rows, &options.max_logit_rows);
-    enum status st = choose_dtype(&options.weight_dtype, o->weight_dtype, c, err);
-    if (st)
-        return st;
-
-    struct backend_options backend_options;
-    struct backend *backend = NULL;
-    model_backend_options(&c->config, &options, &backend_options);
-    backend_options.n_threads = o->n_threads ? o->n_threads : cores_available();
-    st = open_backend(&backend, o->device, &backend_options, err);
-    if (st)
-        return st;
-    progress->stage = 1;
-    st = model_open(&e->model, c, backend, &options, show_progress, progress, err);
-    if (st)
-        return st;
-    e->info.n_threads = backend_options.n_threads;
-    e->info.weight_dtype = options.weight_dtype == DTYPE_BF16 ? "bf16" : "f32";
-    return STATUS_OK;
-}
-
-static void describe(struct engine *e, const struct checkpoint *c, const struct engine_options *o)
-{
-    memcpy(e->fingerprint, c->fingerprint, sizeof(e->fingerprint));
-    e->info.config = model_config(e->model);
-    e->info.generation = c->generation;
-    e->info.fingerprint = e->fingerprint;
-    e->info.backend = model_backend_name(e->model);
-    e->info.n_slots = o->n_slots;
-    e->info.n_parameters = c->n_parameters;
-    e->info.weight_bytes = model_weight_bytes(e->model);
-    e->info.state_bytes = model_state_bytes(e->model);
-    e->info.max_position = model_max_position(e->model);
+    switch (s->device.kind) {
+    case DEVICE_CPU:
+        return backend_cpu_open(out, &s->backend, err);
+    case DEVICE_REF:
+        return backend_ref_open(out, &s->backend, err);
+    case DEVICE_CUDA:
+        break;
+    }
+    return backend_cuda_open(out, &s->backend, err);
 }
 
 /* A chunk and a single row, so that the first request finds memory touched and threads up. */
-static enum status warm_up(struct engine *e, const struct engine_options *o, struct error *err)
+static enum status feed_warm_up(struct stepper *stepper, int n_rows, struct error *err)
 {
-    int32_t tokens[64] = {0};
-    const float *logits;
-    int64_t limit = model_max_position(e->model);
-    int n = o->chunk_tokens < 64 ? o->chunk_tokens : 64;
+    const int32_t tokens[WARM_UP_TOKENS] = {0};
+    const struct stepper_seq steps[] = {
+        {.n_rows = n_rows,
+         .tokens = tokens,
+         .draws = true,
+         .draw_position = (uint64_t)n_rows,
+         .n_top = -1},
+        {.n_rows = 1,
+         .draws = true,
+         .draw_position = (uint64_t)n_rows + 1,
+         .n_output = 1,
+         .n_top = -1},
+    };
+    struct sampling_params params;
+    const struct sampled *results;
+    sampling_params_init(&params);
+    enum status st = stepper_admit(stepper, 0, &params, err);
+    for (size_t i = 0; i < sizeof(steps) / sizeof(*steps) && !st; i++) {
+        st = stepper_queue(stepper, &steps[i], 1, err);
+        if (!st)
+            st = stepper_collect(stepper, &results, err);
+    }
+    return st;
+}
+
+static enum status warm_up(struct model *model, const struct sizing *s, struct error *err)
+{
+    const struct stepper_options options = {.n_slots = s->model.n_slots,
+                                            .max_rows = s->model.max_rows,
+                                            .max_logit_rows = s->model.max_logit_rows};
+    int64_t limit = model_max_position(model);
+    int chunk = s->scheduler.chunk_tokens, n = chunk < WARM_UP_TOKENS ? chunk : WARM_UP_TOKENS;
     if (limit && limit < n + 1)
         return STATUS_OK;
-    struct model_seq chunk = {.slot = 0, .n_rows = n, .logits = LOGITS_LAST};
-    struct model_seq row = {.slot = 0, .n_rows = 1, .logits = LOGITS_LAST};
-    enum status st = model_step(e->model, tokens, &chunk, 1, &logits, err);
+    struct stepper *stepper = NULL;
+    enum status st = stepper_open(&stepper, model, &options, err);
     if (!st)
-        st = model_step(e->model, tokens, &row, 1, &logits, err);
-    model_reset(e->model, 0);
+        st = feed_warm_up(stepper, n, err);
+    stepper_close(stepper);
+    model_reset(model, 0);
     return st;
+}
+
+/* As the backend keeps account, or as it was planned. */
+static void describe_device(struct unit *u, const struct sizing *s, const struct sizing_bytes *b)
+{
+    struct engine_device *d = &u->device;
+    struct backend_memory memory;
+    *d = (struct engine_device){
+        .n_slots = s->model.n_slots,
+        .weight_bytes = model_weight_bytes(u->model),
+        .state_bytes = (size_t)s->model.n_slots * model_state_bytes(u->model),
+        .workspace_bytes = b->workspace,
+    };
+    snprintf(d->name, sizeof(d->name), "%s, %d threads", model_backend_name(u->model),
+             s->backend.n_threads);
+    if (!model_memory(u->model, &memory))
+        return;
+    size_t taken = memory.weight_bytes + memory.buffer_bytes + memory.workspace_bytes;
+    size_t known = d->weight_bytes + d->state_bytes;
+    memcpy(d->name, memory.device, sizeof(d->name));
+    d->workspace_bytes = taken > known ? taken - known : 0;
+    d->free_bytes = memory.free_bytes;
+    d->total_bytes = memory.total_bytes;
+}
+
+static enum status open_unit(struct engine *e, const struct checkpoint *c, struct device device,
+                             struct progress *progress, struct error *err)
+{
+    struct unit *u = &e->units[e->n_units];
+    struct sizing s;
+    struct sizing_bytes bytes;
+    struct backend *backend = NULL;
+    enum status st = sizing_choose(&s, c, progress->options, device, err);
+    if (!st)
+        st = sizing_measure(&s, c, &bytes, err);
+    if (!st)
+        st = open_backend(&backend, &s, err);
+    if (st)
+        return st;
+    progress->stage++;
+    e->n_units++;
+    st = model_open(&u->model, c, backend, &s.model, show_progress, progress, err);
+    if (!st)
+        st = warm_up(u->model, &s, err);
+    if (st)
+        return st;
+    describe_device(u, &s, &bytes);
+    e->info.n_threads = s.backend.n_threads;
+    e->info.n_slots += s.model.n_slots;
+    e->info.weight_dtype = sizing_dtype_name(s.model.weight_dtype);
+    e->info.window_dtype = sizing_dtype_name(s.model.window_dtype);
+    return scheduler_open(&u->scheduler, u->model, &s.scheduler, err);
+}
+
+static void describe(struct engine *e, const struct checkpoint *c)
+{
+    const struct model *model = e->units[0].model;
+    memcpy(e->fingerprint, c->fingerprint, sizeof(e->fingerprint));
+    e->info.config = model_config(model);
+    e->info.generation = c->generation;
+    e->info.fingerprint = e->fingerprint;
+    e->info.backend = model_backend_name(model);
+    e->info.n_devices = e->n_units;
+    e->info.n_parameters = c->n_parameters;
+    e->info.weight_bytes = model_weight_bytes(model);
+    e->info.state_bytes = model_state_bytes(model);
+    e->info.max_position = model_max_position(model);
 }
 
 enum status engine_open(struct engine **out, const struct engine_options *options,
                         struct error *err)
 {
+    struct device_list devices;
     enum status st = check_options(options, err);
+    if (!st)
+        st = devices_parse(&devices, options->device, backend_cuda_count(), err);
     if (st)
         return st;
     struct engine *e = calloc(1, sizeof(*e));
     if (!e)
         return fail(err, STATUS_NOMEM, "engine: out of memory");
 
-    struct progress progress = {.options = options};
+    struct progress progress = {.options = options, .n_stages = 1 + devices.n};
     struct checkpoint *checkpoint = NULL;
     st = checkpoint_open(&checkpoint, options->model_dir, show_progress, &progress, err);
+    for (int i = 0; i < devices.n && !st; i++)
+        st = open_unit(e, checkpoint, devices.items[i], &progress, err);
     if (!st)
-        st = build_model(e, checkpoint, &progress, err);
-    if (!st)
-        describe(e, checkpoint, options);
+        describe(e, checkpoint);
     checkpoint_close(checkpoint);
-    if (!st)
-        st = warm_up(e, options, err);
-    if (!st) {
-        struct scheduler_options scheduler_options = scheduler_options_of(options);
-        st = scheduler_open(&e->scheduler, e->model, &scheduler_options, err);
-    }
     if (st) {
         engine_close(e);
         return st;
@@ -205,34 +242,107 @@ void engine_close(struct engine *e)
 {
     if (!e)
         return;
-    scheduler_close(e->scheduler);
-    model_close(e->model);
+    for (int i = 0; i < e->n_units; i++) {
+        scheduler_close(e->units[i].scheduler);
+        model_close(e->units[i].model);
+    }
     free(e);
 }
 
 /* ---- Serving ---- */
 
+/* Among those that are left; ties go to the lower index. */
+static int least_loaded(const struct engine *e, const bool *tried)
+{
+    int best = -1, least = 0;
+    for (int i = 0; i < e->n_units; i++) {
+        struct engine_stats stats;
+        if (tried[i])
+            continue;
+        scheduler_stats(e->units[i].scheduler, &stats);
+        if (best < 0 || stats.n_running + stats.n_waiting < least) {
+            best = i;
+            least = stats.n_running + stats.n_waiting;
+        }
+    }
+    return best;
+}
+
 enum status engine_submit(struct engine *e, struct job *job, struct error *err)
 {
-    return scheduler_submit(e->scheduler, job, err);
+    bool tried[ENGINE_MAX_DEVICES] = {false};
+    enum status st = STATUS_OK;
+    for (int k = 0; k < e->n_units; k++) {
+        int i = least_loaded(e, tried);
+        tried[i] = true;
+        st = scheduler_submit(e->units[i].scheduler, job, err);
+        if (st != STATUS_BUSY && st != STATUS_DEVICE)
+            break;
+    }
+    return st;
 }
 
 struct job *engine_take_ready(struct engine *e)
 {
-    return scheduler_take_ready(e->scheduler);
+    struct job *job = NULL;
+    for (int i = 0; i < e->n_units && !job; i++)
+        job = scheduler_take_ready(e->units[i].scheduler);
+    return job;
 }
 
 void engine_drain(struct engine *e)
 {
-    scheduler_drain(e->scheduler);
+    for (int i = 0; i < e->n_units; i++)
+        scheduler_drain(e->units[i].scheduler);
 }
+
+/* ---- Facts ---- */
 
 void engine_info(const struct engine *e, struct engine_info *out)
 {
     *out = e->info;
 }
 
+void engine_device(const struct engine *e, int i, struct engine_device *out)
+{
+    CHECK(i >= 0 && i < e->n_units);
+    *out = e->units[i].device;
+}
+
+void engine_device_head(char *out, size_t n)
+{
+    snprintf(out, n, "%-40s %12s %26s %12s %12s", "device", "weights", "states", "workspace",
+             "free");
+}
+
+void engine_device_row(const struct engine_device *d, char *out, size_t n)
+{
+    const double mb = 1e-6;
+    char states[48], unused[24] = "-";
+    snprintf(states, sizeof(states), "%d x %.2f = %.0f MB", d->n_slots,
+             d->n_slots ? (double)d->state_bytes / d->n_slots * mb : 0,
+             (double)d->state_bytes * mb);
+    if (d->total_bytes)
+        snprintf(unused, sizeof(unused), "%.0f MB", (double)d->free_bytes * mb);
+    snprintf(out, n, "%-40.60s %9.1f MB %26s %9.1f MB %12s", d->name, (double)d->weight_bytes * mb,
+             states, (double)d->workspace_bytes * mb, unused);
+}
+
 void engine_stats(const struct engine *e, struct engine_stats *out)
 {
-    scheduler_stats(e->scheduler, out);
+    struct engine_stats sum = {0};
+    for (int i = 0; i < e->n_units; i++) {
+        struct engine_stats stats;
+        scheduler_stats(e->units[i].scheduler, &stats);
+        sum.n_steps += stats.n_steps;
+        sum.n_prompt_tokens += stats.n_prompt_tokens;
+        sum.n_output_tokens += stats.n_output_tokens;
+        sum.n_dropped_tokens += stats.n_dropped_tokens;
+        sum.step_ns += stats.step_ns;
+        sum.n_running += stats.n_running;
+        sum.n_waiting += stats.n_waiting;
+        sum.n_slots += stats.n_slots;
+        sum.failed |= stats.failed;
+    }
+    *out = sum;
 }

@@ -106,8 +106,12 @@ static enum status open_engine(struct program *p, struct error *err)
     e.model_dir = o->model;
     e.device = o->device;
     e.weight_dtype = o->weight_dtype;
+    e.window_dtype = o->window_dtype;
+    e.deterministic = o->deterministic;
     e.n_threads = (int)o->threads;
     e.n_slots = (int)o->max_slots;
+    e.device_memory_share = o->device_memory_share;
+    e.max_batch = (int)o->max_batch;
     e.max_queue = (int)o->max_queue;
     e.step_tokens = (int)o->step_tokens;
     e.chunk_tokens = (int)o->chunk_tokens;
@@ -162,18 +166,31 @@ static void *run_loader(void *context)
     return NULL;
 }
 
+/* A table, a line for each device. */
+static void log_memory(const struct engine *engine, int n_devices)
+{
+    char text[256];
+    engine_device_head(text, sizeof(text));
+    log_event(LOG_INFO, "memory", "%s", text);
+    for (int i = 0; i < n_devices; i++) {
+        struct engine_device device;
+        engine_device(engine, i, &device);
+        engine_device_row(&device, text, sizeof(text));
+        log_event(LOG_INFO, "memory", "%s", text);
+    }
+}
+
 static void log_listening(const struct program *p)
 {
     struct engine_info info;
     engine_info(p->engine, &info);
-    const double mb = 1e-6;
+    log_memory(p->engine, info.n_devices);
     log_event(LOG_INFO, "listening",
-              "%s serves %s: %.1fM parameters, weights %.1f MB (%s, %s backend, %d threads), "
-              "state %.2f MB x %d slots = %.1f MB, chat template %s, loaded in %.1f s",
-              http_url(p->http), p->name, (double)info.n_parameters * 1e-6,
-              (double)info.weight_bytes * mb, info.weight_dtype, info.backend, info.n_threads,
-              (double)info.state_bytes * mb, info.n_slots,
-              (double)info.state_bytes * info.n_slots * mb, chat_template_name(p->chat_template),
+              "%s serves %s: %.1fM parameters, weights %s, windows %s, %s backend, %d threads, "
+              "%d slots, chat template %s, loaded in %.1f s",
+              http_url(p->http), p->name, (double)info.n_parameters * 1e-6, info.weight_dtype,
+              info.window_dtype, info.backend, info.n_threads, info.n_slots,
+              chat_template_name(p->chat_template),
               (double)(monotonic_ms() - p->load_start_ms) * 1e-3);
 }
 

@@ -232,21 +232,26 @@ static void write_engine(struct bytes *out, const struct engine *engine)
     engine_info(engine, &info);
     write_value(out, "latte_requests_running", "gauge", "Jobs in a slot.", stats.n_running);
     write_value(out, "latte_requests_waiting", "gauge", "Jobs queued for a slot.", stats.n_waiting);
-    write_value(out, "latte_slots", "gauge", "Sequences that can be decoded together.",
-                stats.n_slots);
+    write_value(out, "latte_slots", "gauge", "Sequences that can be held together.", stats.n_slots);
     write_value(out, "latte_slots_used", "gauge", "Slots that hold a sequence.", stats.n_running);
     write_value(out, "latte_engine_steps_total", "counter", "Steps of the model.",
                 (double)stats.n_steps);
+    write_value(out, "latte_engine_dropped_tokens_total", "counter",
+                "Tokens drawn ahead for choices that had ended by then.",
+                (double)stats.n_dropped_tokens);
     write_value(out, "latte_engine_step_seconds_total", "counter", "Time spent in steps.",
                 (double)stats.step_ns * 1e-9);
-    write_value(out, "latte_engine_failed", "gauge", "1 when the device has failed.", stats.failed);
-    write_value(out, "latte_weight_bytes", "gauge", "Memory of the weights.",
+    write_value(out, "latte_engine_failed", "gauge", "1 when a device has failed.", stats.failed);
+    write_value(out, "latte_weight_bytes", "gauge", "Memory of the weights, on each device.",
                 (double)info.weight_bytes);
     write_value(out, "latte_state_bytes_per_slot", "gauge", "Memory of one sequence's state.",
                 (double)info.state_bytes);
+    write_value(out, "latte_devices", "gauge", "Devices that compute.", info.n_devices);
     write_head(out, "latte_model_info", "gauge", "What is served; always 1.");
-    bytes_format(out, "latte_model_info{fingerprint=\"%s\",backend=\"%s\",weight_dtype=\"%s\"} 1\n",
-                 info.fingerprint, info.backend, info.weight_dtype);
+    bytes_format(out,
+                 "latte_model_info{fingerprint=\"%s\",backend=\"%s\",weight_dtype=\"%s\","
+                 "window_dtype=\"%s\"} 1\n",
+                 info.fingerprint, info.backend, info.weight_dtype, info.window_dtype);
 }
 
 static int count_open_fds(void)

@@ -11,7 +11,7 @@
 
 const char latte_version[] = LATTE_VERSION;
 
-enum option_kind { OPTION_STRING, OPTION_INT, OPTION_FLAG };
+enum option_kind { OPTION_STRING, OPTION_INT, OPTION_NUMBER, OPTION_FLAG };
 
 struct option_row {
     const char *flag, *initial, *value_name, *help;
@@ -48,6 +48,20 @@ static enum status parse_int(const struct option_row *row, const char *source, c
     if (!is_number || errno || value < row->minimum || value > row->maximum)
         return fail_field(err, STATUS_INVALID, row->flag,
                           "%s: expected a whole number from %" PRId64 " to %" PRId64 ", found '%s'",
+                          source, row->minimum, row->maximum, text);
+    *out = value;
+    return STATUS_OK;
+}
+
+static enum status parse_number(const struct option_row *row, const char *source, const char *text,
+                                double *out, struct error *err)
+{
+    char *end = NULL;
+    double value = strtod(text, &end);
+    bool is_number = (isdigit((unsigned char)*text) || *text == '.') && !*end;
+    if (!is_number || !(value >= (double)row->minimum && value <= (double)row->maximum))
+        return fail_field(err, STATUS_INVALID, row->flag,
+                          "%s: expected a number from %" PRId64 " to %" PRId64 ", found '%s'",
                           source, row->minimum, row->maximum, text);
     *out = value;
     return STATUS_OK;
@@ -101,6 +115,8 @@ static enum status set_option(struct options *o, const struct option_row *row, c
     switch (row->kind) {
     case OPTION_INT:
         return parse_int(row, source, text, field, err);
+    case OPTION_NUMBER:
+        return parse_number(row, source, text, field, err);
     case OPTION_FLAG:
         return parse_flag(row, source, text, field, err);
     case OPTION_STRING:
@@ -222,7 +238,7 @@ static void print_row(const struct option_row *row, FILE *out)
              row->value_name ? row->value_name : "");
     fprintf(out, "  %-34s %s\n", flag, row->help);
     fprintf(out, "  %-34s", "");
-    if (row->kind == OPTION_INT)
+    if (row->kind == OPTION_INT || row->kind == OPTION_NUMBER)
         fprintf(out, " %" PRId64 " to %" PRId64 ", default %s,", row->minimum, row->maximum,
                 row->initial);
     else if (row->kind == OPTION_STRING && row->initial)

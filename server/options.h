@@ -17,7 +17,8 @@
 #include "engine/base/error.h"
 
 /* X(field, kind, flag, default, minimum, maximum, value name, help)
- * kinds: STRING (char const *; default a string or NULL), INT (int64_t), FLAG (bool).
+ * kinds: STRING (char const *; default a string or NULL), INT (int64_t), NUMBER (double), FLAG
+ * (bool).
  * A STRING whose value name is a list "a|b|c" takes one of those words only. */
 #define OPTION_LIST(X)                                                                             \
     X(model, STRING, "model", NULL, 0, 0, "DIR", "model directory to serve (required)")            \
@@ -26,16 +27,29 @@
     X(host, STRING, "host", "127.0.0.1", 0, 0, "ADDR", "address to listen on; IPv6 as ::1 or ::")  \
     X(port, INT, "port", "8080", 0, 65535, "N", "TCP port; 0 picks a free one and prints it")      \
     X(unix_socket, STRING, "unix-socket", NULL, 0, 0, "PATH", "listen on this socket instead")     \
-    X(device, STRING, "device", "auto", 0, 0, "auto|cpu|ref", "what computes")                     \
-    X(weight_dtype, STRING, "weight-dtype", "auto", 0, 0, "auto|f32|bf16",                         \
-      "how weights are held; auto: as the file has them")                                          \
+    X(device, STRING, "device", "auto", 0, 0, "NAME",                                              \
+      "auto, cpu, ref, cuda, cuda:N, or several GPUs as cuda:0,cuda:1; auto: a GPU if there is "   \
+      "one")                                                                                       \
+    X(weight_dtype, STRING, "weight-dtype", "auto", 0, 0, "auto|f32|bf16|int8",                    \
+      "how weights are held; auto: as the file has them; int8: on a GPU")                          \
+    X(window_dtype, STRING, "window-dtype", "auto", 0, 0, "auto|f32|bf16|f8",                      \
+      "how attention windows are held; bf16 (a GPU's auto, unless weights are f32) and f8: on a "  \
+      "GPU")                                                                                       \
+    X(deterministic, FLAG, "deterministic", "0", 0, 1, NULL,                                       \
+      "on a GPU: the same bits in a batch of any size")                                            \
     X(threads, INT, "threads", "0", 0, 1024, "N", "compute threads; 0: one per usable core")       \
-    X(max_slots, INT, "max-slots", "64", 1, 4096, "N", "sequences decoded together")               \
+    X(max_slots, INT, "max-slots", "0", 0, 65536, "N",                                             \
+      "sequences held on each device; 0: 64 on a CPU, as many as fit on a GPU")                    \
+    X(device_memory_share, NUMBER, "device-memory-share", "0.9", 0, 1, "X",                        \
+      "how much of a GPU's free memory may be taken")                                              \
+    X(max_batch, INT, "max-batch", "0", 0, 65536, "N",                                             \
+      "sequences decoded in one step, in turns if there are more; 0: all on a CPU, 1024 on a GPU") \
     X(max_queue, INT, "max-queue", "1024", 1, 1000000, "N",                                        \
       "jobs waiting for a slot; beyond it requests get 429")                                       \
-    X(step_tokens, INT, "step-tokens", "256", 1, 65536, "N", "rows of one engine step at most")    \
-    X(chunk_tokens, INT, "chunk-tokens", "128", 1, 65536, "N",                                     \
-      "prompt tokens of one request processed in a step at most")                                  \
+    X(step_tokens, INT, "step-tokens", "0", 0, 65536, "N",                                         \
+      "rows of one engine step at most; 0: 256 on a CPU, 8192 on a GPU")                           \
+    X(chunk_tokens, INT, "chunk-tokens", "0", 0, 65536, "N",                                       \
+      "prompt tokens of one request processed in a step at most; 0: 128 on a CPU, 4096 on a GPU")  \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
       "longest prompt accepted")                                                                   \
     X(default_max_tokens, INT, "default-max-tokens", "4096", 1, 1000000000, "N",                   \
@@ -75,6 +89,7 @@
 
 #define OPTION_TYPE_STRING const char *
 #define OPTION_TYPE_INT int64_t
+#define OPTION_TYPE_NUMBER double
 #define OPTION_TYPE_FLAG bool
 
 struct options {

@@ -272,8 +272,8 @@ void routes_publish(struct routes *r, const struct served_model *model)
     engine_info(model->engine, &r->info);
     fill_context(r);
     /* What decides a seed's outcome: the model, the program, and how it computes. */
-    snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s", r->info.fingerprint,
-             latte_version, r->info.backend, r->info.weight_dtype);
+    snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,
+             latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);
     atomic_store_explicit(&r->model, model, memory_order_release);
 }
 

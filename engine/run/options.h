@@ -15,12 +15,12 @@
 /* What the command line says nothing about is NULL, false, NAN, or INT64_MIN. */
 struct run_options {
     const char *model_dir, *prompt, *prompt_file, *perplexity_file, *system;
-    const char *device, *weight_dtype; /* as in engine.h */
+    const char *device, *weight_dtype, *window_dtype; /* as in engine.h */
     double temperature, top_p, min_p, typical_p, repetition_penalty;
     int64_t top_k, max_tokens; /* within int32 */
     int64_t threads;           /* 0: one per core */
     uint64_t seed;
-    bool has_seed, ignore_eos, echo, chat, quiet, help, version;
+    bool has_seed, ignore_eos, echo, chat, deterministic, verbose, quiet, help, version;
 };
 
 /* With help or version given nothing else is asked for; otherwise there is a model and exactly

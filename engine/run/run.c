@@ -54,6 +54,8 @@ static enum status open_engine(struct run *r, struct error *err)
     options.model_dir = o->model_dir;
     options.device = o->device;
     options.weight_dtype = o->weight_dtype;
+    options.window_dtype = o->window_dtype;
+    options.deterministic = o->deterministic;
     options.n_threads = (int)o->threads;
     options.n_slots = 1;
     options.max_queue = 1;
@@ -64,6 +66,20 @@ static enum status open_engine(struct run *r, struct error *err)
     if (!st)
         engine_info(r->engine, &r->info);
     return st;
+}
+
+/* A table, a line for each device. */
+static void show_memory(const struct run *r)
+{
+    char text[256];
+    engine_device_head(text, sizeof(text));
+    fprintf(stderr, "%s\n", text);
+    for (int i = 0; i < r->info.n_devices; i++) {
+        struct engine_device device;
+        engine_device(r->engine, i, &device);
+        engine_device_row(&device, text, sizeof(text));
+        fprintf(stderr, "%s\n", text);
+    }
 }
 
 enum status run_load(struct run *r, struct error *err)
@@ -78,6 +94,8 @@ enum status run_load(struct run *r, struct error *err)
         fprintf(stderr, "loaded %s: %.1fM parameters, %s, %s, %d threads, %.2f s\n",
                 r->options.model_dir, (double)r->info.n_parameters * 1e-6, r->info.weight_dtype,
                 r->info.backend, r->info.n_threads, (double)(job_clock_ns() - start_ns) * 1e-9);
+    if (!st && r->options.verbose)
+        show_memory(r);
     return st;
 }
 

@@ -204,7 +204,7 @@ static void test_info_and_progress(void **state)
         struct bar bar = {0};
         struct engine *e = NULL;
         struct error err;
-        options_for(&options, dir, "auto");
+        options_for(&options, dir, "cpu");
         options.weight_dtype = cases[c].asked;
         options.progress = watch_progress;
         options.progress_context = &bar;
@@ -214,11 +214,20 @@ static void test_info_and_progress(void **state)
         engine_info(e, &info);
         assert_string_equal(info.backend, "cpu");
         assert_string_equal(info.weight_dtype, cases[c].expected);
+        assert_string_equal(info.window_dtype, "f32");
         assert_int_equal(strlen(info.fingerprint), 32);
         assert_true(info.n_threads == 2 && info.n_slots == 5 && info.max_position == 0);
         assert_true(info.n_parameters > 0 && info.state_bytes > 0);
         assert_true(info.weight_bytes >= 2 * (size_t)info.n_parameters);
         assert_true(bar.n_calls > 0 && bar.last_percent == 100);
+        struct engine_device device;
+        char row[256];
+        engine_device(e, 0, &device);
+        assert_true(info.n_devices == 1 && device.n_slots == 5 && device.workspace_bytes > 0);
+        assert_int_equal(device.state_bytes, 5 * info.state_bytes);
+        assert_int_equal(device.weight_bytes, info.weight_bytes);
+        engine_device_row(&device, row, sizeof(row));
+        assert_true(strstr(row, "cpu, 2 threads") && strstr(row, "5 x "));
         struct engine_stats stats;
         engine_stats(e, &stats);
         assert_true(stats.n_steps == 0 && stats.n_slots == 5 && !stats.failed);
@@ -250,12 +259,21 @@ static void test_refusals(void **state)
     REFUSED(model_dir = "/nowhere/at/all", STATUS_NOT_FOUND, "/nowhere/at/all");
     REFUSED(device = "tpu", STATUS_INVALID, "\"tpu\"");
     REFUSED(weight_dtype = "int3", STATUS_INVALID, "\"int3\"");
-    REFUSED(n_slots = 0, STATUS_INVALID, "slots is 0");
-    REFUSED(n_slots = 5000, STATUS_INVALID, "slots is 5000");
+    REFUSED(n_slots = -1, STATUS_INVALID, "slots is -1");
+    REFUSED(n_slots = 70000, STATUS_INVALID, "slots is 70000");
+    REFUSED(max_batch = -1, STATUS_INVALID, "max batch is -1");
+    REFUSED(device = "cuda:99", STATUS_INVALID, "there are auto, cpu, ref");
+    REFUSED(device = "", STATUS_INVALID, "\"\"");
+    REFUSED(weight_dtype = "int8", STATUS_UNSUPPORTED, "needs a GPU");
+    REFUSED(window_dtype = "bf16", STATUS_UNSUPPORTED, "needs a GPU");
+    REFUSED(window_dtype = "f8", STATUS_UNSUPPORTED, "the CPU has f32");
+    REFUSED(window_dtype = "int8", STATUS_INVALID, "none of auto, f32, bf16, f8");
+    REFUSED(device_memory_share = 0, STATUS_INVALID, "device memory share is 0");
+    REFUSED(device_memory_share = 1.5, STATUS_INVALID, "device memory share is 1.5");
     REFUSED(n_threads = -1, STATUS_INVALID, "threads is -1");
     REFUSED(max_queue = 0, STATUS_INVALID, "max queue is 0");
-    REFUSED(step_tokens = 0, STATUS_INVALID, "step tokens is 0");
-    REFUSED(chunk_tokens = 0, STATUS_INVALID, "chunk tokens is 0");
+    REFUSED(step_tokens = -1, STATUS_INVALID, "step tokens is -1");
+    REFUSED(chunk_tokens = -1, STATUS_INVALID, "chunk tokens is -1");
 #undef REFUSED
 
     assert_int_equal(engine_open(&e, &good, &err), STATUS_OK); /* a context of 64 */

@@ -41,7 +41,10 @@ static void test_defaults(void **state)
     assert_string_equal(o.model, "dir");
     assert_string_equal(o.host, "127.0.0.1");
     assert_int_equal(o.port, 8080);
-    assert_int_equal(o.max_slots, 64);
+    assert_int_equal(o.max_slots, 0);
+    assert_string_equal(o.device, "auto");
+    assert_true(o.device_memory_share == 0.9);
+    assert_false(o.deterministic);
     assert_int_equal(o.max_body_mb, 32);
     assert_null(o.api_key_file);
     assert_null(o.unix_socket);
@@ -89,7 +92,8 @@ static void test_forms(void **state)
     struct options o;
     struct error err;
     assert_int_equal(PARSE(&o, &err, "--model=a=b", "--port=0", "--strict-fields",
-                           "--no-access-log", "--max-slots", "7", "--host=::1"),
+                           "--no-access-log", "--max-slots", "7", "--host=::1",
+                           "--device=cuda:0,cuda:1"),
                      STATUS_OK);
     assert_string_equal(o.model, "a=b");
     assert_int_equal(o.port, 0);
@@ -97,6 +101,12 @@ static void test_forms(void **state)
     assert_true(o.strict_fields);
     assert_false(o.access_log);
     assert_string_equal(o.host, "::1");
+    assert_string_equal(o.device, "cuda:0,cuda:1"); /* the engine knows which there are */
+    assert_int_equal(PARSE(&o, &err, "--model", "a", "--device-memory-share", "0.25",
+                           "--deterministic", "--max-batch=2000", "--window-dtype", "f8"),
+                     STATUS_OK);
+    assert_true(o.device_memory_share == 0.25 && o.deterministic && o.max_batch == 2000);
+    assert_string_equal(o.window_dtype, "f8");
     assert_int_equal(PARSE(&o, &err, "--model", "a", "--access-log=false", "--model", "b"),
                      STATUS_OK);
     assert_string_equal(o.model, "b"); /* the last one counts */
@@ -118,7 +128,7 @@ static void test_environment(void **state)
     assert_int_equal(PARSE(&o, &err, "--port", "99"), STATUS_OK);
     assert_string_equal(o.model, "env-dir");
     assert_int_equal(o.port, 99); /* the command line wins */
-    assert_int_equal(o.max_slots, 64);
+    assert_int_equal(o.max_slots, 0);
     assert_false(o.access_log);
     setenv("LATTE_PORT", "many", 1);
     assert_int_equal(PARSE(&o, &err, "--max-slots", "1"), STATUS_INVALID);
@@ -137,11 +147,18 @@ static const struct {
     {{"--port", "1e3"}, {"--port", "whole number", "'1e3'"}},
     {{"--port="}, {"--port", "whole number", "''"}},
     {{"--port", "99999999999999999999"}, {"--port", "0 to 65535", "9999"}},
-    {{"--max-slots", "0"}, {"--max-slots", "1 to 4096", "'0'"}},
+    {{"--max-slots", "65537"}, {"--max-slots", "0 to 65536", "'65537'"}},
+    {{"--device-memory-share", "1.1"}, {"--device-memory-share", "a number from 0 to 1", "'1.1'"}},
+    {{"--device-memory-share", "-0.1"}, {"--device-memory-share", "from 0 to 1", "'-0.1'"}},
+    {{"--device-memory-share", "0.5x"}, {"--device-memory-share", "from 0 to 1", "'0.5x'"}},
+    {{"--device-memory-share", "nan"}, {"--device-memory-share", "from 0 to 1", "'nan'"}},
+    {{"--device-memory-share="}, {"--device-memory-share", "from 0 to 1", "''"}},
     {{"--port"}, {"--port", "expected N", "nothing"}},
     {{"--host="}, {"--host", "expected ADDR", "nothing"}},
-    {{"--device", "gpu"}, {"--device", "auto|cpu|ref", "'gpu'"}},
-    {{"--device", "cp"}, {"--device", "auto|cpu|ref", "'cp'"}},
+    {{"--device="}, {"--device", "expected NAME", "nothing"}},
+    {{"--weight-dtype", "int3"}, {"--weight-dtype", "auto|f32|bf16|int8", "'int3'"}},
+    {{"--window-dtype", "int8"}, {"--window-dtype", "auto|f32|bf16|f8", "'int8'"}},
+    {{"--window-dtype", "f"}, {"--window-dtype", "auto|f32|bf16|f8", "'f'"}},
     {{"--log-level", "info|warn"}, {"--log-level", "debug|info|warn|error", "'info|warn'"}},
     {{"--strict-fields=maybe"}, {"--strict-fields", "true or false", "'maybe'"}},
     {{"--no-port"}, {"--no-port", "unknown", "--help"}},
