@@ -135,6 +135,12 @@ size_t library_bytes(const struct library *l)
     return WORKSPACE_BYTES + SCRATCH_BYTES;
 }
 
+size_t library_bytes_of(const struct backend_options *options)
+{
+    (void)options;
+    return library_bytes(nullptr);
+}
+
 void *library_scratch(struct library *l, size_t *n_bytes)
 {
     *n_bytes = SCRATCH_BYTES;

@@ -32,52 +32,44 @@ template <class W, int HALVES, int TILES, bool NORM>
 static bool plan_launch(const struct cuda *c, const struct product *p, struct skinny_launch *out)
 {
     typedef skinny<W, HALVES, TILES, NORM> S;
+    const int most = skinny_most_shared(&c->queue), n_tiles = skinny_n_tiles(p, TILES);
     const struct skinny_layout single = S::layout(p->w.n_in, false);
     const struct skinny_layout several = S::layout(p->w.n_in, true);
-    const int n_tiles = skinny_n_tiles(p, TILES);
     out->kernel = skinny_kernel<W, HALVES, TILES, NORM>;
     out->n_groups = ceil_div(p->rows, 8 * HALVES);
     out->n_blocks = n_tiles;
     out->shared_bytes = (size_t)single.bytes;
-    if (several.bytes <= SKINNY_SHARED) {
-        const bool two = S::MIN_BLOCKS == 2 && several.bytes <= SKINNY_SHARED_SHARED;
-        const int rounds = ceil_div(n_tiles * out->n_groups, (two ? 2 : 1) * c->queue.n_sms);
-        const int blocks = ceil_div(n_tiles, rounds);
-        if (blocks < n_tiles && out->n_groups == 1) {
-            out->n_blocks = blocks;
+    if (several.bytes <= most && out->n_groups == 1) {
+        const bool two = S::MIN_BLOCKS == 2 && several.bytes <= SKINNY_PAIRED;
+        const int rounds = ceil_div(n_tiles, (two ? 2 : 1) * c->queue.n_sms);
+        if (rounds > 1) {
+            out->n_blocks = ceil_div(n_tiles, rounds);
             out->shared_bytes = (size_t)several.bytes;
         }
     }
-    return out->shared_bytes <= SKINNY_SHARED;
+    return single.bytes <= most;
 }
 
+/* Groups of as many rows as there are, up to 64, or as shared memory allows. */
 template <class W, int TILES, bool NORM>
 static bool plan_rows(const struct cuda *c, const struct product *p, struct skinny_launch *out)
 {
-    if (p->rows <= 8)
-        return plan_launch<W, 1, TILES, NORM>(c, p, out);
-    if (p->rows <= 16)
-        return plan_launch<W, 2, TILES, NORM>(c, p, out);
-    if (p->rows <= 32)
-        return plan_launch<W, 4, TILES, NORM>(c, p, out);
-    return plan_launch<W, 8, TILES, NORM>(c, p, out);
+    return (p->rows > 32 && plan_launch<W, 8, TILES, NORM>(c, p, out)) ||
+           (p->rows > 16 && plan_launch<W, 4, TILES, NORM>(c, p, out)) ||
+           (p->rows > 8 && plan_launch<W, 2, TILES, NORM>(c, p, out)) ||
+           plan_launch<W, 1, TILES, NORM>(c, p, out);
 }
 
+/* Tiles as skinny_tiles says, or fewer that give the same bits. */
 template <class W, bool NORM>
 static bool plan_tiles(const struct cuda *c, const struct product *p, struct skinny_launch *out)
 {
-    switch (skinny_tiles(c->queue.n_sms, &p->w, p->output)) {
-    case 1:
-        return plan_rows<W, 1, NORM>(c, p, out);
-    case 2:
-        return plan_rows<W, 2, NORM>(c, p, out);
-    case 4:
-        return plan_rows<W, 4, NORM>(c, p, out);
-    case 6:
-        return plan_rows<W, 6, NORM>(c, p, out);
-    default:
-        return plan_rows<W, 8, NORM>(c, p, out);
-    }
+    const int tiles = skinny_tiles(c->queue.n_sms, &p->w, p->output);
+    if (tiles <= 2)
+        return (tiles == 2 && plan_rows<W, 2, NORM>(c, p, out)) ||
+               (p->output != OUTPUT_ACTIVATE && plan_rows<W, 1, NORM>(c, p, out));
+    return (tiles == 8 && plan_rows<W, 8, NORM>(c, p, out)) ||
+           (tiles >= 6 && plan_rows<W, 6, NORM>(c, p, out)) || plan_rows<W, 4, NORM>(c, p, out);
 }
 
 template <class W>
@@ -151,17 +143,27 @@ struct product product_without_norm(struct cuda *c, const struct product *p)
     return normed;
 }
 
+/* A norm in the block saves a launch as long as all rows are one group; several groups would
+ * norm every row again and again. */
+static bool plan_product(const struct cuda *c, const struct product *p, struct skinny_launch *out)
+{
+    if (!skinny_possible(p) || (p->norm.weight && p->rows > SKINNY_ROWS))
+        return false;
+    if (p->w.dtype == DTYPE_I8 ? !plan<int8_t>(c, p, out) : !plan<bf16>(c, p, out))
+        return false;
+    return !p->norm.weight || out->n_groups == 1;
+}
+
 void skinny_product(struct cuda *c, const struct product *p)
 {
     struct skinny_launch l;
-    const bool int8 = p->w.dtype == DTYPE_I8;
-    if (skinny_possible(p) && (int8 ? plan<int8_t>(c, p, &l) : plan<bf16>(c, p, &l))) {
+    if (plan_product(c, p, &l)) {
         launch(&c->queue, "skinny_product", l.kernel, dim3(l.n_blocks, l.n_groups), SKINNY_THREADS,
                l.shared_bytes, *p);
         return;
     }
     const struct product normed = product_without_norm(c, p);
-    if (p->norm.weight && skinny_possible(&normed))
+    if (p->norm.weight)
         skinny_product(c, &normed);
     else
         plain_product(c, &normed);

@@ -10,8 +10,8 @@
  * an mma is a permutation of the columns, the same for both factors.
  *
  * Order of sums: a function of n_in, of W and of TILES <= 2 (two chains of sums or one), never
- * of the number of rows. skinny_tiles gives TILES from the shape of the weights alone; all
- * kernels that compute one product must use the same.
+ * of the number of rows. skinny_tiles gives TILES from the shape of the weights alone; kernels
+ * that compute one product must agree on TILES <= 2.
  *
  * Before pdl_wait a block asks for the first STAGES stages of its weights: all of them where
  * n_in is small, 48 to 96 KB else. Bytes: the weights once for each group of rows (from L2 after
@@ -26,8 +26,7 @@
 enum {
     SKINNY_WARPS = 8,
     SKINNY_THREADS = SKINNY_WARPS * WARP,
-    SKINNY_SHARED = 227 * 1024,        /* what a block may have */
-    SKINNY_SHARED_SHARED = 113 * 1024, /* where two blocks share an SM */
+    SKINNY_PAIRED = 113 * 1024, /* shared memory of a block of which an SM takes two */
     SKINNY_HELD = 8, /* float4 of a row that a lane keeps while it is normed: n_in up to 1024 */
 };
 
@@ -72,7 +71,7 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
         l.in = 0;
         l.ring = NORM ? items * PIECES * HALVES * 512 : l.in_stages * IN_STAGE;
         l.sums = l.ring + l.stages * RING_STAGE;
-        l.overlapped = !several && l.sums + SUMS > SKINNY_SHARED_SHARED;
+        l.overlapped = !several && l.sums + SUMS > SKINNY_PAIRED;
         l.bytes = l.sums + SUMS;
         if (l.overlapped) {
             l.bytes = l.sums > SUMS ? l.sums : SUMS;
@@ -83,7 +82,7 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
 };
 
 /* 8-row tiles of a block's tile, 1, 2, 4, 6 or 8: about one block an SM, more where the weights
- * are many. From the shape alone, see above. */
+ * are many. From the shape alone, see above; even for OUTPUT_ACTIVATE. */
 static inline int skinny_tiles(int n_sms, const struct product_weight *w,
                                enum product_output output)
 {
@@ -93,6 +92,13 @@ static inline int skinny_tiles(int n_sms, const struct product_weight *w,
         if (ceil_div(n, tiles) <= n_sms + n_sms / 4)
             return tiles;
     return 8;
+}
+
+/* What a block may have of shared memory. */
+static inline int skinny_most_shared(const struct queue *q)
+{
+    const bool large = q->capability == 90 || q->capability == 100 || q->capability == 103;
+    return (large ? 227 : q->capability == 80 || q->capability == 87 ? 163 : 99) * 1024;
 }
 
 /* Tiles of the weights. */
