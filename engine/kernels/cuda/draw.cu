@@ -468,7 +468,7 @@ static __device__ void finish_row(const struct draw_memory &m, struct row row, i
 }
 
 /* One block a part of a row, grid (parts, rows). */
-static __global__ __launch_bounds__(SCAN_THREADS, 4) void draw_scan(struct draw_memory m,
+static __global__ __launch_bounds__(SCAN_THREADS, 3) void draw_scan(struct draw_memory m,
                                                                     const float *logits,
                                                                     const struct step_sizes *sizes)
 {
