@@ -137,9 +137,13 @@ static void test_a_failed_device_turns_health_red(void **state)
     struct reply r;
     struct bytes seen = {0};
     struct client_request request = {
-        .path = "/v1/completions", .body = STREAM, .on_data = break_gpu, .context = &fake_gpus[0]};
+        .path = "/v1/completions", .body = STREAM, .on_data = break_gpu, .context = &seen};
     client_send(&site.at, &request, &r);
     assert_int_equal(r.code, 200);
+    bytes_append(&seen, "", 1);
+    if (!strstr(seen.data, "\"error\":{") || !strstr(seen.data, "device"))
+        fail_msg("the stream does not tell: %s", seen.data);
+    bytes_free(&seen);
     reply_free(&r);
     expect_health("/health/ready", 503, "failed");
     expect_health("/health", 503, "failed");
