@@ -24,6 +24,7 @@ struct gemm_shape {
     int64_t in_stride, out_stride;
     int32_t n_out, n_in, rows;
     int32_t f32, add; /* results are f32; they are added */
+    int32_t unused;   /* no padding */
 };
 
 struct gemm {

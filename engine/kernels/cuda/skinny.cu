@@ -1,82 +1,12 @@
-/* skinny.cu - products of few rows: kernels around skinny_block, the choice of one, and a slow
- * kernel for shapes that 16-byte copies cannot do.
+/* skinny.cu - products of few rows: skinny_block where it can, and a slow kernel for shapes that
+ * 16-byte copies cannot do.
  *
  * A product moves its weights once for every 64 rows, its activations once a block, and its
  * results. Floor at 3 TB/s with one group of rows: bytes of the weights (o of the 156M model 1.2 MB
  * 0.4 us, gate and up 9.4 MB 3.1 us, head 77 MB 25 us); what is left is the latency of a launch,
  * which the weights asked for before pdl_wait hide.
  */
-#include "engine/kernels/cuda/skinny.cuh"
-
-typedef void product_kernel(struct product);
-
-struct skinny_launch {
-    product_kernel *kernel;
-    int n_blocks, n_groups; /* of a group of rows; groups of rows */
-    size_t shared_bytes;
-};
-
-template <class W, int HALVES, int TILES, bool NORM>
-static __global__ void __launch_bounds__(SKINNY_THREADS,
-                                         (skinny<W, HALVES, TILES, NORM>::MIN_BLOCKS))
-    skinny_kernel(const __grid_constant__ struct product p)
-{
-    DYNAMIC_SHARED(unsigned char, shared);
-    pdl_trigger();
-    skinny_block<W, HALVES, TILES, NORM>(p, blockIdx.x, gridDim.x, blockIdx.y, shared);
-}
-
-/* A tile a block, or where there are more tiles than SMs have room for, as many as make blocks
- * equally long. False: not enough shared memory. */
-template <class W, int HALVES, int TILES, bool NORM>
-static bool plan_launch(const struct cuda *c, const struct product *p, struct skinny_launch *out)
-{
-    typedef skinny<W, HALVES, TILES, NORM> S;
-    const int most = skinny_most_shared(&c->queue), n_tiles = skinny_n_tiles(p, TILES);
-    const struct skinny_layout single = S::layout(p->w.n_in, false);
-    const struct skinny_layout several = S::layout(p->w.n_in, true);
-    out->kernel = skinny_kernel<W, HALVES, TILES, NORM>;
-    out->n_groups = ceil_div(p->rows, 8 * HALVES);
-    out->n_blocks = n_tiles;
-    out->shared_bytes = (size_t)single.bytes;
-    if (several.bytes <= most && out->n_groups == 1) {
-        const bool two = S::MIN_BLOCKS == 2 && several.bytes <= SKINNY_PAIRED;
-        const int rounds = ceil_div(n_tiles, (two ? 2 : 1) * c->queue.n_sms);
-        if (rounds > 1) {
-            out->n_blocks = ceil_div(n_tiles, rounds);
-            out->shared_bytes = (size_t)several.bytes;
-        }
-    }
-    return single.bytes <= most;
-}
-
-/* Groups of as many rows as there are, up to 64, or as shared memory allows. */
-template <class W, int TILES, bool NORM>
-static bool plan_rows(const struct cuda *c, const struct product *p, struct skinny_launch *out)
-{
-    return (p->rows > 32 && plan_launch<W, 8, TILES, NORM>(c, p, out)) ||
-           (p->rows > 16 && plan_launch<W, 4, TILES, NORM>(c, p, out)) ||
-           (p->rows > 8 && plan_launch<W, 2, TILES, NORM>(c, p, out)) ||
-           plan_launch<W, 1, TILES, NORM>(c, p, out);
-}
-
-/* Tiles as skinny_tiles says, or fewer that give the same bits. */
-template <class W, bool NORM>
-static bool plan_tiles(const struct cuda *c, const struct product *p, struct skinny_launch *out)
-{
-    const int tiles = skinny_tiles(c->queue.n_sms, &p->w, p->output);
-    if (tiles <= 2)
-        return (tiles == 2 && plan_rows<W, 2, NORM>(c, p, out)) ||
-               (p->output != OUTPUT_ACTIVATE && plan_rows<W, 1, NORM>(c, p, out));
-    return (tiles == 8 && plan_rows<W, 8, NORM>(c, p, out)) ||
-           (tiles >= 6 && plan_rows<W, 6, NORM>(c, p, out)) || plan_rows<W, 4, NORM>(c, p, out);
-}
-
-template <class W>
-static bool plan(const struct cuda *c, const struct product *p, struct skinny_launch *out)
-{
-    return p->norm.weight ? plan_tiles<W, true>(c, p, out) : plan_tiles<W, false>(c, p, out);
-}
+#include "engine/kernels/cuda/skinny_plan.cuh"
 
 /* ---- any shape ---- */
 
@@ -149,7 +79,7 @@ static bool plan_product(const struct cuda *c, const struct product *p, struct s
 {
     if (!skinny_possible(p) || (p->norm.weight && p->rows > SKINNY_ROWS))
         return false;
-    if (p->w.dtype == DTYPE_I8 ? !plan<int8_t>(c, p, out) : !plan<bf16>(c, p, out))
+    if (p->w.dtype == DTYPE_I8 ? !skinny_plan_int8(c, p, out) : !skinny_plan_bf16(c, p, out))
         return false;
     return !p->norm.weight || out->n_groups == 1;
 }

@@ -51,7 +51,7 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
                                   : TILES <= 4 ? 5
                                                : 3;
     /* Stages of activations in flight, where they are not kept whole. */
-    static constexpr int IN_STAGES = HALVES == 1 ? 4 : 3;
+    static constexpr int IN_STAGES = HALVES == 1 ? 4 / PIECES : 3;
     /* Groups of copies that may be unfinished when a stage is used. */
     static constexpr int PENDING = (NORM || STAGES < IN_STAGES ? STAGES : IN_STAGES) - 1;
     static constexpr int MIN_BLOCKS = HALVES < 8 && HALVES * TILES * PIECES <= 48 ? 2 : 1;
