@@ -280,6 +280,50 @@ static bool write_config(const struct shape *s, int fd)
     return ok;
 }
 
+/* ---- tokenizer.json ---- */
+
+/* Bytes in the alphabet of byte-level tokenizers: those that print stand for themselves, the
+ * others for U+0100 onwards in their order. */
+static void print_byte(struct bytes *b, int byte, int *n_others)
+{
+    const bool prints = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+    const int code = prints ? byte : 256 + (*n_others)++;
+    char text[3] = {(char)code};
+    if (code > 127) {
+        text[0] = (char)(0xc0 | code >> 6);
+        text[1] = (char)(0x80 | (code & 63));
+    }
+    bytes_json_string(b, text, strlen(text));
+}
+
+/* The words have no merges: no text becomes them, but drawn tokens are text. */
+static bool write_tokenizer(const struct shape *s, int fd)
+{
+    struct bytes b = {0};
+    int n_others = 0;
+    bytes_text(&b, "{\"version\":\"1.0\",\"added_tokens\":[],\"normalizer\":null,"
+                   "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,"
+                   "\"trim_offsets\":true,\"use_regex\":true},\"post_processor\":null,"
+                   "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":true,"
+                   "\"trim_offsets\":true,\"use_regex\":true},\"model\":{\"type\":\"BPE\","
+                   "\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,"
+                   "\"end_of_word_suffix\":null,\"fuse_unk\":false,\"byte_fallback\":false,"
+                   "\"ignore_merges\":false,\"vocab\":{");
+    for (int t = 0; t < s->V; t++) {
+        if (t)
+            bytes_char(&b, ',');
+        if (t < 256)
+            print_byte(&b, t, &n_others);
+        else
+            bytes_format(&b, "\"\u0120w%d\"", t);
+        bytes_format(&b, ":%d", t);
+    }
+    bytes_text(&b, "},\"merges\":[]}}");
+    const bool ok = !b.failed && write_at(fd, b.data, b.n, 0);
+    bytes_free(&b);
+    return ok;
+}
+
 /* ---- the directory ---- */
 
 static bool write_file(const struct shape *s, const char *dir, const char *name,
@@ -324,6 +368,7 @@ int random_model_write(const char *name, int context, char *dir, size_t n)
         return -1;
     }
     if (write_file(&s, dir, "config.json", write_config) &&
+        write_file(&s, dir, "tokenizer.json", write_tokenizer) &&
         write_file(&s, dir, "model.safetensors", write_weights))
         return 0;
     random_model_remove(dir);
@@ -332,7 +377,7 @@ int random_model_write(const char *name, int context, char *dir, size_t n)
 
 void random_model_remove(const char *dir)
 {
-    const char *const names[] = {"config.json", "model.safetensors"};
+    const char *const names[] = {"config.json", "tokenizer.json", "model.safetensors"};
     char path[4096];
     for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++) {
         snprintf(path, sizeof(path), "%s/%s", dir, names[i]);

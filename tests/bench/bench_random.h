@@ -15,8 +15,9 @@
 /* "156m, 12m, ...": names for --help. */
 const char *random_model_names(void);
 
-/* Write config.json and model.safetensors (BF16, seeded) of a named shape to a fresh directory
- * below $TMPDIR or /tmp; its path in dir[n]. context: positions of full attention, 0 for the
+/* Write config.json, model.safetensors (BF16, seeded) and tokenizer.json (a token a byte, the
+ * rest of the vocabulary made-up words) of a named shape to a fresh directory below $TMPDIR or
+ * /tmp; its path in dir[n]. context: positions of full attention, 0 for the
  * shape's own; other shapes have no use for it. */
 int random_model_write(const char *name, int context, char *dir, size_t n);
 void random_model_remove(const char *dir);
