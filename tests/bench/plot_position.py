@@ -42,21 +42,24 @@ def draw(models, machines, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
     for model, (position, median, low, high) in models.items():
         (line,) = axes.plot(position, median, marker="o", markersize=4,
                             label=LABELS.get(model, model))
         axes.fill_between(position, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axes.annotate(f"{median[-1]:.3g} ms", (position[-1], median[-1]), xytext=(4, 5),
+        axes.annotate(f"{median[-1]:.3g} ms", (position[-1], median[-1]), xytext=(0, 6), ha="right",
                       textcoords="offset points", fontsize=8, color=line.get_color())
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("position of the session (tokens before this one)")
-    axes.set_ylabel("time per token, ms (median; band: 10th to 90th percentile)")
+    axes.set_ylabel("ms per token (median, 10th to 90th percentile)")
     axes.set_title("Decoding one session: " + ", ".join(machines), fontsize=10)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.grid(True, which="both", alpha=0.25)
-    axes.set_ylim(bottom=min(min(s[1]) for s in models.values()) / 3)
+    axes.set_ylim(min(min(s[1]) for s in models.values()) / 3,
+                  max(max(s[1]) for s in models.values()) * 4)
     axes.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path)
