@@ -984,7 +984,7 @@ static bool mix_fits(const struct cuda *c, const struct mix *m, int head_dim)
     if (!c->step.decode || head_dim % 8 || head_dim < 8 || head_dim > MAX_HEAD_DIM)
         return false;
     if (window &&
-        (m->window.ring_rows > MAX_RING_ROWS || m->ring_k.row_values % 16 ||
+        (m->window.ring_rows > MAX_RING_ROWS || m->ring_k.row_values % head_dim ||
          m->ring_k.row_values != m->ring_v.row_values || m->ring_k.dtype != m->ring_v.dtype))
         return false;
     if (n_latents > MAX_LATENTS || (n_latents && m->s.row_values % 4))
