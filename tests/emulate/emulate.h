@@ -350,6 +350,19 @@ template <int N> static inline void copy_async_wait(void)
     emulate::wait_copies(N);
 }
 
+static inline float quick_exp2(float x)
+{
+    return exp2f(x);
+}
+static inline float quick_reciprocal(float x)
+{
+    return 1 / x;
+}
+static inline float quick_sqrt(float x)
+{
+    return sqrtf(x);
+}
+
 static inline uint4 load_streaming(const void *p, EMULATE_PLACE)
 {
     if ((uintptr_t)p % 16)

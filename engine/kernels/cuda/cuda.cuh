@@ -7,6 +7,7 @@
  *
  *   rows.cu        embed, norm, head_norm, add, activate, gather, softcap, rope, vapor
  *   recurrence.cu  conv, rglru, block_linear
+ *   rglru.cu       the RG-LRU from the residual stream, fused
  *   latent.cu      latent: one row, and prompts by pieces
  *   window.cu      window: one row (long rings split), and prompts by tiles
  *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones

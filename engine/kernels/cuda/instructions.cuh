@@ -97,6 +97,29 @@ template <int N> static __device__ __forceinline__ void copy_async_wait(void)
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+/* 2^x, 1 / x and the square root, one instruction each: good to 2 units in the last place, and
+ * what is subnormal counts as 0. */
+static __device__ __forceinline__ float quick_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ __forceinline__ float quick_reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ __forceinline__ float quick_sqrt(float x)
+{
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* 16 bytes of read-only memory that will not be read again soon (weights, rings). */
 static __device__ __forceinline__ uint4 load_streaming(const void *p)
 {

@@ -12,11 +12,10 @@
 
 enum {
     THREADS = 128,
-    TILE = 32,         /* rows and columns of block_linear's tiles */
-    SCAN_WARPS = 16,   /* of a block of the scan */
-    SCAN_PIECES = 8,   /* that a warp takes at a time */
-    NORMED_ROWS = 192, /* a launch of its own for norms pays above so many decode rows */
-    GROUP_ROWS = 8,    /* of a piece that a block of the convolution has */
+    TILE = 32,       /* rows and columns of block_linear's tiles */
+    SCAN_WARPS = 16, /* of a block of the scan */
+    SCAN_PIECES = 8, /* that a warp takes at a time */
+    GROUP_ROWS = 8,  /* of a piece that a block of the convolution has */
 };
 
 /* ---- convolution, P(eq 15) ---- */
@@ -191,30 +190,10 @@ static __global__ void __launch_bounds__(THREADS)
     c.out[(int64_t)r * c.dim + i] = z;
 }
 
-/* How a piece lies in its sequence. */
-struct place {
-    struct piece piece;
-    int32_t slot;
-    bool alone, last; /* its sequence's only piece; its last */
-    bool begins;      /* its first row has position 0 */
-};
-
-static __device__ __forceinline__ struct place place_of(const struct device_step &step, int p)
-{
-    struct place at;
-    at.piece = step.pieces[p];
-    const int start = step.seq_start[at.piece.seq], end = step.seq_start[at.piece.seq + 1];
-    at.slot = step.seq_slot[at.piece.seq];
-    at.alone = end - start <= PIECE_ROWS;
-    at.last = at.piece.row + at.piece.n_rows == end;
-    at.begins = step.positions[at.piece.row] == 0;
-    return at;
-}
-
-/* Rows of a piece from z on; the last z. */
+/* each(row, terms) for the rows of a piece. */
 template <class Each>
-static __device__ __forceinline__ void each_row(const struct rglru_call &c, const struct place &at,
-                                                int i, Each each)
+static __device__ __forceinline__ void each_row(const struct rglru_call &c,
+                                                const struct rglru_place &at, int i, Each each)
 {
     const float rate = exact_rate(__ldg(c.lambda + i));
 #pragma unroll 4
@@ -230,7 +209,7 @@ static __global__ void __launch_bounds__(THREADS)
     const int p = blockIdx.x, i = blockIdx.y * THREADS + threadIdx.x;
     if (p >= step.sizes->n_pieces || i >= c.dim)
         return;
-    const struct place at = place_of(step, p);
+    const struct rglru_place at = rglru_place_of(step, p);
     if (at.last)
         return;
     float a = 1, z = 0;
@@ -251,7 +230,7 @@ static __global__ void __launch_bounds__(THREADS)
     const int p = blockIdx.x, i = blockIdx.y * THREADS + threadIdx.x;
     if (p >= step.sizes->n_pieces || i >= c.dim)
         return;
-    const struct place at = place_of(step, p);
+    const struct rglru_place at = rglru_place_of(step, p);
     float *state = slot_row(c.state, at.slot) + i;
     float z = !at.alone ? c.piece_states[p * c.piece_values + i] : at.begins ? 0 : *state;
     each_row(c, at, i, [&](int r, float2 terms) {
@@ -275,7 +254,7 @@ static __global__ void __launch_bounds__(SCAN_WARPS *WARP)
     const int first = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (first >= step.sizes->n_pieces || step.pieces[first].first != first)
         return;
-    const struct place at = place_of(step, first);
+    const struct rglru_place at = rglru_place_of(step, first);
     if (at.alone)
         return;
     const int seq = at.piece.seq, channel = blockIdx.y * WARP + lane;
@@ -319,7 +298,7 @@ static __global__ void __launch_bounds__(SCAN_WARPS *WARP)
     }
 }
 
-static void scan_pieces(struct cuda *c, struct device_slab<float> state, int dim)
+void rglru_scan(struct cuda *c, struct device_slab<float> state, int dim)
 {
     launch(&c->queue, "rglru", rglru_scan_kernel, dim3(c->step.n_pieces, ceil_div(dim, WARP)),
            SCAN_WARPS * WARP, 0, c->piece_states, (int64_t)c->piece_values, state, dim, c->step);
@@ -349,7 +328,7 @@ void cuda_rglru(struct backend *b, struct buffer *out, const struct buffer *in,
     const dim3 grid(step->n_pieces, columns);
     if (step->rows > PIECE_ROWS) {
         launch(&c->queue, "rglru", rglru_reduce_kernel, grid, THREADS, 0, call, *step);
-        scan_pieces(c, call.state, dim);
+        rglru_scan(c, call.state, dim);
     }
     launch(&c->queue, "rglru", rglru_rows_kernel, grid, THREADS, 0, call, *step);
 }
@@ -418,287 +397,4 @@ void cuda_block_linear(struct backend *b, struct buffer *out, const struct buffe
     launch(&c->queue, "block_linear", block_linear_kernel,
            dim3(ceil_div(c->step.rows, TILE), n_blocks * ceil_div(call.width, TILE)), 8 * WARP, 0,
            call, &c->step.sizes->n_rows);
-}
-
-/* ---- RG-LRU from the residual stream ---- */
-
-static __global__ void __launch_bounds__(2 * THREADS) rglru_item_kernel(struct rglru_decode d)
-{
-    DYNAMIC_SHARED(unsigned char, shared);
-    pdl_trigger();
-    rglru_item(d, blockIdx.x, shared);
-}
-
-/* Prompts: h is normed once, as bf16; then tiles of rows x channels of a block of the gates,
- * twice: to reduce pieces, and after the scan to run them. Recomputing the products is cheaper
- * than storing their 8 D bytes a row. Bytes a row at D = 768: x 3 KB, h 1.5 KB written and read
- * twice per 48 channels of a block (L2), z 3 KB: floor 17 us for 8,192 rows. */
-enum {
-    GATE_TILES = 6, /* of 8 channels, that a block has */
-    GATE_CHANNELS = 8 * GATE_TILES,
-    GATE_ROWS = PIECE_ROWS,                   /* of a tile: a piece, or several short ones */
-    GATE_THREADS = 2 * GATE_ROWS / 16 * WARP, /* a warp has 16 rows and half of the channels */
-    TERM_STRIDE = 56, /* float2 a row of terms: 8 more than a multiple of 16 spreads the banks */
-};
-
-struct gates_call {
-    const bf16 *h;
-    struct rglru_front f;
-    float *piece_states;
-    int64_t piece_values;
-    struct device_step step;
-    int block_pieces; /* adjacent pieces that a block goes through */
-};
-
-/* A tile: pieces first..first + n in rows that follow each other. */
-struct gates_tile {
-    int first, n, row, n_rows;
-};
-
-/* The next tile at piece p: as many pieces as there is room for. Which pieces share a tile
- * depends on the batch; what is computed for each does not. full: only pieces of GATE_ROWS. */
-static __device__ __forceinline__ struct gates_tile next_tile(const struct gates_call &c, int p,
-                                                              int end, bool full)
-{
-    struct gates_tile t = {p, 0, 0, 0};
-    for (; p < end; p++) {
-        const struct piece piece = c.step.pieces[p];
-        if (t.n_rows + piece.n_rows > GATE_ROWS)
-            break;
-        if (full && piece.n_rows < GATE_ROWS)
-            continue;
-        if (!t.n) {
-            t.first = p;
-            t.row = piece.row;
-        }
-        t.n++;
-        t.n_rows += piece.n_rows;
-    }
-    return t;
-}
-
-/* Start to fetch the tile's rows of h; columns beyond the width are 0 from the beginning. */
-static __device__ __forceinline__ void fetch_tile(bf16 *h, const struct gates_call &c,
-                                                  const struct gates_tile &t, int first, int width,
-                                                  int stride)
-{
-    const int chunks = width / 8;
-    for (int at = threadIdx.x; at < GATE_ROWS * chunks; at += GATE_THREADS) {
-        const int r = at / chunks, i = at % chunks * 8;
-        const bool here = r < t.n_rows;
-        const bf16 *from = c.h + (int64_t)(t.row + (here ? r : 0)) * c.f.dim + first + i;
-        copy_async_16(h + r * stride + i, from, here);
-    }
-    copy_async_commit();
-}
-
-/* Constants of the two channels a lane has in each of its tiles. */
-struct gates_lane {
-    float2 rate, r_bias, i_bias;
-};
-
-/* terms[row][channel] = a, b of the tile's rows. */
-static __device__ __forceinline__ void tile_terms(float2 *terms, const struct gates_call &c,
-                                                  const struct gates_tile &t, const bf16 *h,
-                                                  const bf16 *recurrence, const bf16 *input,
-                                                  const struct gates_lane lanes[GATE_TILES / 2],
-                                                  int out0, int n_tiles, int stride)
-{
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int row0 = warp / 2 * 16, tile0 = warp % 2 * (GATE_TILES / 2);
-    if (row0 >= t.n_rows)
-        return;
-    bool begins[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const int row = row0 + lane / 4 + 8 * j;
-        begins[j] = row < t.n_rows && c.step.positions[t.row + row] == 0;
-    }
-#pragma unroll
-    for (int n = 0; n < GATE_TILES / 2; n++) {
-        const int tile = tile0 + n, channel = 8 * tile + lane % 4 * 2;
-        if (tile >= n_tiles)
-            break;
-        float r[4], i[4];
-        rglru_products(r, i, h + row0 * stride, recurrence + 8 * tile * stride,
-                       input + 8 * tile * stride, stride);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int row = row0 + lane / 4 + 8 * j;
-            const float2 x = __bfloat1622float2(
-                *reinterpret_cast<const __nv_bfloat162 *>(h + row * stride + out0 + channel));
-            const float2 u = rglru_terms(r[2 * j] + lanes[n].r_bias.x, i[2 * j] + lanes[n].i_bias.x,
-                                         x.x, lanes[n].rate.x, begins[j]);
-            const float2 v =
-                rglru_terms(r[2 * j + 1] + lanes[n].r_bias.y, i[2 * j + 1] + lanes[n].i_bias.y, x.y,
-                            lanes[n].rate.y, begins[j]);
-            *reinterpret_cast<float4 *>(terms + row * TERM_STRIDE + channel) =
-                make_float4(u.x, u.y, v.x, v.y);
-        }
-    }
-}
-
-/* A and Z of one channel of a piece, whose terms begin at `terms`. */
-static __device__ __forceinline__ void reduce_piece(const struct gates_call &c, int p,
-                                                    const struct place &at, const float2 *terms,
-                                                    int channel)
-{
-    if (at.last)
-        return;
-    float a = 1, z = 0;
-#pragma unroll 8
-    for (int r = 0; r < PIECE_ROWS; r++) { /* only the last piece has fewer rows */
-        const float2 term = terms[r * TERM_STRIDE];
-        a *= term.x;
-        z = fmaf(term.x, z, term.y);
-    }
-    float *state = c.piece_states + p * c.piece_values + channel;
-    state[0] = a;
-    state[c.f.dim] = z;
-}
-
-static __device__ __forceinline__ void run_piece(const struct gates_call &c, int p,
-                                                 const struct place &at, const float2 *terms,
-                                                 int channel)
-{
-    float *state = slot_row(c.f.state, at.slot) + channel;
-    float z = !at.alone ? c.piece_states[p * c.piece_values + channel] : at.begins ? 0 : *state;
-    float *out = c.f.z + (int64_t)at.piece.row * c.f.dim + channel;
-#pragma unroll 8
-    for (int r = 0; r < at.piece.n_rows; r++) {
-        const float2 term = terms[r * TERM_STRIDE];
-        z = fmaf(term.x, z, term.y);
-        out[(int64_t)r * c.f.dim] = z;
-    }
-    if (at.last)
-        *state = z;
-}
-
-/* LAST: run the rows; else reduce pieces. Each thread has one channel of every n-th piece. */
-template <bool LAST>
-static __global__ void __launch_bounds__(GATE_THREADS) gates_kernel(struct gates_call c)
-{
-    DYNAMIC_SHARED(unsigned char, shared);
-    const struct rglru_front &f = c.f;
-    const int width = f.dim / f.n_blocks, stride = rglru_stride(width);
-    const int groups = (width + GATE_CHANNELS - 1) / GATE_CHANNELS;
-    const int first = blockIdx.x / groups * width, out0 = blockIdx.x % groups * GATE_CHANNELS;
-    const int channels = width - out0 < GATE_CHANNELS ? width - out0 : GATE_CHANNELS;
-    float2 *const terms = reinterpret_cast<float2 *>(shared);
-    bf16 *const h = reinterpret_cast<bf16 *>(terms + GATE_ROWS * TERM_STRIDE);
-    bf16 *const recurrence = h + GATE_ROWS * stride, *const input =
-                                                         recurrence + GATE_CHANNELS * stride;
-    pdl_trigger();
-
-    const size_t weights = (size_t)(first + out0) * width;
-    rglru_stage(recurrence, f.recurrence_gate + weights, channels, width, stride);
-    rglru_stage(input, f.input_gate + weights, channels, width, stride);
-    for (int r = threadIdx.x; r < GATE_ROWS; r += GATE_THREADS)
-        for (int i = width; i < stride - 8; i++)
-            h[r * stride + i] = __float2bfloat16_rn(0);
-    struct gates_lane lanes[GATE_TILES / 2];
-#pragma unroll
-    for (int n = 0; n < GATE_TILES / 2; n++) {
-        const int tile = threadIdx.x / WARP % 2 * (GATE_TILES / 2) + n;
-        const int channel = first + out0 + 8 * tile + threadIdx.x % 4 * 2;
-        lanes[n] = {};
-        if (8 * tile < channels) {
-            const float2 lambda = __ldg(reinterpret_cast<const float2 *>(f.lambda + channel));
-            lanes[n].rate = make_float2(rglru_rate(lambda.x), rglru_rate(lambda.y));
-            lanes[n].r_bias = bias_pair(f.recurrence_bias, channel);
-            lanes[n].i_bias = bias_pair(f.input_bias, channel);
-        }
-    }
-
-    pdl_wait();
-    const int n_pieces = c.step.sizes->n_pieces, p0 = blockIdx.y * c.block_pieces;
-    if (p0 >= n_pieces)
-        return;
-    const int end = p0 + c.block_pieces < n_pieces ? p0 + c.block_pieces : n_pieces;
-    struct gates_tile t = next_tile(c, p0, end, !LAST);
-    fetch_tile(h, c, t, first, width, stride);
-    const int mine = threadIdx.x % GATE_CHANNELS, nth = threadIdx.x / GATE_CHANNELS;
-    const int n_threads = GATE_THREADS / GATE_CHANNELS;
-    while (t.n) {
-        copy_async_wait<0>();
-        __syncthreads();
-        tile_terms(terms, c, t, h, recurrence, input, lanes, out0, channels / 8, stride);
-        __syncthreads();
-        const struct gates_tile next = next_tile(c, t.first + t.n, end, !LAST);
-        if (next.n)
-            fetch_tile(h, c, next, first, width, stride);
-        for (int n = nth; n < t.n && mine < channels && nth < n_threads; n += n_threads) {
-            const struct place at = place_of(c.step, t.first + n);
-            const float2 *from = terms + (at.piece.row - t.row) * TERM_STRIDE + mine;
-            if (LAST)
-                run_piece(c, t.first + n, at, from, first + out0 + mine);
-            else
-                reduce_piece(c, t.first + n, at, from, first + out0 + mine);
-        }
-        t = next;
-    }
-}
-
-static size_t gates_shared_bytes(const struct rglru_front *f)
-{
-    const int stride = rglru_stride(f->dim / f->n_blocks);
-    return GATE_ROWS * TERM_STRIDE * sizeof(float2) +
-           (size_t)(GATE_ROWS + 2 * GATE_CHANNELS) * stride * sizeof(bf16);
-}
-
-/* What a block may have of shared memory. */
-static size_t most_shared_bytes(const struct queue *q)
-{
-    const int kilobytes = q->capability == 90                          ? 227
-                          : q->capability == 80 || q->capability == 87 ? 163
-                                                                       : 99;
-    return (size_t)kilobytes * 1024;
-}
-
-/* Pieces for a block: so that the grid fits the device at once, and weights are converted for
- * several pieces. */
-static int block_pieces(const struct cuda *c, int columns, size_t shared_bytes)
-{
-    const int fit = (int)(most_shared_bytes(&c->queue) / (shared_bytes + 1024));
-    const int blocks = c->queue.n_sms * (fit < 3 ? fit : 3);
-    const int n = ceil_div(c->step.n_pieces * columns, blocks);
-    return n > 8 ? 8 : n;
-}
-
-static void prompt_rglru(struct cuda *c, const struct rglru_front *f)
-{
-    const struct device_step *step = &c->step;
-    const int width = f->dim / f->n_blocks;
-    const int columns = f->n_blocks * ceil_div(width, GATE_CHANNELS);
-    const size_t shared = gates_shared_bytes(f);
-    const int pieces = block_pieces(c, columns, shared);
-    const struct gates_call call = {c->converted, *f,    c->piece_states, (int64_t)c->piece_values,
-                                    *step,        pieces};
-    const dim3 grid(columns, ceil_div(step->n_pieces, pieces));
-
-    norm_to_bf16(c, c->converted, f->x, f->norm, f->dim, nullptr, step->rows, &step->sizes->n_rows);
-    if (step->rows > PIECE_ROWS) {
-        launch(&c->queue, "rglru", gates_kernel<false>, grid, GATE_THREADS, shared, call);
-        scan_pieces(c, f->state, f->dim);
-    }
-    launch(&c->queue, "rglru", gates_kernel<true>, grid, GATE_THREADS, shared, call);
-}
-
-bool fused_rglru(struct cuda *c, const struct rglru_front *f)
-{
-    if (!rglru_possible(f) || gates_shared_bytes(f) > most_shared_bytes(&c->queue))
-        return false;
-    if (!c->step.decode) {
-        prompt_rglru(c, f);
-        return true;
-    }
-    struct rglru_decode d = rglru_decode_of(c, f);
-    if (c->step.rows > NORMED_ROWS) {
-        d.h = c->converted;
-        norm_to_bf16(c, c->converted, f->x, f->norm, f->dim, nullptr, c->step.rows,
-                     &c->step.sizes->n_rows);
-    }
-    launch(&c->queue, "rglru", rglru_item_kernel, dim3(rglru_items(&d)), 2 * THREADS,
-           rglru_shared_bytes(&d), d);
-    return true;
 }

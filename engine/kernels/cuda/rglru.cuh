@@ -1,11 +1,11 @@
 /* rglru.cuh - the RG-LRU of one row per sequence, from the residual stream to the state, as a
- * piece of a kernel: recurrence.cu launches it alone, the fused layer beside a product.
+ * piece of a kernel: rglru.cu launches it alone, front.cu beside a product.
  *
  * The work is cut into items: 16 rows (or a few times 16) x n_tiles * 8 channels of one block of
  * the gates. An item
  * belongs to one thread block of any number of warps. The item's gate weights are rounded to
  * bf16 on their way to shared memory, and the products run on tensor cores with f32 sums over k
- * in order; prompts (recurrence.cu) do the same arithmetic, so that a row has the same bits
+ * in order; prompts (rglru.cu) do the same arithmetic, so that a row has the same bits
  * either way.
  *
  * Bytes of a layer at R rows: the gates' 8 D^2 / B once per 16 rows (from L2 after the first),
@@ -59,7 +59,7 @@ static inline __host__ __device__ size_t rglru_shared_bytes(const struct rglru_d
     return (size_t)(RGLRU_ROWS + 2 * 8 * d->n_tiles) * stride * sizeof(bf16);
 }
 
-/* The shapes rglru_item can do: widths D/B that are multiples of 8 up to 512. */
+/* The shapes that rglru_item can do: widths D/B that are multiples of 8 up to 512. */
 static inline bool rglru_possible(const struct rglru_front *f)
 {
     const int width = f->dim / f->n_blocks;
@@ -87,27 +87,63 @@ static inline struct rglru_decode rglru_decode_of(const struct cuda *c, const st
     return d;
 }
 
+/* ---- pieces of prompts ---- */
+
+/* How a piece lies in its sequence. */
+struct rglru_place {
+    struct piece piece;
+    int32_t slot;
+    bool alone, last; /* its sequence's only piece; its last */
+    bool begins;      /* its first row has position 0 */
+};
+
+static __device__ __forceinline__ struct rglru_place rglru_place_of(const struct device_step &step,
+                                                                    int p)
+{
+    struct rglru_place at;
+    at.piece = step.pieces[p];
+    const int start = step.seq_start[at.piece.seq], end = step.seq_start[at.piece.seq + 1];
+    at.slot = step.seq_slot[at.piece.seq];
+    at.alone = end - start <= PIECE_ROWS;
+    at.last = at.piece.row + at.piece.n_rows == end;
+    at.begins = step.positions[at.piece.row] == 0;
+    return at;
+}
+
+/* recurrence.cu. c->piece_states has for piece p the product A [D] of its a, then its end Z [D]
+ * from zero, save for last pieces; in sequences of several pieces A becomes what the piece starts
+ * from. */
+void rglru_scan(struct cuda *c, struct device_slab<float> state, int dim);
+
 /* ---- the arithmetic, shared with prompts ---- */
 
-/* -8 softplus(lambda), in units of ln 2: a = 2^(rate * r). */
-static __device__ __forceinline__ float rglru_rate(float lambda)
+/* Constants of a channel. Exponents are of 2: rate = -8 softplus(lambda) log2(e), a = 2^(rate r);
+ * biases are times -log2(e), as a sigmoid wants them. */
+struct rglru_channel {
+    float rate, r_bias, i_bias;
+};
+
+static __device__ __forceinline__ struct rglru_channel rglru_channel_of(const struct rglru_front &f,
+                                                                        int channel)
 {
+    const float lambda = __ldg(f.lambda + channel), log2_e = 1.44269504f;
     const float softplus = lambda > 20 ? lambda : log1pf(expf(lambda));
-    return -8 * 1.44269504f * softplus;
+    return {-8 * log2_e * softplus,
+            f.recurrence_bias ? -log2_e * __ldg(f.recurrence_bias + channel) : 0,
+            f.input_bias ? -log2_e * __ldg(f.input_bias + channel) : 0};
 }
 
-static __device__ __forceinline__ float quick_sigmoid(float x)
-{
-    return __fdividef(1, 1 + exp2f(-1.44269504f * x));
-}
-
-/* z_t = a z_{t-1} + b. r and i are pre-activations. 1 - a^2 = 1 - e^-t is a series in t where it
+/* a and b of z_t = a z_{t-1} + b, from the gates' products with h. Both sigmoids share a
+ * reciprocal: 2^60 is as good as infinity there. 1 - a^2 = 1 - e^-t is a series in t where it
  * would cancel. begins: position 0, no past and multiplier 1. */
-static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h, float rate,
-                                                     bool begins)
+static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h,
+                                                     const struct rglru_channel &c, bool begins)
 {
-    const float exponent = rate * quick_sigmoid(r), gated = quick_sigmoid(i) * h;
-    const float a = exp2f(exponent), t = -2 * 0.69314718f * exponent;
+    const float one_r = 1 + quick_exp2(fminf(fmaf(r, -1.44269504f, c.r_bias), 60));
+    const float one_i = 1 + quick_exp2(fminf(fmaf(i, -1.44269504f, c.i_bias), 60));
+    const float inverse = quick_reciprocal(one_r * one_i);
+    const float exponent = c.rate * (inverse * one_i), gated = inverse * one_r * h;
+    const float a = quick_exp2(exponent), t = -2 * 0.69314718f * exponent;
     float series = fmaf(t, -1.f / 5040, 1.f / 720);
     series = fmaf(t, series, -1.f / 120);
     series = fmaf(t, series, 1.f / 24);
@@ -115,9 +151,7 @@ static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h, 
     series = fmaf(t, series, 0.5f);
     series = fmaf(t, -series, 1) * t;
     const float rest = t < 0.5f ? series : fmaf(-a, a, 1);
-    if (begins)
-        return make_float2(0, gated);
-    return make_float2(a, sqrtf(rest) * gated);
+    return begins ? make_float2(0, gated) : make_float2(a, quick_sqrt(rest) * gated);
 }
 
 /* n rows [n, width] of f32 weights to bf16 [n, stride] in shared memory; zeros in the columns
@@ -138,26 +172,44 @@ static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *from, 
     }
 }
 
-/* Both gates' pre-activations, without bias, of 16 rows of h and 8 channels, in the layout of an
- * mma's d. recurrence and input are the 8 channels' staged weights. */
-static __device__ __forceinline__ void rglru_products(float r[4], float i[4], const bf16 *h,
-                                                      const bf16 *recurrence, const bf16 *input,
-                                                      int stride)
+/* Both gates' products of 16 rows of h with TILES times 8 channels, in the layout of an mma's d;
+ * recurrence and input are the channels' staged weights. */
+template <int TILES>
+static __device__ __forceinline__ void rglru_products(float (&r)[TILES][4], float (&i)[TILES][4],
+                                                      const bf16 *h, const bf16 *recurrence,
+                                                      const bf16 *input, int stride)
 {
     const int lane = threadIdx.x % WARP, row = lane % 8;
     const bf16 *a_at = h + (row + lane / 8 % 2 * 8) * stride + lane / 16 * 8;
     const bf16 *b_at = (lane < 16 ? recurrence : input) + row * stride + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-        r[j] = i[j] = 0;
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            r[n][j] = i[n][j] = 0;
+    }
 #pragma unroll 2
     for (int k = 0; k < stride - 8; k += 16) {
-        uint32_t a[4], b[4];
+        uint32_t a[4];
         ldmatrix_x4(a, a_at + k);
-        ldmatrix_x4(b, b_at + k);
-        mma_bf16(r, a, b);
-        mma_bf16(i, a, b + 2);
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            uint32_t b[4];
+            ldmatrix_x4(b, b_at + n * 8 * stride + k);
+            mma_bf16(r[n], a, b);
+            mma_bf16(i[n], a, b + 2);
+        }
     }
+}
+
+/* Two channels' terms of one row, from a lane's products (r, i at j and j + 1). */
+static __device__ __forceinline__ float4 rglru_pair(const float *r, const float *i, const bf16 *h,
+                                                    const struct rglru_channel (&c)[2], bool begins)
+{
+    const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(h));
+    const float2 u = rglru_terms(r[0], i[0], x.x, c[0], begins);
+    const float2 v = rglru_terms(r[1], i[1], x.y, c[1], begins);
+    return make_float4(u.x, u.y, v.x, v.y);
 }
 
 /* ---- an item ---- */
@@ -190,11 +242,6 @@ static __device__ __forceinline__ void rglru_past(float2 past[2], const struct r
         if (at.here[j] && !at.begins[j]) /* a fresh slot may hold anything */
             past[j] = *reinterpret_cast<const float2 *>(d.f.state.data + at.state[j] + channel);
     }
-}
-
-static __device__ __forceinline__ float2 bias_pair(const float *bias, int channel)
-{
-    return bias ? __ldg(reinterpret_cast<const float2 *>(bias + channel)) : make_float2(0, 0);
 }
 
 /* h: columns first..first+width of 16 normed rows from row0 on, as bf16; zeros beyond n_rows. */
@@ -245,22 +292,16 @@ static __device__ __forceinline__ void rglru_tile(const struct rglru_decode &d,
 {
     const struct rglru_front &f = d.f;
     const int lane = threadIdx.x % WARP;
-    const float2 lambda = __ldg(reinterpret_cast<const float2 *>(f.lambda + channel));
-    const float2 r_bias = bias_pair(f.recurrence_bias, channel);
-    const float2 i_bias = bias_pair(f.input_bias, channel);
-    const float2 rate = make_float2(rglru_rate(lambda.x), rglru_rate(lambda.y));
-    float r[4], i[4];
-    rglru_products(r, i, h, recurrence, input, stride);
+    const struct rglru_channel c[2] = {rglru_channel_of(f, channel),
+                                       rglru_channel_of(f, channel + 1)};
+    float r[1][4], i[1][4];
+    rglru_products<1>(r, i, h, recurrence, input, stride);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int row = lane / 4 + 8 * j;
-        const float2 x = __bfloat1622float2(
-            *reinterpret_cast<const __nv_bfloat162 *>(h + row * stride + channel - first));
-        const float2 u =
-            rglru_terms(r[2 * j] + r_bias.x, i[2 * j] + i_bias.x, x.x, rate.x, at.begins[j]);
-        const float2 v = rglru_terms(r[2 * j + 1] + r_bias.y, i[2 * j + 1] + i_bias.y, x.y, rate.y,
-                                     at.begins[j]);
-        const float2 z = make_float2(fmaf(u.x, past[j].x, u.y), fmaf(v.x, past[j].y, v.y));
+        const float4 t = rglru_pair(r[0] + 2 * j, i[0] + 2 * j, h + row * stride + channel - first,
+                                    c, at.begins[j]);
+        const float2 z = make_float2(fmaf(t.x, past[j].x, t.y), fmaf(t.z, past[j].y, t.w));
         if (at.here[j]) {
             *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
             *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
