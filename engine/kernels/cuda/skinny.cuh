@@ -58,7 +58,8 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
 
     static constexpr int RING_STAGE = UNIT * TILES * 512 * SKINNY_WARPS;
     static constexpr int IN_STAGE = UNIT * PIECES * HALVES * 512 * SKINNY_WARPS;
-    static constexpr int SUMS = HALVES * TILES * 256 * SKINNY_WARPS;
+    /* Partial sums, then scale and bias of each weight row of the tile. */
+    static constexpr int SUMS = HALVES * TILES * 256 * SKINNY_WARPS + 64 * TILES;
 
     /* several: a block computes more than one tile. */
     static inline __host__ __device__ struct skinny_layout layout(int n_in, bool several)
@@ -277,19 +278,17 @@ template <int N> struct skinny_element {
     }
 };
 
-/* Weight row `weight_row`'s result: the warps' partial sums in order, scaled, with bias. */
-template <int HALVES, int TILES>
-static __device__ __forceinline__ float skinny_sum(const struct product &p, const float *sums,
-                                                   int half, int tile, int e, int weight_row)
+/* A weight row's result: the warps' partial sums in order, scaled, with bias. */
+template <class W, int HALVES, int TILES>
+static __device__ __forceinline__ float skinny_sum(const float *sums, int half, int tile, int e)
 {
     const float *at = sums + (half * TILES + tile) * 64 + e % 64;
+    const float *terms = sums + SKINNY_WARPS * HALVES * TILES * 64 + tile * 8 + e % 8;
     float y = at[0];
 #pragma unroll
     for (int w = 1; w < SKINNY_WARPS; w++)
         y += at[w * HALVES * TILES * 64];
-    if (p.w.dtype == DTYPE_I8)
-        y *= p.w.scales[weight_row];
-    return p.w.bias ? y + p.w.bias[weight_row] : y;
+    return sizeof(W) == 1 ? fmaf(y, terms[0], terms[8 * TILES]) : y + terms[8 * TILES];
 }
 
 /* What becomes of a result; residual: what OUTPUT_ADD adds to. */
@@ -316,7 +315,7 @@ static __device__ __forceinline__ void product_store(const struct product &p, in
 }
 
 /* Results of a tile. early: the residual of the thread's first element, if has_early. */
-template <int HALVES, int TILES>
+template <class W, int HALVES, int TILES>
 static __device__ __forceinline__ void skinny_results(const struct product &p, const float *sums,
                                                       int block_tile, int first_row, int rows,
                                                       bool has_early, float early)
@@ -329,12 +328,12 @@ static __device__ __forceinline__ void skinny_results(const struct product &p, c
         float residual = early;
         if (p.output == OUTPUT_ADD && !(has_early && e < SKINNY_THREADS))
             residual = ((const float *)p.out)[to];
-        const float y = skinny_sum<HALVES, TILES>(p, sums, at.half, at.tile, e, at.column);
+        const float y = skinny_sum<W, HALVES, TILES>(sums, at.half, at.tile, e);
         product_store(p, to, y, residual);
     }
 }
 
-template <int HALVES, int TILES>
+template <class W, int HALVES, int TILES>
 static __device__ __forceinline__ void skinny_pairs(const struct product &p, const float *sums,
                                                     int block_tile, int first_row, int rows)
 {
@@ -343,9 +342,8 @@ static __device__ __forceinline__ void skinny_pairs(const struct product &p, con
         const skinny_element<N> at(p, e, block_tile, rows);
         if (!at.valid)
             continue;
-        const float gate = skinny_sum<HALVES, TILES>(p, sums, at.half, at.tile, e, at.column);
-        const float up =
-            skinny_sum<HALVES, TILES>(p, sums, at.half, at.tile + N, e, at.column + p.w.n_out / 2);
+        const float gate = skinny_sum<W, HALVES, TILES>(sums, at.half, at.tile, e);
+        const float up = skinny_sum<W, HALVES, TILES>(sums, at.half, at.tile + N, e);
         product_store(p, (first_row + at.row) * p.out_stride + at.column,
                       activate_value(gate, p.act) * up, 0);
     }
@@ -371,32 +369,47 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
     const int n_steps = (n_items + S::UNIT - 1) / S::UNIT;
     const int n_tiles = skinny_n_tiles(&p, TILES);
     const struct skinny_layout l = S::layout(n_in, n_blocks < n_tiles);
+    /* The lane's part of the items; of the last one it may be none. */
+    const int lane_column = first * S::COLUMNS + t * LANE_VALUES;
+    const int lane_items = min(n_items, (n_in - lane_column + S::COLUMNS - 1) / S::COLUMNS);
 
     /* The weight rows of a tile: TILES groups of 8 in order, or half of them gates and as many
      * rows further on the values they multiply. */
     const bool pairs = p.output == OUTPUT_ACTIVATE;
     const int tile_rows = pairs ? 4 * TILES : 8 * TILES;
     const int n_low = pairs ? p.w.n_out / 2 : p.w.n_out, jump = pairs ? n_low - 4 * TILES : 0;
+    auto weight_row = [&](int tile, int r, bool *valid) {
+        const int row = tile * tile_rows + r + (r >= 4 * TILES ? jump : 0);
+        *valid = row < (r >= 4 * TILES ? p.w.n_out : n_low);
+        return row;
+    };
 
     uint4 *ring = (uint4 *)(shared + l.ring) + warp * l.stages * S::UNIT * TILES * 32 + lane;
     int ask_tile = block, ask_step = 0, ask_slot = 0;
+    uint32_t ask_rows = 0; /* a bit for each of the lane's rows that exist */
     auto ask_weights = [&]() {
         if (ask_tile >= n_tiles || !n_steps)
             return;
-        uint4 *to = ring + ask_slot * S::UNIT * TILES * 32;
-        const int row0 = ask_tile * tile_rows + g;
-#pragma unroll
-        for (int u = 0; u < S::UNIT; u++) {
-            const int item = ask_step * S::UNIT + u;
-            const int column = (first + item) * S::COLUMNS + t * LANE_VALUES;
-            const bool inside = item < n_items && column < n_in;
+        if (ask_step == 0) {
+            ask_rows = 0;
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
-                const int row = row0 + 8 * i + (2 * i >= TILES ? jump : 0);
-                const bool valid = inside && row < (2 * i >= TILES ? p.w.n_out : n_low);
-                const W *from = (const W *)p.w.data + (valid ? (int64_t)row * n_in + column : 0);
-                copy_async_16(to + (u * TILES + i) * 32, from, valid);
+                bool valid;
+                weight_row(ask_tile, 8 * i + g, &valid);
+                ask_rows |= (uint32_t)valid << i;
             }
+        }
+        uint4 *to = ring + ask_slot * S::UNIT * TILES * 32;
+        const int item = ask_step * S::UNIT;
+        const W *from = (const W *)p.w.data + (int64_t)(ask_tile * tile_rows + g) * n_in +
+                        lane_column + item * S::COLUMNS;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const W *row = from + (int64_t)(8 * i + (2 * i >= TILES ? jump : 0)) * n_in;
+#pragma unroll
+            for (int u = 0; u < S::UNIT; u++)
+                copy_async_16(to + (u * TILES + i) * 32, row + u * S::COLUMNS,
+                              item + u < lane_items && ask_rows >> i & 1);
         }
         if (++ask_step == n_steps) {
             ask_step = 0;
@@ -412,36 +425,35 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
     skinny_norm<W, HALVES> norm;
     if (NORM)
         norm.begin(p);
+    /* The step's sizes come with a copy that is over before the step's first kernel. */
+    const int first_row = row_group * 8 * HALVES, rows = min(*p.n_rows - first_row, 8 * HALVES);
 
     pdl_wait();
 
-    const int first_row = row_group * 8 * HALVES;
-    const int rows = min(*p.n_rows - first_row, 8 * HALVES);
     if (rows <= 0) {
         copy_async_wait<0>();
         return;
     }
     uint4 *in = (uint4 *)(shared + l.in) +
                 (NORM ? 0 : warp * l.in_stages * S::UNIT * S::PIECES * HALVES * 32 + lane);
-    const bf16 *source[NORM ? 1 : HALVES];
+    const bf16 *source[NORM ? 1 : HALVES]; /* the lane's columns of its rows */
     int in_tile = block, in_step = 0, in_slot = 0;
     auto ask_in = [&]() {
         if (in_tile >= n_tiles || !n_steps)
             return;
         uint4 *to = in + in_slot * S::UNIT * S::PIECES * HALVES * 32;
+        const int item = in_step * S::UNIT;
 #pragma unroll
-        for (int u = 0; u < S::UNIT; u++) {
-            const int item = in_step * S::UNIT + u;
+        for (int h = 0; h < HALVES; h++) {
+            if (8 * h + g >= rows)
+                continue;
+            const bf16 *from = source[NORM ? 0 : h] + item * S::COLUMNS;
 #pragma unroll
-            for (int piece = 0; piece < S::PIECES; piece++) {
-                const int column = (first + item) * S::COLUMNS + t * 8 * S::PIECES + 8 * piece;
-                const bool valid = item < n_items && column < n_in;
+            for (int u = 0; u < S::UNIT; u++)
 #pragma unroll
-                for (int h = 0; h < HALVES; h++)
-                    if (8 * h + g < rows)
-                        copy_async_16(to + ((u * S::PIECES + piece) * HALVES + h) * 32,
-                                      source[NORM ? 0 : h] + (valid ? column : 0), valid);
-            }
+                for (int piece = 0; piece < S::PIECES; piece++)
+                    copy_async_16(to + ((u * S::PIECES + piece) * HALVES + h) * 32,
+                                  from + u * S::COLUMNS + 8 * piece, item + u < lane_items);
         }
         if (++in_step == n_steps) {
             in_step = 0;
@@ -466,7 +478,7 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
         for (int h = 0; h < HALVES; h++) {
             const int row = first_row + min(8 * h + g, rows - 1);
             source[NORM ? 0 : h] =
-                (const bf16 *)p.in + (p.in_rows ? p.in_rows[row] : row) * p.in_stride;
+                (const bf16 *)p.in + (p.in_rows ? p.in_rows[row] : row) * p.in_stride + lane_column;
         }
         for (int s = 0; s < S::IN_STAGES; s++) {
             ask_in();
@@ -477,6 +489,16 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
     float *sums = (float *)(shared + l.sums);
     int slot = 0, use_in_slot = 0;
     for (int tile = block; tile < n_tiles; tile += n_blocks) {
+        float scale = 1, bias = 0; /* of the thread's row of the tile */
+        if (threadIdx.x < 8 * TILES && (sizeof(W) == 1 || p.w.bias)) {
+            bool valid;
+            const int row = weight_row(tile, threadIdx.x, &valid);
+            if (sizeof(W) == 1 && valid)
+                scale = p.w.scales[row];
+            if (p.w.bias && valid)
+                bias = p.w.bias[row];
+        }
+
         float sum[S::CHAINS][M][TILES][4];
 #pragma unroll
         for (int i = 0; i < S::CHAINS * M * TILES * 4; i++)
@@ -533,6 +555,11 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
             copy_async_wait<0>();
             __syncthreads();
         }
+        if (threadIdx.x < 8 * TILES) {
+            float *terms = sums + SKINNY_WARPS * HALVES * TILES * 64 + threadIdx.x;
+            terms[0] = scale;
+            terms[8 * TILES] = bias;
+        }
         float *mine = sums + warp * HALVES * TILES * 64 + g * 8 + 2 * t;
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
@@ -551,9 +578,9 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
         }
         __syncthreads();
         if (pairs)
-            skinny_pairs<HALVES, TILES>(p, sums, tile, first_row, rows);
+            skinny_pairs<W, HALVES, TILES>(p, sums, tile, first_row, rows);
         else
-            skinny_results<HALVES, TILES>(p, sums, tile, first_row, rows, tile == block, early);
+            skinny_results<W, HALVES, TILES>(p, sums, tile, first_row, rows, tile == block, early);
         if (tile + n_blocks < n_tiles)
             __syncthreads(); /* before the next tile's sums */
     }
