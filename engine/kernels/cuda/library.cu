@@ -12,7 +12,8 @@
 
 enum {
     WORKSPACE_BYTES = 32 << 20,
-    SCRATCH_BYTES = 32 << 20, /* int8 weights as bf16; results while an algorithm is chosen */
+    SCRATCH_BYTES = 32 << 20, /* int8 weights as bf16; sums while an algorithm is chosen */
+    ALIGNMENT = 16,           /* of the matrices' addresses */
     MAX_SHAPES = 1024,
     N_CANDIDATES = 12,
     N_TIMED = 3, /* runs of a candidate; the shortest counts */
@@ -61,13 +62,20 @@ static cudaError_t open_memory(struct library *l)
 
 static cublasStatus_t open_handle(struct library *l)
 {
+    static const cublasLtMatmulPreferenceAttributes_t aligned[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
     const size_t n_bytes = WORKSPACE_BYTES;
+    const uint32_t alignment = ALIGNMENT; /* the library would count on 256 */
     cublasStatus_t status = cublasLtCreate(&l->handle);
     if (status == CUBLAS_STATUS_SUCCESS)
         status = cublasLtMatmulPreferenceCreate(&l->preference);
     if (status == CUBLAS_STATUS_SUCCESS)
         status = cublasLtMatmulPreferenceSetAttribute(
             l->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &n_bytes, sizeof(n_bytes));
+    for (int i = 0; i < 4 && status == CUBLAS_STATUS_SUCCESS; i++)
+        status = cublasLtMatmulPreferenceSetAttribute(l->preference, aligned[i], &alignment,
+                                                      sizeof(alignment));
     return status;
 }
 
@@ -182,14 +190,14 @@ static cublasStatus_t gemm_run(struct cuda *c, const struct gemm *g,
 
 /* Milliseconds of the fastest of a few runs, or -1 when the candidate does not run. */
 static float gemm_time(struct cuda *c, const struct gemm *g, const cublasLtMatmulAlgo_t *algorithm,
-                       const bf16 *weights, const bf16 *in)
+                       const bf16 *weights, const bf16 *in, void *out)
 {
     struct library *l = c->library;
     float best = -1;
     for (int i = 0; i < N_TIMED; i++) {
         float ms = 0;
         cudaEventRecord(l->begin, c->queue.stream);
-        if (gemm_run(c, g, algorithm, weights, in, l->scratch) != CUBLAS_STATUS_SUCCESS)
+        if (gemm_run(c, g, algorithm, weights, in, out) != CUBLAS_STATUS_SUCCESS)
             return -1;
         cudaEventRecord(l->end, c->queue.stream);
         if (cudaEventSynchronize(l->end) != cudaSuccess ||
@@ -204,19 +212,20 @@ static float gemm_time(struct cuda *c, const struct gemm *g, const cublasLtMatmu
 static bool may_time(struct cuda *c, const struct gemm_shape *s)
 {
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    const size_t n_bytes = (size_t)s->rows * (size_t)s->out_stride * (s->f32 ? 4 : 2);
-    return n_bytes <= SCRATCH_BYTES && !c->queue.deterministic &&
+    const size_t n_bytes = (size_t)s->rows * (size_t)s->out_stride * sizeof(float);
+    return (!s->add || n_bytes <= SCRATCH_BYTES) && !c->queue.deterministic &&
            cudaStreamIsCapturing(c->queue.stream, &capturing) == cudaSuccess &&
            capturing == cudaStreamCaptureStatusNone;
 }
 
-/* The library's first candidate, or where timing is possible the fastest. Results of the timing
- * go to the scratch memory. */
+/* The library's first candidate, or where timing is possible the fastest. Timing writes results
+ * that the product itself writes again; sums, which it must not disturb, go elsewhere. */
 static cublasStatus_t gemm_choose(struct cuda *c, struct gemm *g, const bf16 *weights,
-                                  const bf16 *in)
+                                  const bf16 *in, void *out)
 {
     cublasLtMatmulHeuristicResult_t candidates[N_CANDIDATES] = {};
     const bool timed = may_time(c, &g->shape);
+    void *to = g->shape.add ? c->library->scratch : out;
     int n = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
         c->library->handle, g->operation, g->weights, g->in, g->out, g->out, c->library->preference,
@@ -228,7 +237,7 @@ static cublasStatus_t gemm_choose(struct cuda *c, struct gemm *g, const bf16 *we
     int chosen = 0;
     float best = -1;
     for (int i = 0; i < n && timed && n > 1; i++) {
-        const float ms = gemm_time(c, g, &candidates[i].algo, weights, in);
+        const float ms = gemm_time(c, g, &candidates[i].algo, weights, in, to);
         if (ms >= 0 && (best < 0 || ms < best)) {
             best = ms;
             chosen = i;
@@ -242,7 +251,7 @@ static cublasStatus_t gemm_choose(struct cuda *c, struct gemm *g, const bf16 *we
 /* The entry of a shape, made on its first use. A shape first met while a graph is captured is
  * timed when it is next met outside. The last entry serves all shapes the table has no room for. */
 static cublasStatus_t gemm_find(struct cuda *c, const struct gemm_shape *shape, const bf16 *weights,
-                                const bf16 *in, struct gemm **out)
+                                const bf16 *in, void *out, struct gemm **found)
 {
     struct library *l = c->library;
     int i = 0;
@@ -250,16 +259,16 @@ static cublasStatus_t gemm_find(struct cuda *c, const struct gemm_shape *shape, 
         i++;
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     struct gemm *g = &l->gemms[i < MAX_SHAPES ? i : MAX_SHAPES - 1];
-    const bool found = i < l->n_gemms;
-    if (!found) {
+    const bool known = i < l->n_gemms;
+    if (!known) {
         gemm_close(g);
         status = gemm_open(g, shape);
         if (i < MAX_SHAPES)
             l->n_gemms = i + 1;
     }
-    if (status == CUBLAS_STATUS_SUCCESS && (!found || (!g->tuned && may_time(c, shape))))
-        status = gemm_choose(c, g, weights, in);
-    *out = g;
+    if (status == CUBLAS_STATUS_SUCCESS && (!known || (!g->tuned && may_time(c, shape))))
+        status = gemm_choose(c, g, weights, in, out);
+    *found = g;
     return status;
 }
 
@@ -269,7 +278,7 @@ static void gemm(struct cuda *c, const struct gemm_shape *shape, const bf16 *wei
     struct gemm *g;
     if (c->queue.error != cudaSuccess)
         return;
-    cublasStatus_t status = gemm_find(c, shape, weights, in, &g);
+    cublasStatus_t status = gemm_find(c, shape, weights, in, out, &g);
     if (status == CUBLAS_STATUS_SUCCESS)
         status = gemm_run(c, g, &g->algorithm, weights, in, out);
     if (status == CUBLAS_STATUS_SUCCESS)
@@ -378,19 +387,21 @@ static void finish(struct cuda *c, const struct product *p, const bf16 *wide)
 /* int8 weights block by block, so that the scratch memory bounds what they take as bf16. */
 static void gemm_int8(struct cuda *c, const struct product *p, struct gemm_shape *shape, char *out)
 {
-    const int n_in = p->w.n_in, most = (int)(SCRATCH_BYTES / sizeof(bf16)) / n_in;
-    for (int first = 0; first < p->w.n_out; first += most) {
+    const int n_in = p->w.n_in;
+    const int most = (int)(SCRATCH_BYTES / sizeof(bf16)) / n_in / ALIGNMENT * ALIGNMENT;
+    bf16 *const weights = c->library->scratch;
+    for (int first = 0; first < p->w.n_out && c->queue.error == cudaSuccess; first += most) {
         const int n_out = p->w.n_out - first < most ? p->w.n_out - first : most;
         const int64_t n = (int64_t)n_out * n_in;
-        struct gemm *g; /* before the weights are there: choosing overwrites the scratch memory */
+        char *to = out + (size_t)first * (shape->f32 ? 4 : 2);
+        struct gemm *g; /* found before the weights are there: choosing uses the scratch memory */
         shape->n_out = n_out;
-        gemm_find(c, shape, c->library->scratch, (const bf16 *)p->in, &g);
+        gemm_find(c, shape, weights, (const bf16 *)p->in, to, &g);
         launch(&c->queue, "dequantise", dequantise_kernel,
                dim3((unsigned)((n / 16 + ELEMENT_THREADS - 1) / ELEMENT_THREADS)), ELEMENT_THREADS,
-               0, c->library->scratch, (const int8_t *)p->w.data + (int64_t)first * n_in,
-               p->w.scales + first, n_in, n);
-        gemm(c, shape, c->library->scratch, (const bf16 *)p->in,
-             out + (size_t)first * (shape->f32 ? 4 : 2));
+               0, weights, (const int8_t *)p->w.data + (int64_t)first * n_in, p->w.scales + first,
+               n_in, n);
+        gemm(c, shape, weights, (const bf16 *)p->in, to);
     }
 }
 
@@ -398,7 +409,9 @@ void library_product(struct cuda *c, const struct product *p, bf16 *wide)
 {
     const struct product q = product_without_norm(c, p);
     const bool pairs = q.output == OUTPUT_ACTIVATE;
-    if (q.in_rows || !skinny_possible(&q)) { /* the library gathers nothing and wants 16 bytes */
+    char *out = pairs ? (char *)wide : (char *)q.out;
+    /* The library gathers nothing, and was told that addresses are aligned. */
+    if (q.in_rows || !skinny_possible(&q) || (uintptr_t)out % ALIGNMENT) {
         skinny_product(c, &q);
         return;
     }
@@ -410,7 +423,6 @@ void library_product(struct cuda *c, const struct product *p, bf16 *wide)
     shape.rows = q.rows;
     shape.f32 = q.output == OUTPUT_F32 || q.output == OUTPUT_ADD;
     shape.add = q.output == OUTPUT_ADD;
-    char *out = pairs ? (char *)wide : (char *)q.out;
     if (q.w.dtype == DTYPE_I8)
         gemm_int8(c, &q, &shape, out);
     else
