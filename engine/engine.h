@@ -61,7 +61,7 @@ void engine_options_init(struct engine_options *o);
 enum status engine_open(struct engine **out, const struct engine_options *options,
                         struct error *err);
 
-/* Ends queued and running jobs with SHUTDOWN after the step that is on its way, joins the thread,
+/* Ends queued and running jobs with SHUTDOWN after the steps on their way, joins the threads,
  * releases everything, the ready list too: a reader that is to see the end asks its job. No other
  * thread may be in a call, or call later; jobs live on. wake may be called until this returns.
  * Accepts NULL. */
