@@ -342,9 +342,10 @@ static __device__ __forceinline__ void fetch_matrices(const struct mix_call &c, 
     copy_async_commit();
 }
 
-/* The latent input in shared memory; each warp finds the row's scale for itself. */
+/* The latent input in shared memory, by the warps from first_warp on; each finds the row's scale
+ * for itself. */
 static __device__ __forceinline__ void put_input(const struct mix_call &c, int row,
-                                                 unsigned char *shared)
+                                                 unsigned char *shared, int first_warp)
 {
     const int dim = c.m.latent_k.n_in, padded = (dim + 15) / 16 * 16;
     const struct device_norm &n = c.m.u_norm;
@@ -353,11 +354,23 @@ static __device__ __forceinline__ void put_input(const struct mix_call &c, int r
     struct row_scale s = {0, 1};
     if (n.weight)
         s = read_scale(u, dim, n.type == NORM_LAYER, n.eps);
-    for (int i = threadIdx.x; i < padded; i += blockDim.x) {
-        float x = i < dim ? u[i] : 0;
-        if (n.weight && i < dim)
-            x = normed(x, s, __ldg(n.weight + i), n.bias ? __ldg(n.bias + i) : 0);
-        input[i] = from_float<bf16>(x);
+    const int first = first_warp * WARP, n_threads = (int)blockDim.x - first;
+#pragma unroll 2
+    for (int i = 4 * ((int)threadIdx.x - first); i < padded; i += 4 * n_threads) {
+        float4 x = make_float4(0, 0, 0, 0);
+        if (i < dim)
+            x = *reinterpret_cast<const float4 *>(u + i);
+        if (n.weight && i < dim) {
+            const float4 w = __ldg(reinterpret_cast<const float4 *>(n.weight + i));
+            float4 b = make_float4(0, 0, 0, 0);
+            if (n.bias)
+                b = __ldg(reinterpret_cast<const float4 *>(n.bias + i));
+            x = make_float4(normed(x.x, s, w.x, b.x), normed(x.y, s, w.y, b.y),
+                            normed(x.z, s, w.z, b.z), normed(x.w, s, w.w, b.w));
+        }
+        __nv_bfloat162 *out = reinterpret_cast<__nv_bfloat162 *>(input + i);
+        out[0] = __floats2bfloat162_rn(x.x, x.y);
+        out[1] = __floats2bfloat162_rn(x.z, x.w);
     }
 }
 
@@ -797,13 +810,13 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
     const bool latents = c.m.latents.n_latents > 0;
     if (S::gates)
         fetch_matrices<S>(c, (int)blockIdx.x * S::heads, shared);
-    if ((int)blockIdx.y >= c.step.sizes->n_rows) {
+    const struct mix_block b = find_block(c, S::heads);
+    if (b.row >= c.step.sizes->n_rows) {
         copy_async_wait<0>();
         pdl_wait();
         return;
     }
 
-    const struct mix_block b = find_block(c, S::heads);
     const int dim = dim_of<S>(c), n_lanes = dim / 4;
     unsigned char *keys = shared + c.at.keys, *values = shared + c.at.values;
     if (c.ring_rows) {
@@ -825,10 +838,12 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
         find_angles<S>(&angles, c, b.position);
 
     pdl_wait();
-    put_row<S>(c, b, shared, angles);
-    if (S::gates)
-        put_input(c, b.row, shared);
-    else if (my_head >= 0)
+    constexpr int row_warps = S::heads + 2; /* q, k, v; beside gates they are different warps */
+    if (!S::gates || (int)threadIdx.x / WARP < row_warps)
+        put_row<S>(c, b, shared, angles);
+    else
+        put_input(c, b.row, shared, row_warps);
+    if (!S::gates && my_head >= 0)
         put_gates<S>(c, b, shared, my_head, before, sum);
 
     struct mix_window<S> w = {
