@@ -45,9 +45,10 @@ static void fill(floats_of *x, size_t n, float scale)
 
 static float as_dtype(float x, enum dtype dtype)
 {
-    return dtype == DTYPE_BF16      ? to_float(from_float<bf16>(x))
-           : dtype == DTYPE_F8_E4M3 ? to_float(from_float<fp8>(x))
-                                    : x;
+    unsigned char narrow[sizeof(float)];
+    dtype_from_f32(narrow, dtype, &x, 1);
+    dtype_to_f32(&x, narrow, dtype, 1);
+    return x;
 }
 
 static void round_all(floats_of *x, enum dtype dtype)
@@ -921,6 +922,8 @@ static void test_mix(void **)
         {2, 1, 32, 8, 7, 0, 3, false, false, DTYPE_BF16},
         {1, 1, 256, 16, 70, 50, 3, false, false, DTYPE_F8_E4M3},
         {1, 1, 80, 3, 1, 0, 3, false, false, DTYPE_BF16},
+        {2, 1, 48, 3, 20, 0, 3, false, false, DTYPE_F8_E4M3},
+        {1, 1, 144, 2, 30, 0, 3, false, false, DTYPE_F32},
         {2, 1, 128, 4, 33, 0, 3, true, false, DTYPE_F32},
     };
     for (size_t i = 0; i < COUNT_OF(shapes); i++)

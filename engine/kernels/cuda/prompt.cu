@@ -157,8 +157,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high)
     return *(const uint32_t *)&x;
 }
 
-/* Sizes of a tile: D + VEC values a row, so that the rows an ldmatrix reads at once lie in
- * different banks. Wide heads take fewer keys at a time: their sums fill the registers. */
+/* Sizes of a tile for heads of up to D values, the rest zeros: D + VEC values a row, so that the
+ * rows an ldmatrix reads at once lie in different banks. Wide heads take fewer keys at a time:
+ * their sums fill the registers. */
 template <int D> struct tile {
     static constexpr int keys = D > 128 ? 32 : 64;
     static constexpr int stride = D + VEC;
@@ -190,7 +191,9 @@ __device__ __forceinline__ void fetch_tile(bf16 *keys, bf16 *values, const struc
             break;
         const int key = first + row;
         bf16 *to_k = keys + row * tile<D>::stride + i, *to_v = values + row * tile<D>::stride + i;
-        if (key >= s->n_ring) {
+        if (i >= s->head_dim) {
+            *(uint4 *)to_k = *(uint4 *)to_v = make_uint4(0, 0, 0, 0);
+        } else if (key >= s->n_ring) {
             const int64_t own = key < s->n_keys ? key - s->n_ring : 0;
             copy_async_16(to_k, s->own_k + own * s->own_k_stride + i, key < s->n_keys);
             copy_async_16(to_v, s->own_v + own * s->own_v_stride + i, key < s->n_keys);
@@ -198,8 +201,8 @@ __device__ __forceinline__ void fetch_tile(bf16 *keys, bf16 *values, const struc
             int64_t place = ring_first + row;
             while (place >= s->ring_rows)
                 place -= s->ring_rows;
-            fetch(to_k, s->ring_k + place * D + i);
-            fetch(to_v, s->ring_v + place * D + i);
+            fetch(to_k, s->ring_k + place * s->head_dim + i);
+            fetch(to_v, s->ring_v + place * s->head_dim + i);
         }
     }
     copy_async_commit();
@@ -232,6 +235,7 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
     const int KEYS = tile<D>::keys, STRIDE = tile<D>::stride;
     const struct piece piece = a.step.pieces[blockIdx.x];
     const int H = a.shape.n_heads, KV = a.shape.n_kv_heads, h = blockIdx.y, kv = h / (H / KV);
+    const int d = a.shape.head_dim;
     const int64_t w = a.shape.ring_rows, slot = a.step.seq_slot[piece.seq];
     const int seq_row = a.step.seq_start[piece.seq];
     const int64_t t0 = a.step.positions[seq_row]; /* the sequence's first in this step */
@@ -240,24 +244,25 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
     struct key_source<R> source;
     source.oldest = max((int64_t)0, position - w + 1);
     source.ring_rows = w;
+    source.head_dim = d;
     source.n_ring = (int)max((int64_t)0, t0 - source.oldest);
     const int now = (int)(position - source.oldest); /* of the piece's first row */
     source.n_keys = now + piece.n_rows;
     const int64_t own_row = seq_row + max((int64_t)0, source.oldest - t0);
-    source.own_k_stride = (int64_t)KV * D;
+    source.own_k_stride = (int64_t)KV * d;
     source.own_v_stride = a.v_stride;
-    source.own_k = a.k + own_row * source.own_k_stride + kv * D;
-    source.own_v = a.v + own_row * source.own_v_stride + kv * D;
-    source.ring_k = (const R *)a.ring_k.data + slot * a.ring_k.row_values + kv * w * D;
-    source.ring_v = (const R *)a.ring_v.data + slot * a.ring_v.row_values + kv * w * D;
+    source.own_k = a.k + own_row * source.own_k_stride + kv * d;
+    source.own_v = a.v + own_row * source.own_v_stride + kv * d;
+    source.ring_k = (const R *)a.ring_k.data + slot * a.ring_k.row_values + kv * w * d;
+    source.ring_v = (const R *)a.ring_v.data + slot * a.ring_v.row_values + kv * w * d;
 
     DYNAMIC_SHARED(bf16, queries); /* [PIECE_ROWS, STRIDE], then keys and values twice */
     bf16 *tiles = queries + PIECE_ROWS * STRIDE;
     for (int at = threadIdx.x; at < PIECE_ROWS * (D / VEC); at += TILE_THREADS) {
         const int r = at / (D / VEC), i = at % (D / VEC) * VEC;
-        const bool valid = r < piece.n_rows;
+        const bool valid = r < piece.n_rows && i < d;
         const int64_t row = piece.row + (valid ? r : 0);
-        copy_async_16(queries + r * STRIDE + i, a.q + (row * H + h) * D + i, valid);
+        copy_async_16(queries + r * STRIDE + i, a.q + (row * H + h) * d + (valid ? i : 0), valid);
     }
     fetch_tile<D>(tiles, tiles + KEYS * STRIDE, &source, 0);
 
@@ -368,8 +373,8 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
     __syncwarp();
     for (int at = lane; at < 16 * (D / VEC); at += WARP) {
         const int r = first_row + at / (D / VEC), i = at % (D / VEC) * VEC;
-        if (r < piece.n_rows)
-            *(uint4 *)(a.out + ((int64_t)(piece.row + r) * H + h) * D + i) =
+        if (r < piece.n_rows && i < d)
+            *(uint4 *)(a.out + ((int64_t)(piece.row + r) * H + h) * d + i) =
                 *(const uint4 *)(queries + r * STRIDE + i);
     }
 }
@@ -401,28 +406,21 @@ template <int D> void tiles_of(struct cuda *c, const struct tile_args *a)
 
 void launch_tiles(struct cuda *c, const struct tile_args *a)
 {
-    switch (a->shape.head_dim) {
-    case 16:
-        return tiles_of<16>(c, a);
-    case 32:
-        return tiles_of<32>(c, a);
-    case 64:
-        return tiles_of<64>(c, a);
-    case 80:
-        return tiles_of<80>(c, a);
-    case 96:
-        return tiles_of<96>(c, a);
-    case 128:
-        return tiles_of<128>(c, a);
-    case 256:
-        return tiles_of<256>(c, a);
-    }
-    CHECK(!"a head_dim that there is");
-}
-
-bool has_tiles(int d)
-{
-    return d == 16 || d == 32 || d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
+    const int d = a->shape.head_dim;
+    if (d <= 32)
+        tiles_of<32>(c, a);
+    else if (d <= 64)
+        tiles_of<64>(c, a);
+    else if (d <= 80)
+        tiles_of<80>(c, a);
+    else if (d <= 96)
+        tiles_of<96>(c, a);
+    else if (d <= 128)
+        tiles_of<128>(c, a);
+    else if (d <= 192)
+        tiles_of<192>(c, a);
+    else
+        tiles_of<256>(c, a);
 }
 
 bool aligned(const void *p)
@@ -507,9 +505,10 @@ void mix_latents(struct cuda *c, const struct mix *m, bool blend)
 bool window_fits(const struct cuda *c, const struct mix *m)
 {
     const struct window_shape *sh = &m->window;
-    return c->prompt_scratch && has_tiles(sh->head_dim) && m->stride % VEC == 0 && aligned(m->q) &&
-           aligned(m->k) && aligned(m->v) && aligned(m->out) && sh->ring_rows < INT32_MAX / 2 &&
-           m->ring_k.row_values % 16 == 0 && m->ring_v.row_values % 16 == 0;
+    return c->prompt_scratch && sh->head_dim % (2 * VEC) == 0 && sh->head_dim <= 256 &&
+           m->stride % VEC == 0 && aligned(m->q) && aligned(m->k) && aligned(m->v) &&
+           aligned(m->out) && sh->ring_rows < INT32_MAX / 2 && m->ring_k.row_values % 16 == 0 &&
+           m->ring_v.row_values % 16 == 0;
 }
 
 } // namespace
