@@ -20,11 +20,11 @@ namespace
 {
 
 enum {
-    CHUNK = 8,     /* rows whose scalars are in shared memory at a time */
-    GROUP = 8,     /* latents a thread of latent_sums holds */
-    BATCH = 16,    /* pieces of latent_scan in flight */
-    THREADS = 256, /* of a block at most */
-    MAX_SHARED = 160 * 1024,
+    CHUNK = 8,              /* rows whose scalars are in shared memory at a time */
+    GROUP = 8,              /* latents a thread of latent_sums holds */
+    BATCH = 16,             /* pieces of latent_scan in flight */
+    THREADS = 256,          /* of a block at most */
+    MAX_SHARED = 96 * 1024, /* what a block may have on every chip from 8.0 on */
 };
 
 struct latent_args {
