@@ -271,7 +271,7 @@ enum status backend_cuda_open(struct backend **out, const struct backend_options
 /* GPUs that this process may use; 0 in a build without CUDA or a machine without a driver. */
 int backend_cuda_count(void);
 /* Bytes in all and free on a GPU, its name, and what backend_cuda_open would take beside the
- * buffers and matrices opened later (options as for opening). */
+ * buffers and matrices opened later (options as for opening; without config no such figure). */
 enum status backend_cuda_probe(const struct backend_options *options, struct backend_memory *out,
                                struct error *err);
 

@@ -276,6 +276,8 @@ extern "C" enum status backend_cuda_probe(const struct backend_options *options,
                     cudaGetErrorString(error));
     }
     snprintf(out->device, sizeof(out->device), "%.100s (cuda:%d)", props.name, options->device);
+    if (!options->config) /* asked for the device alone */
+        return STATUS_OK;
     const struct scratch_sizes s = scratch_sizes_of(options);
     out->workspace_bytes = gpu_block_bytes(options) + scratch_bytes(&s) +
                            library_bytes_of(options) + layer_scratch_bytes_of(options) +
