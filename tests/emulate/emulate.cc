@@ -3,6 +3,7 @@
 #include "tests/emulate/block.h"
 
 #include <link.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -26,6 +27,7 @@ enum {
     MAX_COPIES = 128,         /* in flight, of a thread */
     STACK_BYTES = 256 * 1024, /* taken from the system as it is used */
     GUARD_BYTES = 4096,
+    BEYOND_BYTES = 256 * 1024, /* behind shared memory, not to be touched */
     CANARY = 0xA5,
     POISON = 0xFF, /* NaN as f32, bf16 and fp8, -1 as an integer */
 };
@@ -219,6 +221,38 @@ void mistake(const char *file, int line, const char *format, ...)
     if (self)
         fprintf(stderr, "  thread %u\n", self->index.x);
     abort();
+}
+
+/* An access outside all memory. The test framework would catch the signal and go on. */
+static void segmentation(int, siginfo_t *info, void *)
+{
+    auto address = (const unsigned char *)info->si_addr;
+    const fiber *f = static_cast<fiber *>(self);
+    if (f && address >= f->stack - GUARD_BYTES && address < f->stack)
+        mistake("emulate", 0, "the thread's %d bytes of stack are used up", STACK_BYTES);
+    mistake("emulate", 0, "access to %p, offset %td in dynamic shared memory (at %p)",
+            (const void *)address, address - dynamic_shared, (void *)dynamic_shared);
+}
+
+static void catch_signals(bool begin)
+{
+#if !defined(__SANITIZE_ADDRESS__) /* says more itself */
+    static struct sigaction before[2];
+    static unsigned char stack[64 * 1024];
+    const int signals[2] = {SIGSEGV, SIGBUS};
+    stack_t other = {};
+    other.ss_sp = stack;
+    other.ss_size = sizeof(stack);
+    sigaltstack(&other, nullptr);
+    struct sigaction ours = {};
+    ours.sa_sigaction = segmentation;
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESETHAND;
+    for (int i = 0; i < 2; i++)
+        sigaction(signals[i], begin ? &ours : &before[i], begin ? &before[i] : nullptr);
+#else
+    (void)begin;
+    (void)segmentation;
+#endif
 }
 
 /* Where the threads of each warp stand, a line for each different place. */
@@ -427,9 +461,10 @@ static void place_shared(size_t n_bytes)
 {
     const size_t pages = round_up(SHARED_LIMIT + 1024, 4096);
     if (!shared_end) {
-        unsigned char *p = (unsigned char *)mmap(nullptr, pages + 4096, PROT_READ | PROT_WRITE,
-                                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED || mprotect(p + pages, 4096, PROT_NONE)) {
+        unsigned char *p =
+            (unsigned char *)mmap(nullptr, pages + BEYOND_BYTES, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED || mprotect(p + pages, BEYOND_BYTES, PROT_NONE)) {
             perror("emulate: shared memory");
             abort();
         }
@@ -687,6 +722,7 @@ void run(const kernel_run &launch, long number)
     dl_iterate_phdr(find_area, &static_shared);
     host_variables.assign(static_shared.start, static_shared.start + static_shared.n_bytes);
     place_shared(launch.shared_bytes);
+    catch_signals(true);
 
     const uint64_t n_blocks = (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z;
     for (uint64_t i = 0; i < n_blocks; i++) {
@@ -696,6 +732,7 @@ void run(const kernel_run &launch, long number)
         block_index.z = (unsigned)(b / launch.grid.x / launch.grid.y);
         run_block();
     }
+    catch_signals(false);
     restore_host_variables();
     if (!any_waited)
         mistake("emulate", 0, "no thread of the kernel called pdl_wait");

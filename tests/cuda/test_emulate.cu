@@ -1,0 +1,383 @@
+/* test_emulate.cu - the emulator finds the mistakes it promises to find (tests/emulate/emulate.h):
+ * each kernel here has one. What it says of correct kernels is test_instructions.cu's.
+ */
+#include "engine/kernels/cuda/device.cuh"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+extern "C" {
+#include "tests/unit/unit.h"
+}
+
+enum { N = 64 };
+
+#define OK(call) assert_int_equal((call), cudaSuccess)
+
+static struct queue q;
+static float *out; /* device, [N] */
+static float host[N];
+
+static int open_device(void **)
+{
+    OK(cudaStreamCreate(&q.stream));
+    OK(cudaMalloc((void **)&out, N * sizeof(float)));
+    return 0;
+}
+
+static cudaError_t run_and_get(void)
+{
+    if (q.error)
+        return q.error;
+    cudaError_t error = cudaMemcpyAsync(host, out, sizeof(host), cudaMemcpyDeviceToHost, q.stream);
+    return error ? error : cudaStreamSynchronize(q.stream);
+}
+
+/* ---- mistakes that end the program ---- */
+
+static __global__ void different_barriers(float *x)
+{
+    pdl_wait();
+    if (threadIdx.x < 32)
+        __syncthreads();
+    else
+        __syncthreads();
+    x[threadIdx.x] = 0;
+}
+
+static __global__ void lane_missing(float *x)
+{
+    pdl_wait();
+    if (threadIdx.x != 31)
+        x[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.f, 1);
+    __syncthreads();
+}
+
+static __global__ void lane_returned(float *x)
+{
+    pdl_wait();
+    if (threadIdx.x == 5)
+        return;
+    x[threadIdx.x] = warp_sum(1);
+}
+
+static __global__ void foreign_mask(float *x)
+{
+    pdl_wait();
+    x[threadIdx.x] = (float)__ballot_sync(0xffu, 1);
+}
+
+static __global__ void lane_without_value(float *x)
+{
+    pdl_wait();
+    if (threadIdx.x % 32 < 16)
+        x[threadIdx.x] = __shfl_sync(0xffffu, 1.f, 20);
+}
+
+static __global__ void different_operations(float *x)
+{
+    pdl_wait();
+    if (threadIdx.x % 2)
+        x[threadIdx.x] = (float)__any_sync(0xffffffffu, 1);
+    else
+        x[threadIdx.x] = (float)__all_sync(0xffffffffu, 1);
+}
+
+static __global__ void write_beyond(float *x)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    shared[threadIdx.x] = 0; /* one more than there are */
+    x[threadIdx.x] = 0;
+}
+
+static __global__ void read_far_beyond(float *x)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    x[threadIdx.x] = shared[threadIdx.x + 4096];
+}
+
+static __global__ void odd_row(float *x)
+{
+    DYNAMIC_SHARED(uint16_t, shared);
+    uint32_t matrix[2];
+    pdl_wait();
+    ldmatrix_x2(matrix, shared + 9 * (threadIdx.x % 4));
+    x[threadIdx.x] = (float)matrix[0];
+}
+
+static __global__ void copy_from_nowhere(float *x)
+{
+    DYNAMIC_SHARED(float4, shared);
+    pdl_wait();
+    copy_async_16((char *)shared + 4, x);
+}
+
+static __global__ void copy_to_global(float *x)
+{
+    pdl_wait();
+    copy_async_16(x, x + 4);
+}
+
+static __global__ void no_wait(float *x)
+{
+    x[threadIdx.x] = 0;
+}
+
+static const struct {
+    const char *name;
+    void (*kernel)(float *);
+    size_t shared_bytes;
+    const char *says;
+} mistakes[] = {
+    {"different_barriers", different_barriers, 0, "meets another"},
+    {"lane_missing", lane_missing, 0, "lanes 7fffffff wait"},
+    {"lane_returned", lane_returned, 0, "00000020, which have returned"},
+    {"foreign_mask", foreign_mask, 0, "is not in its own mask"},
+    {"lane_without_value", lane_without_value, 0, "from lane 20, which is not in mask"},
+    {"different_operations", different_operations, 0, "meets another warp operation"},
+    {"write_beyond", write_beyond, (N - 1) * sizeof(float), "written at offset 252"},
+    {"read_far_beyond", read_far_beyond, N * sizeof(float), "offset 16"},
+    {"odd_row", odd_row, 256, "not aligned to 16"},
+    {"copy_from_nowhere", copy_from_nowhere, 256, "not aligned to 16"},
+    {"copy_to_global", copy_to_global, 256, "is not shared memory"},
+    {"no_wait", no_wait, 0, "called pdl_wait"},
+};
+
+/* What a process of its own says when it runs the kernel; how it ends. */
+static int run_apart(size_t i, char *said, size_t n)
+{
+    int ends[2];
+    assert_int_equal(pipe(ends), 0);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(ends[1], 2);
+        close(ends[0]);
+        launch(&q, mistakes[i].name, mistakes[i].kernel, dim3(1), N, mistakes[i].shared_bytes, out);
+        run_and_get();
+        _exit(0);
+    }
+    close(ends[1]);
+    size_t length = 0;
+    for (ssize_t got; (got = read(ends[0], said + length, n - 1 - length)) > 0;)
+        length += (size_t)got;
+    said[length] = 0;
+    close(ends[0]);
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return status;
+}
+
+static void test_mistakes(void **)
+{
+    static char said[16384];
+    for (size_t i = 0; i < COUNT_OF(mistakes); i++) {
+        const int status = run_apart(i, said, sizeof(said));
+        if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
+            fail_msg("%s: went through", mistakes[i].name);
+        if (!strstr(said, mistakes[i].says))
+            fail_msg("%s: says %s", mistakes[i].name, said);
+        if (!strstr(said, "kernel "))
+            fail_msg("%s: names no kernel: %s", mistakes[i].name, said);
+    }
+}
+
+/* ---- mistakes that show in the result ---- */
+
+static __global__ void use_what_nobody_wrote(float *x)
+{
+    __shared__ float still[N];
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    if (threadIdx.x)
+        still[threadIdx.x] = shared[threadIdx.x] = 1;
+    __syncthreads();
+    x[threadIdx.x] = still[threadIdx.x] + shared[threadIdx.x];
+    if (threadIdx.x == 1)
+        x[1] = x[2] + still[0];
+    if (threadIdx.x == 2)
+        x[2] = shared[0];
+}
+
+static void test_unwritten_shared_memory(void **)
+{
+    for (int round = 0; round < 3; round++) { /* not what the last block left either */
+        launch(&q, "use", use_what_nobody_wrote, dim3(2), N, N * sizeof(float), out);
+        OK(run_and_get());
+        assert_true(isnan(host[0]) && isnan(host[1]) && isnan(host[2]));
+        assert_true(host[3] == 2);
+    }
+}
+
+static void test_unwritten_device_memory(void **)
+{
+    float *fresh;
+    OK(cudaMalloc((void **)&fresh, 64));
+    OK(cudaMemcpy(host, fresh, 64, cudaMemcpyDeviceToHost));
+    OK(cudaFree(fresh));
+    for (int i = 0; i < 16; i++)
+        assert_true(isnan(host[i]));
+}
+
+template <bool WAIT> static __global__ void copied(float *x)
+{
+    DYNAMIC_SHARED(float4, shared);
+    pdl_wait();
+    shared[threadIdx.x] = {1, 1, 1, 1};
+    copy_async_16(shared + threadIdx.x, x + 4 * (threadIdx.x % 16));
+    copy_async_commit();
+    copy_async_wait<WAIT ? 0 : 1>();
+    x[threadIdx.x] = shared[threadIdx.x].x;
+}
+
+static void test_copies_not_waited_for(void **)
+{
+    for (int wait = 0; wait < 2; wait++) {
+        OK(cudaMemset(out, 0, sizeof(host)));
+        launch(&q, "copied", wait ? copied<true> : copied<false>, dim3(1), N, 16 * N, out);
+        OK(run_and_get());
+        for (int i = 0; i < N; i++)
+            assert_true(wait ? host[i] == 0 : isnan(host[i]));
+    }
+}
+
+/* The orders tell kernels apart that need a barrier. */
+template <bool BARRIER> static __global__ void neighbour(float *x)
+{
+    __shared__ float line[N];
+    pdl_wait();
+    line[threadIdx.x] = (float)threadIdx.x;
+    if (BARRIER)
+        __syncthreads();
+    x[threadIdx.x] = line[(threadIdx.x + N - 1) % N];
+}
+
+static void test_orders(void **)
+{
+    for (int barrier = 0; barrier < 2; barrier++) {
+        int n_wrong = 0;
+        for (int round = 0; round < 3; round++) {
+            launch(&q, "neighbour", barrier ? neighbour<true> : neighbour<false>, dim3(1), N, 0,
+                   out);
+            OK(run_and_get());
+            for (int i = 1; i < N; i++)
+                n_wrong += host[i] != (float)(i - 1);
+        }
+        assert_true(barrier ? n_wrong == 0 : n_wrong > 0);
+    }
+}
+
+/* ---- the runtime ---- */
+
+static __global__ void put(float *x, float value)
+{
+    pdl_wait();
+    x[threadIdx.x] = value;
+}
+
+static void test_work_is_done_late(void **)
+{
+    float *pinned;
+    OK(cudaMallocHost((void **)&pinned, N * sizeof(float)));
+    memset(pinned, 0, N * sizeof(float));
+    launch(&q, "put", put, dim3(1), N, 0, out, 3.f);
+    OK(cudaMemcpyAsync(pinned, out, N * sizeof(float), cudaMemcpyDeviceToHost, q.stream));
+    cudaEvent_t done;
+    OK(cudaEventCreate(&done));
+    OK(cudaEventRecord(done, q.stream));
+    assert_int_equal(cudaEventQuery(done), cudaErrorNotReady);
+    assert_true(pinned[0] == 0);
+    OK(cudaEventSynchronize(done));
+    assert_true(pinned[N - 1] == 3);
+    OK(cudaEventQuery(done));
+
+    /* A pinned source is read when the copy runs, other memory when it is queued. */
+    float other = 5;
+    pinned[0] = 5;
+    OK(cudaMemcpyAsync(out, pinned, sizeof(float), cudaMemcpyHostToDevice, q.stream));
+    OK(cudaMemcpyAsync(out + 1, &other, sizeof(float), cudaMemcpyHostToDevice, q.stream));
+    pinned[0] = other = 6;
+    OK(run_and_get());
+    assert_true(host[0] == 6 && host[1] == 5);
+    OK(cudaEventDestroy(done));
+    OK(cudaFreeHost(pinned));
+}
+
+static void test_copies_beyond_the_end(void **)
+{
+    assert_int_equal(cudaMemcpyAsync(out + 1, host, sizeof(host), cudaMemcpyHostToDevice, q.stream),
+                     cudaErrorInvalidValue);
+    assert_int_equal(cudaMemcpyAsync(host, host + 1, 4, cudaMemcpyDeviceToHost, q.stream),
+                     cudaErrorInvalidValue);
+    assert_int_equal(cudaMemsetAsync(out, 0, sizeof(host) + 1, q.stream), cudaErrorInvalidValue);
+    assert_int_equal(cudaGetLastError(), cudaErrorInvalidValue);
+    OK(cudaGetLastError());
+}
+
+static void test_capture_forbids(void **)
+{
+    void *p;
+    cudaGraph_t graph;
+    OK(cudaStreamBeginCapture(q.stream, cudaStreamCaptureModeGlobal));
+    assert_int_equal(cudaMalloc(&p, 16), cudaErrorStreamCaptureUnsupported);
+    assert_int_equal(cudaStreamSynchronize(q.stream), cudaErrorStreamCaptureUnsupported);
+    OK(cudaStreamEndCapture(q.stream, &graph));
+    OK(cudaGraphDestroy(graph));
+    (void)cudaGetLastError();
+}
+
+static void test_memory_ends(void **)
+{
+    void *p = NULL;
+    size_t available, total, later;
+    setenv("LATTE_EMULATE_MEMORY", "1000000", 1);
+    OK(cudaMemGetInfo(&available, &total));
+    assert_int_equal(total, 1000000);
+    assert_int_equal(cudaMalloc(&p, available + 1), cudaErrorMemoryAllocation);
+    OK(cudaMalloc(&p, available));
+    OK(cudaMemGetInfo(&later, &total));
+    assert_int_equal(later, 0);
+    OK(cudaFree(p));
+    unsetenv("LATTE_EMULATE_MEMORY");
+    (void)cudaGetLastError();
+}
+
+static void test_injected_failure(void **)
+{
+    setenv("LATTE_EMULATE_FAIL", "2", 1);
+    launch(&q, "put", put, dim3(1), N, 0, out, 1.f);
+    OK(run_and_get());
+    launch(&q, "put", put, dim3(1), N, 0, out, 2.f); /* queued; fails when it runs */
+    OK(q.error);
+    assert_int_equal(cudaStreamSynchronize(q.stream), cudaErrorLaunchFailure);
+    launch(&q, "put", put, dim3(1), N, 0, out, 3.f);
+    assert_int_equal(q.error, cudaErrorLaunchFailure);
+    assert_string_equal(q.where, "put");
+    unsetenv("LATTE_EMULATE_FAIL");
+    q.error = cudaSuccess;
+    launch(&q, "put", put, dim3(1), N, 0, out, 4.f);
+    OK(run_and_get());
+    assert_true(host[0] == 4);
+    (void)cudaGetLastError();
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_mistakes),
+        cmocka_unit_test(test_unwritten_shared_memory),
+        cmocka_unit_test(test_unwritten_device_memory),
+        cmocka_unit_test(test_copies_not_waited_for),
+        cmocka_unit_test(test_orders),
+        cmocka_unit_test(test_work_is_done_late),
+        cmocka_unit_test(test_copies_beyond_the_end),
+        cmocka_unit_test(test_capture_forbids),
+        cmocka_unit_test(test_memory_ends),
+        cmocka_unit_test(test_injected_failure),
+    };
+    return cmocka_run_group_tests(tests, open_device, NULL);
+}
