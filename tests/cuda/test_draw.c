@@ -17,6 +17,7 @@
 
 enum {
     N_SLOTS = 7,
+    N_MANY = 600, /* more than admissions that may be under way */
     MAX_ROWS = 24,
     DEPTH = 2,
     EOS_A = 3,
@@ -177,7 +178,7 @@ struct pair {
     int n_queued, n_waited, n_results;
 };
 
-static void open_pair(struct pair *p, int32_t vocab_size, bool composed)
+static void open_pair(struct pair *p, int32_t vocab_size, int n_slots, bool composed)
 {
     static const int32_t eos[] = {EOS_A, EOS_B};
     static struct layer_config layer;
@@ -196,10 +197,10 @@ static void open_pair(struct pair *p, int32_t vocab_size, bool composed)
     const struct backend_options options = {
         .n_threads = 1,
         .max_rows = MAX_ROWS,
-        .max_seqs = N_SLOTS,
+        .max_seqs = MAX_ROWS,
         .max_dim = 16,
         .config = &config,
-        .n_slots = N_SLOTS,
+        .n_slots = n_slots,
         .max_logit_rows = MAX_ROWS,
         .composed = composed,
     };
@@ -273,12 +274,24 @@ static void admit(struct pair *p, int slot)
 
 /* A step under construction. */
 struct build {
-    int32_t tokens[MAX_ROWS], seq_slot[N_SLOTS], seq_start[N_SLOTS + 1], logit_rows[MAX_ROWS];
+    int32_t tokens[MAX_ROWS], seq_slot[MAX_ROWS], seq_start[MAX_ROWS + 1], logit_rows[MAX_ROWS];
     int64_t positions[MAX_ROWS];
-    struct step_draw draws[N_SLOTS];
+    struct step_draw draws[MAX_ROWS];
     struct step_score scores[MAX_ROWS];
     struct step step;
 };
+
+static void start_build(struct build *b)
+{
+    memset(b, 0, sizeof(*b));
+    b->step.tokens = b->tokens;
+    b->step.positions = b->positions;
+    b->step.seq_slot = b->seq_slot;
+    b->step.seq_start = b->seq_start;
+    b->step.logit_rows = b->logit_rows;
+    b->step.draws = b->draws;
+    b->step.scores = b->scores;
+}
 
 static void add_score(struct build *b, const struct pair *p)
 {
@@ -365,14 +378,7 @@ static void play(struct pair *p, int n_steps)
 {
     for (int n = 0; n < n_steps; n++) {
         static struct build b;
-        memset(&b, 0, sizeof(b));
-        b.step.tokens = b.tokens;
-        b.step.positions = b.positions;
-        b.step.seq_slot = b.seq_slot;
-        b.step.seq_start = b.seq_start;
-        b.step.logit_rows = b.logit_rows;
-        b.step.draws = b.draws;
-        b.step.scores = b.scores;
+        start_build(&b);
         const bool scoring = below(3) == 0;
         const int first = below(N_SLOTS), n_seqs = 1 + below(N_SLOTS);
         for (int i = 0; i < n_seqs; i++) {
@@ -393,8 +399,10 @@ static void run(int32_t vocab_size, bool composed, int n_steps)
 {
     const char *factor = getenv("LATTE_TEST_FACTOR"); /* longer runs, for a GPU */
     struct pair p;
+    if (getenv("LATTE_TEST_QUICK"))
+        n_steps = n_steps / 8 + 1;
     seed_of_run = (uint64_t)vocab_size * 2 + composed;
-    open_pair(&p, vocab_size, composed);
+    open_pair(&p, vocab_size, N_SLOTS, composed);
     play(&p, factor ? n_steps * atoi(factor) : n_steps);
     print_message("V %d: %d results in %d steps\n", vocab_size, p.n_results, p.n_waited);
     assert_true(p.n_results > n_steps);
@@ -419,6 +427,50 @@ static void test_large(void **state)
 {
     (void)state;
     run(50257, false, 6);
+    run(300000, true, 2);
+}
+
+/* Parameters on their way to the device are not written over by later ones. */
+static void test_many_admissions(void **state)
+{
+    (void)state;
+    static struct build b;
+    struct pair p;
+    struct error err;
+    struct sampling_params params[N_MANY];
+    seed_of_run = 5;
+    open_pair(&p, 97, N_MANY, false);
+    for (int slot = 0; slot < N_MANY; slot++) {
+        sampling_params_init(&params[slot]);
+        params[slot].seed = random_bits();
+        params[slot].top_k = slot % 97;
+        if (p.b->ops->admit(p.b, slot, &params[slot], &err))
+            fail_msg("%s", err.text);
+    }
+    for (int slot = 0; slot < N_MANY; slot += MAX_ROWS) {
+        const struct sampled *results = NULL;
+        start_build(&b);
+        b.step.n_rows = b.step.n_seqs = b.step.n_logit_rows = b.step.n_draws = MAX_ROWS;
+        for (int i = 0; i < MAX_ROWS; i++) {
+            b.seq_slot[i] = slot + i;
+            b.seq_start[i + 1] = i + 1;
+            b.logit_rows[i] = i;
+            b.draws[i] = (struct step_draw){.logit_row = i, .slot = slot + i, .position = 9};
+            fill_row(p.rows + i * 97, 97);
+        }
+        if (p.b->ops->write(p.b, p.logits, 0, p.rows, MAX_ROWS * 97 * sizeof(float), &err))
+            fail_msg("%s", err.text);
+        if (!p.b->ops->begin(p.b, &b.step))
+            p.b->ops->draw(p.b, p.logits);
+        if (p.b->ops->submit(p.b, &err) || p.b->ops->wait(p.b, &results, &err))
+            fail_msg("%s", err.text);
+        for (int i = 0; i < MAX_ROWS; i++) {
+            struct sampled right;
+            sampler_draw(p.host, 0, p.rows + i * 97, &params[slot + i], 9, 0, &right);
+            check_sampled(&results[i], &right, "one of many slots");
+        }
+    }
+    close_pair(&p);
 }
 
 static void test_no_device(void **state)
@@ -434,6 +486,7 @@ int main(void)
         cmocka_unit_test(test_small),
         cmocka_unit_test(test_medium),
         cmocka_unit_test(test_large),
+        cmocka_unit_test(test_many_admissions),
     };
     const struct CMUnitTest none[] = {cmocka_unit_test(test_no_device)};
     return backend_cuda_count() ? cmocka_run_group_tests(tests, NULL, NULL)

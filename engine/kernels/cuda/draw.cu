@@ -30,7 +30,9 @@
 
 enum {
     SCAN_THREADS = 256,
+    SCAN_BLOCKS = 4, /* of a multiprocessor */
     REST_THREADS = 512,
+    REST_BLOCKS = 2,
     SHORT = SCAN_THREADS, /* tokens a row may be cut to for one thread each */
     LIST = 2048,          /* tokens that may come into question before */
     MAX_PICKS = 2048,     /* groups of a row that are bounded together: 262,144 tokens */
@@ -222,9 +224,9 @@ struct scan_shared {
     union {
         struct pick_lists lists;
         uint32_t heights[MAX_PICKS];
+        float values[PART];
     };
     uint64_t rank[SHORT], weight[SHORT];
-    float log_sum_parts;
     double log_sum;
 };
 
@@ -257,11 +259,33 @@ static __device__ __forceinline__ uint64_t best_below(const float (&x)[SCAN_VALU
     return best;
 }
 
-/* The part's sum of exp(x - its largest), and its best few: what logprobs are made of. */
-static __device__ void score_part(const struct draw_memory &m, const float (&x)[SCAN_VALUES],
-                                  int32_t first, int at, int n_top, uint64_t best,
-                                  struct scan_shared *s)
+/* The adjusted values in place of the untouched ones, by way of shared memory: all of them at
+ * once would take more registers than there are. */
+static __device__ __forceinline__ void change_part(float (&x)[SCAN_VALUES], struct row row,
+                                                   int32_t first, struct scan_shared *s)
 {
+    enum { AT_ONCE = 8 };
+    float *mine = s->values + threadIdx.x;
+#pragma unroll 1
+    for (int i = 0; i < SCAN_VALUES; i += AT_ONCE) {
+        float some[AT_ONCE];
+        row_values<AT_ONCE, WARP>(some, row, first + i * WARP);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            mine[(i + k) * SCAN_THREADS] = some[k];
+    }
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++)
+        x[i] = mine[i * SCAN_THREADS];
+}
+
+/* The part's sum of exp(x - its largest), and its best few: what logprobs are made of. Reads
+ * the untouched values again: they need not stay in registers while others are adjusted. */
+static __device__ void score_part(const struct draw_memory &m, struct row row, int32_t first,
+                                  size_t at, int n_top, uint64_t best, struct scan_shared *s)
+{
+    float x[SCAN_VALUES];
+    load_values<SCAN_VALUES, WARP>(x, row, first);
     const float top = value_of(best);
     float sum = 0;
 #pragma unroll
@@ -274,7 +298,7 @@ static __device__ void score_part(const struct draw_memory &m, const float (&x)[
     for (int n = 0; n < n_top; n++) {
         const uint64_t next = block_best(mine, &s->block);
         if (threadIdx.x == 0)
-            m.part_tops[(size_t)at * TOPS + n] = next;
+            m.part_tops[at * TOPS + n] = next;
         if (mine == next)
             mine = best_below(x, first, next);
     }
@@ -310,10 +334,10 @@ static __device__ double row_log_sum(const struct draw_memory &m, int row, float
 }
 
 /* The row's best few from those of its parts, in chunks that fit the list. */
-static __device__ void list_tops(const struct draw_memory &m, int row, const struct draw_job &job,
+static __device__ void list_tops(const struct draw_memory &m, int row, const struct draw_job *job,
                                  float top, double log_sum, struct scan_shared *s)
 {
-    const int n_top = job.n_top < m.n_vocab ? job.n_top : m.n_vocab, n = m.n_parts * n_top;
+    const int n_top = job->n_top < m.n_vocab ? job->n_top : m.n_vocab, n = m.n_parts * n_top;
     uint64_t *keys = s->lists.keys;
     int kept = 0;
     for (int done = 0; done < n;) {
@@ -329,8 +353,8 @@ static __device__ void list_tops(const struct draw_memory &m, int row, const str
         kept = n_top;
     }
     for (int i = threadIdx.x; i < n_top; i += blockDim.x)
-        m.header->tops[(size_t)job.tops * TOPS + i] = {id_of(keys[i]),
-                                                       log_prob(value_of(keys[i]), top, log_sum)};
+        m.header->tops[(size_t)job->tops * TOPS + i] = {id_of(keys[i]),
+                                                        log_prob(value_of(keys[i]), top, log_sum)};
     __syncthreads();
 }
 
@@ -438,19 +462,19 @@ static __device__ __forceinline__ void leave_row(const struct draw_memory &m, in
 
 /* All parts of a row are known. */
 static __device__ void finish_row(const struct draw_memory &m, struct row row, int index,
-                                  const struct draw_job &job, struct scan_shared *s)
+                                  const struct draw_job *job, struct scan_shared *s)
 {
     const size_t parts = (size_t)index * m.n_parts;
-    const struct slot_params *p = job.slot < 0 ? nullptr : &m.params[job.slot];
-    const bool scores = job.target >= 0 || p->n_logprobs >= 0;
+    const struct slot_params *p = job->slot < 0 ? nullptr : &m.params[job->slot];
+    const bool scores = job->target >= 0 || p->n_logprobs >= 0;
     const uint64_t raw = row_best(m.part_raw + parts, m.n_parts, &s->block);
     const float raw_top = value_of(raw);
     const double log_sum = scores ? row_log_sum(m, index, raw_top, s) : 0;
-    if (job.n_top)
+    if (job->n_top)
         list_tops(m, index, job, raw_top, log_sum, s);
-    if (job.target >= 0 && threadIdx.x == 0)
-        m.header->results[job.score] = {
-            job.target, log_prob(tidy(__ldcg(row.logits + job.target)), raw_top, log_sum)};
+    if (job->target >= 0 && threadIdx.x == 0)
+        m.header->results[job->score] = {
+            job->target, log_prob(tidy(__ldcg(row.logits + job->target)), raw_top, log_sum)};
     if (!p)
         return;
     const uint64_t best = row.changes ? row_best(m.part_best + parts, m.n_parts, &s->block) : raw;
@@ -468,39 +492,38 @@ static __device__ void finish_row(const struct draw_memory &m, struct row row, i
 }
 
 /* One block a part of a row, grid (parts, rows). */
-static __global__ __launch_bounds__(SCAN_THREADS, 3) void draw_scan(struct draw_memory m,
-                                                                    const float *logits,
-                                                                    const struct step_sizes *sizes)
+static __global__
+__launch_bounds__(SCAN_THREADS,
+                  SCAN_BLOCKS) void draw_scan(const __grid_constant__ struct draw_memory m,
+                                              const float *logits, const struct step_sizes *sizes)
 {
     __shared__ struct scan_shared s;
     pdl_trigger();
     const int index = blockIdx.y, part = blockIdx.x;
     /* The step's arrays are copied before its first kernel: they are there. */
     const bool idle = index >= sizes->n_logit_rows || (!sizes->n_draws && !sizes->n_scores);
-    struct draw_job job = {-1, 0, -1, 0, 0, 0, 0, 0};
-    if (!idle)
-        job = m.jobs[index];
+    const struct draw_job *job = &m.jobs[index];
+    const int slot = idle ? -1 : job->slot;
+    const bool scored = !idle && job->target >= 0;
     pdl_wait();
-    if (job.slot < 0 && job.target < 0)
+    if (slot < 0 && !scored)
         return;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int32_t first = part * PART + warp * SCAN_VALUES * WARP + lane;
     struct row row = {logits + (size_t)index * (size_t)m.n_vocab, m.n_vocab, nullptr};
     float x[SCAN_VALUES];
     load_values<SCAN_VALUES, WARP>(x, row, first);
-    const struct slot_params *p = job.slot < 0 ? nullptr : &m.params[job.slot];
+    const struct slot_params *p = slot < 0 ? nullptr : &m.params[slot];
     const size_t at = (size_t)index * m.n_parts + part;
 
     const uint64_t raw = block_best(best_of(x, first), &s.block);
     if (threadIdx.x == 0)
         m.part_raw[at] = raw;
-    if (job.target >= 0 || p->n_logprobs >= 0)
-        score_part(m, x, first, (int)at, job.n_top, raw, &s);
     if (p) {
-        load_changes(&s.changes, p, m.counts + (size_t)job.slot * (size_t)m.n_vocab, job.n_output);
+        load_changes(&s.changes, p, m.counts + (size_t)slot * (size_t)m.n_vocab, job->n_output);
         if (s.changes.any) {
             row.changes = &s.changes;
-            change_values<SCAN_VALUES, WARP>(x, row, first);
+            change_part(x, row, first, &s);
             const uint64_t best = block_best(best_of(x, first), &s.block);
             if (threadIdx.x == 0)
                 m.part_best[at] = best;
@@ -515,6 +538,8 @@ static __global__ __launch_bounds__(SCAN_THREADS, 3) void draw_scan(struct draw_
                 group_best[g] = tallest;
         }
     }
+    if (scored || p->n_logprobs >= 0)
+        score_part(m, row, first, at, job->n_top, raw, &s);
     if (last_of(&m.n_scanned[index], m.n_parts, &s.block))
         finish_row(m, row, index, job, &s);
 }
@@ -850,9 +875,10 @@ static __device__ void draw_by_radix(const struct draw_memory &m, const struct d
 }
 
 /* Rows that draw_scan left. Few rows are spread over several blocks each. */
-static __global__ __launch_bounds__(REST_THREADS, 2) void draw_rest(struct draw_memory m,
-                                                                    const float *logits,
-                                                                    const struct step_sizes *sizes)
+static __global__
+__launch_bounds__(REST_THREADS,
+                  REST_BLOCKS) void draw_rest(const __grid_constant__ struct draw_memory m,
+                                              const float *logits, const struct step_sizes *sizes)
 {
     __shared__ struct rest_shared s;
     pdl_trigger();
@@ -1259,7 +1285,6 @@ void drawing_begin(struct cuda *c, int place, const struct step *step)
 
 void cuda_draw(struct backend *b, const struct buffer *logits)
 {
-    enum { REST_BLOCKS = 2 }; /* a multiprocessor */
     struct cuda *c = cuda_of(b);
     const struct drawing *d = c->drawing;
     if (!d || !c->step.logits)

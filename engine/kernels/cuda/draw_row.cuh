@@ -215,14 +215,10 @@ static __device__ __forceinline__ float penalized(const struct changes *c, float
     return tidy(x);
 }
 
-/* Everything that comes before temperature. count: c->counts[id], or 0. */
-static __device__ __forceinline__ float changed(const struct changes *c, float x, int32_t id,
-                                                uint32_t count)
+static __device__ __forceinline__ bool is_touched(const struct changes *c, int32_t id)
 {
     const uint32_t group = (uint32_t)id / GROUP % TOUCHED_BITS;
-    if (c->touched[group / 32] >> group % 32 & 1)
-        x = changed_by_list(c, x, id);
-    return count ? penalized(c, x, count) : x;
+    return c->touched[group / 32] >> group % 32 & 1;
 }
 
 /* A row as the draw sees it: adjusted values by id, -inf beyond its end. Nothing is written
@@ -232,11 +228,6 @@ struct row {
     int32_t n;
     const struct changes *changes; /* NULL: none */
 };
-
-static __device__ __forceinline__ float row_value(struct row row, int32_t id)
-{
-    return id < row.n ? tidy(__ldcg(row.logits + id)) : -INFINITY;
-}
 
 /* Values first, first + STEP, ... with all loads in flight together. */
 template <int N, int STEP>
@@ -250,20 +241,33 @@ static __device__ __forceinline__ void load_values(float (&x)[N], struct row row
         x[i] = tidy(x[i]);
 }
 
+/* Everything that comes before temperature. */
 template <int N, int STEP>
 static __device__ __forceinline__ void change_values(float (&x)[N], struct row row, int32_t first)
 {
+    enum { AT_ONCE = N < 8 ? N : 8 };
     const struct changes *c = row.changes;
     if (!c)
         return;
-    uint32_t count[N];
 #pragma unroll
     for (int i = 0; i < N; i++)
-        count[i] = c->counts && first + i * STEP < row.n ? __ldcg(c->counts + first + i * STEP) : 0;
+        if (is_touched(c, first + i * STEP))
+            x[i] = changed_by_list(c, x[i], first + i * STEP);
+    if (!c->counts)
+        return;
 #pragma unroll
-    for (int i = 0; i < N; i++)
-        if (first + i * STEP < row.n)
-            x[i] = changed(c, x[i], first + i * STEP, count[i]);
+    for (int start = 0; start < N; start += AT_ONCE) {
+        uint32_t count[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int32_t id = first + (start + i) * STEP;
+            count[i] = id < row.n ? __ldcg(c->counts + id) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (count[i])
+                x[start + i] = penalized(c, x[start + i], count[i]);
+    }
 }
 
 template <int N, int STEP>
