@@ -149,23 +149,10 @@ static void test_bad_devices(void **state)
     }
 }
 
-static bool is_emulated(void)
-{
-    const struct backend_options options = {.n_threads = 1,
-                                            .max_rows = 1,
-                                            .max_seqs = 1,
-                                            .max_dim = 1,
-                                            .n_slots = 1,
-                                            .max_logit_rows = 1};
-    struct backend_memory memory;
-    struct error err;
-    return !backend_cuda_probe(&options, &memory, &err) && strstr(memory.device, "emulated");
-}
-
 /* Only an emulated device fails when it is told to. */
 static void skip_unless_emulated(void)
 {
-    if (is_emulated())
+    if (run_emulated())
         return;
     print_message("SKIPPED: no device here fails on demand\n");
     skip();

@@ -190,14 +190,15 @@ static void play(struct run *r, struct session *sessions, uint64_t seed, int bat
 }
 
 /* Play in two orders; the largest difference of any logit. */
-static double order_difference(const char *dir, enum dtype dtype, bool deterministic, bool fixed)
+static double order_difference(const char *dir, enum dtype dtype, bool deterministic, bool fixed,
+                               bool single_rows)
 {
     struct session first[N_SESSIONS], second[N_SESSIONS];
     struct run r;
     double worst = 0;
     open_run(&r, dir, dtype, deterministic);
-    make_sessions(first, N_SESSIONS, fixed, &r);
-    make_sessions(second, N_SESSIONS, fixed, &r);
+    make_sessions(first, N_SESSIONS, single_rows, &r);
+    make_sessions(second, N_SESSIONS, single_rows, &r);
     play(&r, first, 1, 8, fixed);
     play(&r, second, 2, deterministic ? 1 : 8, fixed); /* alone, or in another order */
     for (int s = 0; s < N_SESSIONS; s++) {
@@ -222,7 +223,7 @@ static void for_wide(void (*f)(const char *name, const char *dir))
 
 static void check_one_bucket(const char *name, const char *dir)
 {
-    double difference = order_difference(dir, DTYPE_BF16, false, true);
+    double difference = order_difference(dir, DTYPE_BF16, false, true, true);
     if (difference != 0)
         fail_msg("%s: the order of sessions changed logits by %g", name, difference);
 }
@@ -240,7 +241,7 @@ static void check_any_batch(const char *name, const char *dir)
         double tolerance;
     } cases[] = {{DTYPE_F32, F32_TOLERANCE}, {DTYPE_BF16, BF16_TOLERANCE}};
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
-        double difference = order_difference(dir, cases[i].dtype, false, false);
+        double difference = order_difference(dir, cases[i].dtype, false, false, false);
         print_message("%-20s %-5s any order, any batch: logits within %.2e\n", name,
                       dtype_name(cases[i].dtype), difference);
         if (!(difference <= cases[i].tolerance))
@@ -254,21 +255,38 @@ static void test_order_at_any_batch_size(void **state)
     for_wide(check_any_batch);
 }
 
-static void check_deterministic(const char *name, const char *dir)
+static void check_deterministic(const char *name, const char *dir, bool single_rows)
 {
     static const enum dtype dtypes[] = {DTYPE_F32, DTYPE_BF16, DTYPE_I8};
     for (size_t i = 0; i < COUNT_OF(dtypes); i++) {
-        double difference = order_difference(dir, dtypes[i], true, false);
+        double difference = order_difference(dir, dtypes[i], true, false, single_rows);
         if (difference != 0)
             fail_msg("%s, %s: deterministic, but a batch changed logits by %g", name,
                      dtype_name(dtypes[i]), difference);
     }
 }
 
-static void test_deterministic_is_bit_equal(void **state)
+static void check_deterministic_decoding(const char *name, const char *dir)
+{
+    check_deterministic(name, dir, true);
+}
+
+static void test_deterministic_decoding_is_bit_equal(void **state)
 {
     (void)state;
-    for_wide(check_deterministic);
+    for_wide(check_deterministic_decoding);
+}
+
+/* Rows that decode beside others' prompts, and prompts beside others. */
+static void check_deterministic_mixed(const char *name, const char *dir)
+{
+    check_deterministic(name, dir, false);
+}
+
+static void test_deterministic_beside_prompts_is_bit_equal(void **state)
+{
+    (void)state;
+    for_wide(check_deterministic_mixed);
 }
 
 /* ---- tokens drawn on the device ---- */
@@ -519,7 +537,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_order_changes_nothing_at_one_batch_size),
         cmocka_unit_test(test_order_at_any_batch_size),
-        cmocka_unit_test(test_deterministic_is_bit_equal),
+        cmocka_unit_test(test_deterministic_decoding_is_bit_equal),
+        cmocka_unit_test(test_deterministic_beside_prompts_is_bit_equal),
         cmocka_unit_test(test_draws_equal_the_hosts),
         cmocka_unit_test(test_scores_equal_the_hosts),
     };

@@ -17,7 +17,7 @@
 #include "tests/cuda/cuda_tests.h"
 
 enum {
-    N_LIVE = 64, /* jobs that are under way at most: more than slots, less than the queue holds */
+    N_LIVE = 64, /* jobs under way at most: more than slots and queue hold, so some are refused */
     MAX_PROMPT = 90,
     MAX_OUTPUT = 60,
     N_KEPT = 24, /* ended jobs that are run again */
@@ -68,9 +68,9 @@ static struct sampling_params random_sampling(int32_t vocab_size)
     p.ignore_eos = random_below(2);
     p.n_logprobs = random_below(6) ? -1 : random_below(4);
     if (random_below(4) == 0) {
-        p.n_stop_tokens = 2;
-        p.stop_tokens[0] = random_below(vocab_size);
-        p.stop_tokens[1] = random_below(vocab_size);
+        p.n_stop_tokens = 12;
+        for (int i = 0; i < p.n_stop_tokens; i++)
+            p.stop_tokens[i] = random_below(vocab_size);
     }
     if (random_below(6) == 0) {
         p.n_logit_bias = COUNT_OF(biases);
@@ -247,7 +247,7 @@ static void stress(struct engine *e, double seconds, int32_t vocab_size, struct 
         for (int i = 0; i < N_LIVE; i++) {
             if (records[i].job)
                 visit(&records[i], t);
-            else if (now() < until && random_below(4) == 0)
+            else if (now() < until && random_below(40) == 0)
                 start(e, &records[i], vocab_size, t);
         }
         usleep(200);

@@ -19,21 +19,31 @@ const char *const *run_backends(void)
     return backend_cuda_count() > 0 ? all : hosts;
 }
 
-bool run_quick(void)
+bool run_emulated(void)
 {
+    const struct model_config config = {.vocab_size = 8,
+                                        .hidden_size = 8,
+                                        .intermediate_size = 8,
+                                        .n_heads = 1,
+                                        .n_kv_heads = 1,
+                                        .head_dim = 8};
     const struct backend_options options = {.n_threads = 1,
                                             .max_rows = 1,
                                             .max_seqs = 1,
-                                            .max_dim = 1,
+                                            .max_dim = 8,
+                                            .config = &config,
                                             .n_slots = 1,
                                             .max_logit_rows = 1};
-    const char *quick = getenv("LATTE_TEST_QUICK");
     struct backend_memory memory;
     struct error err;
-    if (quick && !strcmp(quick, "1"))
-        return true;
     return backend_cuda_count() > 0 && !backend_cuda_probe(&options, &memory, &err) &&
            strstr(memory.device, "emulated");
+}
+
+bool run_quick(void)
+{
+    const char *quick = getenv("LATTE_TEST_QUICK");
+    return (quick && !strcmp(quick, "1")) || run_emulated();
 }
 
 bool run_skips(const char *backend, const char *dir)

@@ -39,6 +39,9 @@ struct run {
 /* "ref", "cpu", and "cuda" where there is a device, real or emulated; ends with NULL. */
 const char *const *run_backends(void);
 
+/* Whether the CUDA devices here are emulated on the host. */
+bool run_emulated(void);
+
 /* Whether tests on the device are to be small: LATTE_TEST_QUICK=1 (as under compute-sanitizer),
  * or it is an emulated one. */
 bool run_quick(void);
