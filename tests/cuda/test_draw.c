@@ -119,6 +119,11 @@ static void random_bias(struct request *r, int vocab_size)
         r->bias[i].token = below(vocab_size);
         r->bias[i].bias = below(8) ? 4 * normal() : PICK(-INFINITY, INFINITY, FLT_MAX, 0);
     }
+    if (vocab_size <= SAMPLER_MAX_LOGIT_BIAS && below(6) == 0) { /* nothing is left */
+        r->params.n_logit_bias = vocab_size;
+        for (int i = 0; i < vocab_size; i++)
+            r->bias[i] = (struct logit_bias){i, -INFINITY};
+    }
 }
 
 static void random_filters(struct sampling_params *p, int vocab_size)
