@@ -6,8 +6,9 @@
  * to bf16 (2^-9 of each value), which the reference does not. The rounding errors of a product's
  * inputs are independent, so its outputs, of deviation near 1, are off by about 2^-9 each time,
  * and a model of two layers rounds about 12 times on the way to a logit: sqrt(12) 2^-9 = 0.7 %
- * of logits of deviation 1 to 3 typically, and five times that for the worst of 10^5. Where
- * bits must agree, the test says so.
+ * of logits of deviation 1 to 3. So the root mean square of the errors is held to 0.03, and the
+ * worst of 10^5 of them, 6 to 7 times that in a normal distribution, to 0.2. Where bits must
+ * agree, the test says so.
  */
 #include "tests/unit/unit.h"
 
@@ -20,7 +21,8 @@
 
 #define F32_TOLERANCE 1e-4
 #define F32_STATE_TOLERANCE 5e-4
-#define BF16_TOLERANCE 0.1
+#define BF16_TOLERANCE 0.2
+#define BF16_RMS 0.03
 #define BF16_STATE_TOLERANCE 0.1
 
 enum { MAX_SEQS = 132, MAX_ROWS = 264 };
@@ -91,11 +93,16 @@ static void compare(struct comparison *c, const float *found, const float *expec
     }
 }
 
+static double rms(const struct comparison *c)
+{
+    return sqrt(c->sum_squares / (double)c->n_values);
+}
+
 static void print_comparison(const char *what, const struct comparison *c)
 {
     print_message("%-44s worst %.2e, rms %.2e, KL %.2e, greedy %lld of %lld\n", what, c->worst,
-                  sqrt(c->sum_squares / (double)c->n_values), c->sum_kl / (double)c->n_rows,
-                  (long long)c->n_greedy, (long long)c->n_rows);
+                  rms(c), c->sum_kl / (double)c->n_rows, (long long)c->n_greedy,
+                  (long long)c->n_rows);
 }
 
 /* Greedy tokens may differ where two are as good as equal: few rows. */
@@ -104,6 +111,8 @@ static void check(const char *what, const struct comparison *c, double tolerance
     print_comparison(what, c);
     if (!(c->worst <= tolerance))
         fail_msg("%s: logits differ by %g", what, c->worst);
+    if (!(rms(c) <= BF16_RMS))
+        fail_msg("%s: logits differ by %g in the mean", what, rms(c));
     if (10 * c->n_greedy < 9 * c->n_rows)
         fail_msg("%s: only %lld of %lld greedy tokens agree", what, (long long)c->n_greedy,
                  (long long)c->n_rows);
@@ -220,10 +229,10 @@ static void check_storage(const char *name, const char *dir)
         enum dtype weights, window;
         double tolerance;
     } cases[] = {
-        {DTYPE_BF16, DTYPE_BF16, 0.1},
-        {DTYPE_BF16, DTYPE_F8_E4M3, 0.6},
-        {DTYPE_I8, DTYPE_BF16, 0.6},
-        {DTYPE_I8, DTYPE_F8_E4M3, 0.8},
+        {DTYPE_BF16, DTYPE_BF16, 0.2},
+        {DTYPE_BF16, DTYPE_F8_E4M3, 0.8},
+        {DTYPE_I8, DTYPE_BF16, 0.8},
+        {DTYPE_I8, DTYPE_F8_E4M3, 1.0},
     };
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
         struct comparison c = {0};

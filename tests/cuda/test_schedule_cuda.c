@@ -15,7 +15,7 @@
 #include "tests/cuda/cuda_tests.h"
 
 #define F32_TOLERANCE 1e-4
-#define BF16_TOLERANCE 0.1 /* see test_model_cuda.c */
+#define BF16_TOLERANCE 0.2 /* see test_model_cuda.c */
 
 enum { N_SLOTS = 24, MAX_ROWS = 192, MAX_CHUNKS = 40, MAX_TOKENS = 80 };
 

@@ -19,8 +19,10 @@
 #define LOGITS_TOLERANCE 2e-4
 #define CUDA_TOLERANCE 1e-4
 /* A GPU's products of bf16 weights take inputs rounded to bf16 too: errors of 2^-9 at each of the
- * dozen roundings between a token and its logits, of activations of a few units. */
-#define CUDA_BF16_TOLERANCE 0.1
+ * dozen roundings between a token and its logits, more in the models whose latent logits are
+ * widened on purpose (wide-theta), since an error of e in those is a factor of exp(e) in a weight.
+ */
+#define CUDA_BF16_TOLERANCE 0.3
 /* State values of a few units; see run_state_excess. */
 #define STATE_TOLERANCE 5e-4
 
