@@ -1,0 +1,338 @@
+/* draw_scan.cuh - the kernel that reads every row: largest values of parts and groups, scores,
+ * and the tokens of rows that are greedy or cut to a few by top_k. See draw.cu.
+ *
+ * Bytes: V * 4 a row, as much again for its counts. A block has 16 KB in flight, four are on a
+ * multiprocessor; the last of a row reads another 20 KB for top_k 40.
+ */
+#ifndef LATTE_CUDA_DRAW_SCAN_CUH
+#define LATTE_CUDA_DRAW_SCAN_CUH
+
+#include "engine/kernels/cuda/draw_memory.cuh"
+
+struct scan_shared {
+    struct block_scratch block;
+    struct changes changes;
+    union {
+        struct pick_lists lists;
+        uint32_t heights[MAX_PICKS];
+        float values[PART];
+    };
+    uint64_t rank[SHORT], weight[SHORT];
+    double log_sum;
+};
+
+enum { SCAN_VALUES = PART / SCAN_THREADS, LANE_GROUPS = SCAN_VALUES * WARP / GROUP };
+
+/* The best of a thread's values, which are those of tokens first, first + WARP, ... */
+static __device__ __forceinline__ uint64_t best_of(const float (&x)[SCAN_VALUES], int32_t first)
+{
+    uint32_t most = 0;
+    int32_t id = first;
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++) {
+        const uint32_t h = height(x[i]);
+        id = h > most ? first + i * WARP : id;
+        most = h > most ? h : most;
+    }
+    return key_of(most, id);
+}
+
+/* The best of them below a key. */
+static __device__ __forceinline__ uint64_t best_below(const float (&x)[SCAN_VALUES], int32_t first,
+                                                      uint64_t limit)
+{
+    uint64_t best = 0;
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++) {
+        const uint64_t key = key_of(x[i], first + i * WARP);
+        best = key < limit && key > best ? key : best;
+    }
+    return best;
+}
+
+/* The adjusted values in place of the untouched ones, by way of shared memory: all of them at
+ * once would take more registers than there are. */
+static __device__ __forceinline__ void change_part(float (&x)[SCAN_VALUES], struct row row,
+                                                   int32_t first, struct scan_shared *s)
+{
+    enum { AT_ONCE = 8 };
+    float *mine = s->values + threadIdx.x;
+#pragma unroll 1
+    for (int i = 0; i < SCAN_VALUES; i += AT_ONCE) {
+        float some[AT_ONCE];
+        row_values<AT_ONCE, WARP>(some, row, first + i * WARP);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            mine[(i + k) * SCAN_THREADS] = some[k];
+    }
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++)
+        x[i] = mine[i * SCAN_THREADS];
+}
+
+/* The part's sum of exp(x - its largest), and its best few: what logprobs are made of. Reads
+ * the untouched values again: they need not stay in registers while others are adjusted. */
+static __device__ void score_part(const struct draw_memory &m, struct row row, int32_t first,
+                                  size_t at, int n_top, uint64_t best, struct scan_shared *s)
+{
+    float x[SCAN_VALUES];
+    load_values<SCAN_VALUES, WARP>(x, row, first);
+    const float top = value_of(best);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++)
+        sum += is_out(x[i]) ? 0 : expf(x[i] - top);
+    sum = block_sum(sum, reinterpret_cast<float *>(s->block.warps));
+    if (threadIdx.x == 0)
+        m.part_sum[at] = sum;
+    uint64_t mine = best_of(x, first);
+    for (int n = 0; n < n_top; n++) {
+        const uint64_t next = block_best(mine, &s->block);
+        if (threadIdx.x == 0)
+            m.part_tops[at * TOPS + n] = next;
+        if (mine == next)
+            mine = best_below(x, first, next);
+    }
+}
+
+/* The best key of a row from those of its parts. */
+static __device__ uint64_t row_best(const uint64_t *parts, int n, struct block_scratch *s)
+{
+    uint64_t best = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        const uint64_t key = __ldcg(parts + i);
+        best = key > best ? key : best;
+    }
+    return block_best(best, s);
+}
+
+/* log of the sum of exp(x - top) over the untouched row. */
+static __device__ double row_log_sum(const struct draw_memory &m, int row, float top,
+                                     struct scan_shared *s)
+{
+    if (threadIdx.x == 0) {
+        double sum = 0;
+        for (int p = 0; p < m.n_parts && !is_out(top); p++) {
+            const size_t at = (size_t)row * m.n_parts + p;
+            const float most = value_of(__ldcg(m.part_raw + at));
+            if (!is_out(most))
+                sum += (double)__ldcg(m.part_sum + at) * exp((double)most - (double)top);
+        }
+        s->log_sum = sum > 0 ? log(sum) : 0;
+    }
+    __syncthreads();
+    return s->log_sum;
+}
+
+/* The row's best few from those of its parts, in chunks that fit the list. */
+static __device__ void list_tops(const struct draw_memory &m, int row, const struct draw_job *job,
+                                 float top, double log_sum, struct scan_shared *s)
+{
+    const int n_top = job->n_top < m.n_vocab ? job->n_top : m.n_vocab, n = m.n_parts * n_top;
+    uint64_t *keys = s->lists.keys;
+    int kept = 0;
+    for (int done = 0; done < n;) {
+        const int more = n - done < LIST - kept ? n - done : LIST - kept;
+        for (int i = threadIdx.x; i < more; i += blockDim.x) {
+            const int part = (done + i) / n_top, rank = (done + i) % n_top;
+            const size_t at = ((size_t)row * m.n_parts + part) * TOPS + rank;
+            keys[kept + i] = __ldcg(m.part_tops + at);
+        }
+        __syncthreads();
+        sort_keys(keys, kept + more);
+        done += more;
+        kept = n_top;
+    }
+    for (int i = threadIdx.x; i < n_top; i += blockDim.x)
+        m.header->tops[(size_t)job->tops * TOPS + i] = {id_of(keys[i]),
+                                                        log_prob(value_of(keys[i]), top, log_sum)};
+    __syncthreads();
+}
+
+/* What the weights of those before a thread sum to, in the order of rank. */
+static __device__ __forceinline__ uint64_t before_in(const struct scan_shared *s, uint64_t rank,
+                                                     int n)
+{
+    uint64_t before = 0;
+    for (int i = 0; i < n; i++)
+        before += s->rank[i] < rank ? s->weight[i] : 0;
+    return before;
+}
+
+/* Everything after top_k, for a row cut to n <= SHORT tokens, best first: a thread each. */
+static __device__ void draw_short(const struct draw_memory &m, const struct drawn_row &d, int n,
+                                  float raw_top, double log_sum, struct scan_shared *s)
+{
+    const struct slot_params *p = d.params;
+    const int t = threadIdx.x;
+    const uint64_t key = t < n ? s->lists.keys[t] : key_of(-INFINITY, 0);
+    const float y = y_of(d.by, value_of(key));
+    float e = exact_exp(y);
+    uint64_t w = weight_of(e);
+    struct chunk c = block_scan(w, &s->block);
+    if (p->typical_p < 1) {
+        const uint64_t sum =
+            block_scan(e > 0 ? weight_of(__fmul_rn(e, fabsf(y))) : 0, &s->block).total;
+        const float centre = (float)(-(double)sum / (double)c.total);
+        const float distance = fabsf(__fsub_rn(y, centre));
+        s->rank[t] = (uint64_t)__float_as_uint(distance) << 32 | (uint32_t)id_of(key);
+        s->weight[t] = w;
+        __syncthreads();
+        if (before_in(s, s->rank[t], n) >= part_of(c.total, p->typical_p)) {
+            e = 0;
+            w = 0;
+        }
+        c = block_scan(w, &s->block);
+    }
+    if (p->top_p < 1) {
+        if (c.before >= part_of(c.total, p->top_p)) {
+            e = 0;
+            w = 0;
+        }
+        c = block_scan(w, &s->block);
+    }
+    if (p->min_p > 0) {
+        const float most = p->typical_p < 1 ? value_of(block_best(key_of(e, t), &s->block)) : 1.0f;
+        if (e < __fmul_rn(p->min_p, most))
+            w = 0;
+        c = block_scan(w, &s->block);
+    }
+    s->rank[t] = (uint32_t)id_of(key);
+    s->weight[t] = w;
+    __syncthreads();
+    const uint64_t r = __umul64hi(random_bits(p->hash, m.jobs[d.index].position), c.total);
+    if (w) {
+        const uint64_t before = before_in(s, s->rank[t], n);
+        if (before <= r && r < before + w)
+            emit(m, d.index, d.row.logits, id_of(key), raw_top, log_sum);
+    }
+}
+
+/* The top_k best, when few values come into question. False: too many do. */
+static __device__ bool draw_top_k(const struct draw_memory &m, const struct drawn_row &d,
+                                  float raw_top, double log_sum, struct scan_shared *s)
+{
+    const int n_groups = n_groups_of(m), k = d.params->top_k;
+    if (n_groups > MAX_PICKS)
+        return false;
+    const uint32_t *best = m.group_best + (size_t)d.index * n_groups;
+    uint32_t bound = 0;
+    if (k <= n_groups) {
+        for (int i = threadIdx.x; i < n_groups; i += blockDim.x)
+            s->heights[i] = __ldcg(best + i);
+        __syncthreads();
+        bound = kth_largest(s->heights, n_groups, k, &s->block);
+    }
+    /* What is out for good need not be among the k. */
+    const uint32_t least = max(bound, height(-FLT_MAX));
+    struct pick_lists *l = &s->lists;
+    pick_groups(
+        l, best, n_groups, [least](uint32_t h) { return h >= least; }, &s->block);
+    see_picks(
+        l, d.row,
+        [l, least](int, float x, int32_t id) {
+            if (height(x) >= least)
+                add_key(l, x, id);
+        },
+        [](int) {});
+    if (l->n_keys > LIST)
+        return false;
+    sort_keys(l->keys, l->n_keys);
+    draw_short(m, d, l->n_keys < k ? l->n_keys : k, raw_top, log_sum, s);
+    return true;
+}
+
+static __device__ __forceinline__ void leave_row(const struct draw_memory &m, int row, bool radix,
+                                                 struct row_state state)
+{
+    if (threadIdx.x)
+        return;
+    m.state[row] = state;
+    m.slow[atomicAdd(&m.header->n_slow, 1)] = radix ? ~row : row;
+}
+
+/* All parts of a row are known. */
+static __device__ void finish_row(const struct draw_memory &m, struct row row, int index,
+                                  const struct draw_job *job, struct scan_shared *s)
+{
+    const size_t parts = (size_t)index * m.n_parts;
+    const struct slot_params *p = job->slot < 0 ? nullptr : &m.params[job->slot];
+    const bool scores = job->target >= 0 || p->n_logprobs >= 0;
+    const uint64_t raw = row_best(m.part_raw + parts, m.n_parts, &s->block);
+    const float raw_top = value_of(raw);
+    const double log_sum = scores ? row_log_sum(m, index, raw_top, s) : 0;
+    if (job->n_top)
+        list_tops(m, index, job, raw_top, log_sum, s);
+    if (job->target >= 0 && threadIdx.x == 0)
+        m.header->results[job->score] = {
+            job->target, log_prob(tidy(__ldcg(row.logits + job->target)), raw_top, log_sum)};
+    if (!p)
+        return;
+    const uint64_t best = row.changes ? row_best(m.part_best + parts, m.n_parts, &s->block) : raw;
+    const float top = value_of(best);
+    if (is_out(top) || p->temperature == 0) {
+        if (threadIdx.x == 0)
+            emit(m, index, row.logits, id_of(is_out(top) ? raw : best), raw_top, log_sum);
+        return;
+    }
+    const bool cut = p->top_k > 0 && p->top_k < m.n_vocab;
+    const struct drawn_row d = {row, p, {top, p->scale}, index};
+    if (cut && p->top_k <= SHORT && draw_top_k(m, d, raw_top, log_sum, s))
+        return;
+    leave_row(m, index, cut || p->typical_p < 1, {log_sum, raw_top, top});
+}
+
+/* One block a part of a row, grid (parts, rows). */
+static __global__
+__launch_bounds__(SCAN_THREADS,
+                  SCAN_BLOCKS) void draw_scan(const __grid_constant__ struct draw_memory m,
+                                              const float *logits, const struct step_sizes *sizes)
+{
+    __shared__ struct scan_shared s;
+    pdl_trigger();
+    const int index = blockIdx.y, part = blockIdx.x;
+    /* The step's arrays are copied before its first kernel: they are there. */
+    const bool idle = index >= sizes->n_logit_rows || (!sizes->n_draws && !sizes->n_scores);
+    const struct draw_job *job = &m.jobs[index];
+    const int slot = idle ? -1 : job->slot;
+    const bool scored = !idle && job->target >= 0;
+    pdl_wait();
+    if (slot < 0 && !scored)
+        return;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int32_t first = part * PART + warp * SCAN_VALUES * WARP + lane;
+    struct row row = {logits + (size_t)index * (size_t)m.n_vocab, m.n_vocab, nullptr};
+    float x[SCAN_VALUES];
+    load_values<SCAN_VALUES, WARP>(x, row, first);
+    const struct slot_params *p = slot < 0 ? nullptr : &m.params[slot];
+    const size_t at = (size_t)index * m.n_parts + part;
+
+    const uint64_t raw = block_best(best_of(x, first), &s.block);
+    if (threadIdx.x == 0)
+        m.part_raw[at] = raw;
+    if (p) {
+        load_changes(&s.changes, p, m.counts + (size_t)slot * (size_t)m.n_vocab, job->n_output);
+        if (s.changes.any) {
+            row.changes = &s.changes;
+            change_part(x, row, first, &s);
+            const uint64_t best = block_best(best_of(x, first), &s.block);
+            if (threadIdx.x == 0)
+                m.part_best[at] = best;
+        }
+        uint32_t *group_best = m.group_best + at * PART_GROUPS + warp * LANE_GROUPS;
+#pragma unroll
+        for (int g = 0; g < LANE_GROUPS; g++) {
+            const float most =
+                fmaxf(fmaxf(x[4 * g], x[4 * g + 1]), fmaxf(x[4 * g + 2], x[4 * g + 3]));
+            const uint32_t tallest = __reduce_max_sync(0xffffffffu, height(most));
+            if (lane == g)
+                group_best[g] = tallest;
+        }
+    }
+    if (scored || p->n_logprobs >= 0)
+        score_part(m, row, first, at, job->n_top, raw, &s);
+    if (last_of(&m.n_scanned[index], m.n_parts, &s.block))
+        finish_row(m, row, index, job, &s);
+}
+
+#endif
