@@ -178,7 +178,7 @@ $(BUILD)/tests/unit/test_%: $(BUILD)/tests/unit/test_%.o $(BUILD)/libunit.a $(LI
 	$(say) LD $@
 	$(call link,$(CC),$(LIBS) $(TEST_LIBS))
 
-# A test of the CUDA backend is a unit test's program again, or a .c or .cu file of its own.
+# A test of the CUDA backend is a .c or .cu file of its own, or a unit test's program again.
 define link_emulated
 	@mkdir -p $(@D)
 	$(say) LD $@
@@ -190,17 +190,17 @@ define link_gpu
 	$(call link,$(CC),$(PROGRAM_LIBS) $(TEST_LIBS))
 endef
 FOR_CUDA := $(BUILD)/libunit.a $(LIB)
-$(BUILD)/tests/emulated/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(EMULATED)
-	$(link_emulated)
 $(BUILD)/tests/emulated/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(EMULATED)
 	$(link_emulated)
 $(BUILD)/tests/emulated/test_%: $(BUILD)/emulated/tests/cuda/test_%.o $(FOR_CUDA) $(EMULATED)
 	$(link_emulated)
-$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(REAL)
-	$(link_gpu)
+$(BUILD)/tests/emulated/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(EMULATED)
+	$(link_emulated)
 $(BUILD)/tests/gpu/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(REAL)
 	$(link_gpu)
 $(BUILD)/tests/gpu/test_%: $(BUILD)/cuda/tests/cuda/test_%.o $(FOR_CUDA) $(REAL)
+	$(link_gpu)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(REAL)
 	$(link_gpu)
 
 $(BUILD)/tests/unit/test_run: | $(BUILD)/latte-run
