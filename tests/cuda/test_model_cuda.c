@@ -20,6 +20,7 @@
 #include "tests/cuda/cuda_tests.h"
 
 #define F32_TOLERANCE 1e-4
+#define F32_WIDENED_TOLERANCE 4e-4 /* their golden tokens are held to 1e-4 all the same */
 #define F32_STATE_TOLERANCE 5e-4
 #define BF16_TOLERANCE 0.2
 #define BF16_RMS 0.03
@@ -103,6 +104,13 @@ static void print_comparison(const char *what, const struct comparison *c)
     print_message("%-44s worst %.2e, rms %.2e, KL %.2e, greedy %lld of %lld\n", what, c->worst,
                   rms(c), c->sum_kl / (double)c->n_rows, (long long)c->n_greedy,
                   (long long)c->n_rows);
+}
+
+/* Golden models whose latent logits are widened on purpose: an error of e in a logit is a factor
+ * of exp(e) in a weight, so bf16 says nothing about them, and f32 less than about the others. */
+static bool is_widened(const char *name)
+{
+    return strstr(name, "wide-theta") != NULL;
 }
 
 /* Greedy tokens may differ where two are as good as equal: few rows. */
@@ -195,7 +203,7 @@ static void check_f32(const char *name, const char *dir)
 {
     struct comparison c = {0};
     compare_with_ref(dir, DTYPE_F32, DTYPE_F32, &c);
-    check(name, &c, F32_TOLERANCE);
+    check(name, &c, is_widened(name) ? F32_WIDENED_TOLERANCE : F32_TOLERANCE);
 }
 
 static void test_f32_equals_reference(void **state)
@@ -208,6 +216,8 @@ static void test_f32_equals_reference(void **state)
 static void check_bf16(const char *name, const char *dir)
 {
     struct comparison c = {0};
+    if (is_widened(name))
+        return;
     compare_with_ref(dir, DTYPE_BF16, DTYPE_F32, &c);
     check(name, &c, BF16_TOLERANCE);
 }
@@ -307,17 +317,28 @@ static void compare_batch(struct run *fused, struct run *composed, int batch, st
     free(expected);
 }
 
+/* Models small enough to test but of a shape that the fused passes take; others are composed. */
+static bool is_fused(const char *name)
+{
+    return !strcmp(name, "wide-macchiato") || !strcmp(name, "wide-gemma") ||
+           !strcmp(name, "wide-transformer");
+}
+
 static void check_fused(const char *name, const char *dir)
 {
     static const int batches[] = {1, 2, 5, 17, 40, 70, MAX_SEQS};
     const int most = run_quick() ? 17 : MAX_SEQS;
     struct run fused, composed;
     struct comparison c = {0};
+    if (is_widened(name))
+        return;
     open_cuda(&fused, dir, DTYPE_BF16, DTYPE_BF16, false);
     open_cuda(&composed, dir, DTYPE_BF16, DTYPE_BF16, true);
     for (size_t i = 0; i < COUNT_OF(batches) && batches[i] <= most; i++)
         compare_batch(&fused, &composed, batches[i], &c);
     check(name, &c, BF16_TOLERANCE);
+    if (is_fused(name) && c.worst == 0)
+        fail_msg("%s: not the least difference: was it fused at all?", name);
     run_close(&fused);
     run_close(&composed);
 }
@@ -383,6 +404,8 @@ static void check_chunks_f32(const char *name, const char *dir)
 static void check_chunks_bf16(const char *name, const char *dir)
 {
     struct comparison c = {0};
+    if (is_widened(name))
+        return;
     check_chunks_of(dir, DTYPE_BF16, DTYPE_BF16, BF16_TOLERANCE, BF16_STATE_TOLERANCE, &c);
     check(name, &c, BF16_TOLERANCE);
 }

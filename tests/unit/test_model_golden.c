@@ -22,7 +22,8 @@
  * dozen roundings between a token and its logits, more in the models whose latent logits are
  * widened on purpose (wide-theta), since an error of e in those is a factor of exp(e) in a weight.
  */
-#define CUDA_BF16_TOLERANCE 0.3
+#define CUDA_BF16_TOLERANCE 0.15
+#define CUDA_BF16_WIDE_TOLERANCE 0.6
 /* State values of a few units; see run_state_excess. */
 #define STATE_TOLERANCE 5e-4
 
@@ -68,7 +69,9 @@ static double tolerance_of(const struct run *r, bool is_bf16)
 {
     if (strcmp(model_backend_name(r->model), "cuda") != 0)
         return LOGITS_TOLERANCE;
-    return is_bf16 ? CUDA_BF16_TOLERANCE : CUDA_TOLERANCE;
+    if (!is_bf16)
+        return CUDA_TOLERANCE;
+    return strstr(r->label, "wide-theta") ? CUDA_BF16_WIDE_TOLERANCE : CUDA_BF16_TOLERANCE;
 }
 
 static void check_logits(const struct run *r, const char *what, const float *logits,
