@@ -66,8 +66,8 @@ NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler -Wall,-Wextra -I. \
              $(foreach a,$(CUARCH),-gencode arch=compute_$a,code=sm_$a) \
              -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH))
 # Kernels read memory as what it is not (16 bytes at once), as CUDA allows. Fibers are not for
-# ThreadSanitizer.
-EMULATE_FLAGS := -std=c++17 -O2 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function \
+# ThreadSanitizer. What is built here runs here.
+EMULATE_FLAGS := -std=c++17 -O2 -march=native -ffp-contract=off -g -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function \
              -fno-strict-aliasing -fno-omit-frame-pointer -pthread -DLATTE_EMULATE -I. \
              -isystem $(CUDA_HOME)/include -fno-sanitize-recover=all -fsanitize=alignment \
              $(if $(filter address,$(SAN)),$(SAN_FLAGS))

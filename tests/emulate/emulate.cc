@@ -55,22 +55,23 @@ struct fiber : thread {
     context registers;
     unsigned char *stack;
     int warp;
+};
 
-    /* What it waits for in its warp. */
-    uint32_t mask;
-    void *arguments;
-    combine *what;
-    const char *file; /* where it waits, in the warp or at the barrier */
-    int line;
-
+struct background {          /* a thread's copies */
     copy copies[MAX_COPIES]; /* not done, oldest first */
-    int n_copies;
-    int groups[MAX_COPIES]; /* copies in all after each commit, oldest first */
-    int n_groups;
+    int groups[MAX_COPIES];  /* copies in all after each commit, oldest first */
+    int n_copies, n_groups;
 };
 
 struct warp {
     uint32_t ready, meeting, at_barrier, returned; /* lanes */
+
+    /* What each lane waits for, and where. */
+    uint32_t mask[32];
+    void *arguments[32];
+    combine *what[32];
+    const char *file[32];
+    int line[32];
 };
 
 thread *self;
@@ -79,6 +80,7 @@ dim3 block_dim, grid_dim;
 unsigned char *dynamic_shared;
 
 static fiber fibers[MAX_THREADS];
+static background backgrounds[MAX_THREADS];
 static warp warps[MAX_WARPS];
 static context host;
 static const kernel_run *running;
@@ -162,8 +164,10 @@ static void start(fiber *f)
     f->registers.fake_stack = nullptr;
 #ifdef __x86_64__
     /* As emulate_switch leaves it: six registers, where to return to, and a word that makes
-     * the stack aligned as after a call. */
-    void **top = (void **)(f->stack + STACK_BYTES) - 8;
+     * the stack aligned as after a call. Not at one place in all stacks, or they would share
+     * the same lines of the processor's cache. */
+    const size_t aside = (size_t)(f - fibers) * 5 % 64 * 64;
+    void **top = (void **)(f->stack + STACK_BYTES - aside) - 8;
     memset(top, 0, 8 * sizeof(*top));
     top[6] = (void *)fiber_main;
     f->registers.stack_pointer = top;
@@ -173,7 +177,8 @@ static void start(fiber *f)
     f->registers.registers.uc_stack.ss_size = STACK_BYTES;
     makecontext(&f->registers.registers, fiber_main, 0);
 #endif
-    f->n_copies = f->n_groups = 0;
+    background *b = &backgrounds[f - fibers];
+    b->n_copies = b->n_groups = 0;
 }
 
 /* ---- mistakes ---- */
@@ -269,21 +274,21 @@ static void catch_signals(bool begin)
         if (warps[w].returned)
             fprintf(stderr, "  warp %d: lanes %08x have returned\n", w, warps[w].returned);
         while (left) {
-            const fiber *f = &fibers[w * 32 + __builtin_ctz(left)];
+            const warp *in = &warps[w];
+            const int lane = __builtin_ctz(left);
+            const bool at_barrier = in->at_barrier >> lane & 1;
             uint32_t same = 0;
-            bool at_barrier = warps[w].at_barrier >> f->lane & 1;
-            for (uint32_t i = left; i; i &= i - 1) {
-                const fiber *other = &fibers[w * 32 + __builtin_ctz(i)];
-                if (other->file == f->file && other->line == f->line &&
-                    (at_barrier || other->mask == f->mask))
-                    same |= 1u << other->lane;
-            }
+            for (int i = lane; i < 32; i++)
+                if (left >> i & 1 && in->file[i] == in->file[lane] &&
+                    in->line[i] == in->line[lane] && (at_barrier || in->mask[i] == in->mask[lane]))
+                    same |= 1u << i;
             left &= ~same;
-            fprintf(stderr, "  warp %d: lanes %08x wait at %s:%d ", w, same, f->file, f->line);
+            fprintf(stderr, "  warp %d: lanes %08x wait at %s:%d ", w, same, in->file[lane],
+                    in->line[lane]);
             if (at_barrier)
                 fprintf(stderr, "for the block\n");
             else
-                fprintf(stderr, "for lanes %08x\n", f->mask);
+                fprintf(stderr, "for lanes %08x\n", in->mask[lane]);
         }
     }
     abort();
@@ -305,9 +310,9 @@ static int pick(uint32_t set)
         return __builtin_ctz(set);
     if (order == 1)
         return 31 - __builtin_clz(set);
-    for (int skip = (int)(random_bits() % (uint32_t)__builtin_popcount(set)); skip; skip--)
-        set &= set - 1;
-    return __builtin_ctz(set);
+    const unsigned from = random_bits() & 31;
+    const uint32_t turned = set >> from | set << (-from & 31);
+    return (int)((unsigned)__builtin_ctz(turned) + from) & 31;
 }
 
 static void make_ready(int w, uint32_t lanes)
@@ -362,12 +367,13 @@ int barrier(bool predicate, int *n_threads, const char *file, int line)
         barrier_file = file;
         barrier_line = line;
     }
-    if (line != barrier_line || strcmp(file, barrier_file))
+    if (line != barrier_line || (file != barrier_file && strcmp(file, barrier_file)))
         mistake(file, line, "this barrier meets another one, of %s:%d", barrier_file, barrier_line);
-    me->file = file;
-    me->line = line;
+    warp *w = &warps[me->warp];
+    w->file[me->lane] = file;
+    w->line[me->lane] = line;
+    w->at_barrier |= 1u << me->lane;
     n_true += predicate;
-    warps[me->warp].at_barrier |= 1u << me->lane;
     if (++n_arrived == n_live)
         open_barrier();
     rest();
@@ -376,43 +382,42 @@ int barrier(bool predicate, int *n_threads, const char *file, int line)
     return barrier_true;
 }
 
-/* Are all lanes of the mask here for the same? */
-static bool all_met(const fiber *me)
+/* Are all lanes of the lane's mask here for the same? */
+static bool all_met(const warp *w, int lane)
 {
-    const warp *w = &warps[me->warp];
-    if (me->mask & w->returned)
-        mistake(me->file, me->line, "waits for lanes %08x, which have returned",
-                me->mask & w->returned);
-    if ((w->meeting & me->mask) != me->mask)
+    const uint32_t mask = w->mask[lane];
+    if (mask & w->returned)
+        mistake(w->file[lane], w->line[lane], "waits for lanes %08x, which have returned",
+                mask & w->returned);
+    if ((w->meeting & mask) != mask)
         return false;
-    for (uint32_t lanes = me->mask; lanes; lanes &= lanes - 1) {
-        const fiber *other = &fibers[me->warp * 32 + __builtin_ctz(lanes)];
-        if (other->mask != me->mask)
+    for (int i = 0; i < 32; i++) {
+        if (!(mask >> i & 1))
+            continue;
+        if (w->mask[i] != mask)
             return false;
-        if (other->what != me->what || other->line != me->line)
-            mistake(me->file, me->line, "meets another warp operation, of %s:%d", other->file,
-                    other->line);
+        if (w->what[i] != w->what[lane] || w->line[i] != w->line[lane])
+            mistake(w->file[lane], w->line[lane], "meets another warp operation, of %s:%d",
+                    w->file[i], w->line[i]);
     }
     return true;
 }
 
 void meet(uint32_t mask, void *arguments, combine *what, const char *file, int line)
 {
-    fiber *me = current();
+    const fiber *me = current();
+    const int lane = me->lane;
     warp *w = &warps[me->warp];
-    me->mask = mask;
-    me->arguments = arguments;
-    me->what = what;
-    me->file = file;
-    me->line = line;
-    if (!(mask >> me->lane & 1))
-        mistake(file, line, "lane %d is not in its own mask %08x", me->lane, mask);
-    w->meeting |= 1u << me->lane;
-    if (all_met(me)) {
-        void *all[32];
-        for (uint32_t lanes = mask; lanes; lanes &= lanes - 1)
-            all[__builtin_ctz(lanes)] = fibers[me->warp * 32 + __builtin_ctz(lanes)].arguments;
-        what(all, mask);
+    if (!(mask >> lane & 1))
+        mistake(file, line, "lane %d is not in its own mask %08x", lane, mask);
+    w->mask[lane] = mask;
+    w->arguments[lane] = arguments;
+    w->what[lane] = what;
+    w->file[lane] = file;
+    w->line[lane] = line;
+    w->meeting |= 1u << lane;
+    if (all_met(w, lane)) {
+        what(w->arguments, mask);
         w->meeting &= ~mask;
         make_ready(me->warp, mask);
     }
@@ -505,6 +510,11 @@ bool is_shared(const void *pointer, size_t n)
 
 /* ---- copies in the background ---- */
 
+static background *copies_of_thread(void)
+{
+    return &backgrounds[current() - fibers];
+}
+
 void copy_16(void *shared, const void *global, bool valid, const char *file, int line)
 {
     if ((uintptr_t)shared % 16 || (valid && (uintptr_t)global % 16))
@@ -512,7 +522,7 @@ void copy_16(void *shared, const void *global, bool valid, const char *file, int
     if (!is_shared(shared, 16))
         mistake(file, line, "copy_async_16 to %p, which is not shared memory (dynamic: %p)", shared,
                 (void *)dynamic_shared);
-    fiber *me = current();
+    background *me = copies_of_thread();
     if (me->n_copies == MAX_COPIES)
         mistake(file, line, "more than %d copies in flight", MAX_COPIES);
     me->copies[me->n_copies++] = {(unsigned char *)shared, global, valid};
@@ -521,7 +531,7 @@ void copy_16(void *shared, const void *global, bool valid, const char *file, int
 
 void commit_copies(void)
 {
-    fiber *me = current();
+    background *me = copies_of_thread();
     if (me->n_groups == MAX_COPIES)
         mistake("emulate", 0, "more than %d groups of copies in flight", MAX_COPIES);
     me->groups[me->n_groups++] = me->n_copies;
@@ -529,7 +539,7 @@ void commit_copies(void)
 
 void wait_copies(int n_left)
 {
-    fiber *me = current();
+    background *me = copies_of_thread();
     const int n_groups = me->n_groups - n_left;
     if (n_groups <= 0)
         return;
@@ -578,16 +588,14 @@ static void multiply(void **arguments, uint32_t)
             b[2 * t + 8 * i + 1][g] = bf16_value(p->b[i] >> 16);
         }
     }
-    for (int lane = 0; lane < 32; lane++) {
-        const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < 4; i++) {
-            const int row = g + 8 * (i >> 1), column = 2 * t + (i & 1);
-            float sum = all[lane]->d[i];
-            for (int k = 0; k < 16; k++)
-                sum += a[row][k] * b[k][column];
-            all[lane]->d[i] = sum;
-        }
-    }
+    float sums[16][8] = {};
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < 16; k++)
+            for (int column = 0; column < 8; column++)
+                sums[row][column] += a[row][k] * b[k][column];
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++)
+            all[lane]->d[i] += sums[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
 }
 
 void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line)
@@ -667,12 +675,11 @@ static void start_fibers(void)
         f->index = {(unsigned)i, 0, 0};
         f->lane = i % 32;
         f->warp = i / 32;
-        f->file = "";
         start(f);
     }
     for (int w = 0; w < n_warps; w++) {
         const int n_lanes = n - w * 32;
-        warps[w] = {};
+        warps[w].ready = warps[w].meeting = warps[w].at_barrier = warps[w].returned = 0;
         make_ready(w, n_lanes >= 32 ? 0xffffffffu : (1u << n_lanes) - 1);
     }
 }
