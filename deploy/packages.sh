@@ -10,6 +10,12 @@ build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8pro
        libxxhash-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl"
 
+# CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
+cuda_home=${CUDA_HOME:-/usr/local/cuda}
+if command -v nvcc >/dev/null 2>&1 || [ -e "$cuda_home/include/cuda_runtime.h" ]; then
+    build="$build g++"
+fi
+
 case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;

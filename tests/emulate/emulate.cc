@@ -3,6 +3,7 @@
 #include "tests/emulate/block.h"
 
 #include <link.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -28,8 +29,7 @@ enum {
     STACK_BYTES = 256 * 1024, /* taken from the system as it is used */
     GUARD_BYTES = 4096,
     BEYOND_BYTES = 256 * 1024, /* behind shared memory, not to be touched */
-    CANARY = 0xA5,
-    POISON = 0xFF, /* NaN as f32, bf16 and fp8, -1 as an integer */
+    POISON = 0xFF,             /* NaN as f32, bf16 and fp8, -1 as an integer */
 };
 
 /* ---- fibers ---- */
@@ -241,7 +241,6 @@ static void segmentation(int, siginfo_t *info, void *)
 
 static void catch_signals(bool begin)
 {
-#if !defined(__SANITIZE_ADDRESS__) /* says more itself */
     static struct sigaction before[2];
     static unsigned char stack[64 * 1024];
     const int signals[2] = {SIGSEGV, SIGBUS};
@@ -254,10 +253,6 @@ static void catch_signals(bool begin)
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESETHAND;
     for (int i = 0; i < 2; i++)
         sigaction(signals[i], begin ? &ours : &before[i], begin ? &before[i] : nullptr);
-#else
-    (void)begin;
-    (void)segmentation;
-#endif
 }
 
 /* Where the threads of each warp stand, a line for each different place. */
@@ -481,22 +476,23 @@ static void place_shared(size_t n_bytes)
 static void poison_shared(void)
 {
     const size_t n = running->shared_bytes;
-    memset(dynamic_shared - 128, CANARY, 128);
+    memset(dynamic_shared - 128, POISON, 128);
     memset(dynamic_shared, POISON, n);
-    memset(dynamic_shared + n, CANARY, (size_t)(shared_end - dynamic_shared) - n);
+    memset(dynamic_shared + n, POISON, (size_t)(shared_end - dynamic_shared) - n);
     memset(static_shared.start, POISON, static_shared.n_bytes);
 }
 
+/* Is all around it still as it was? NaN: reading there shows too. */
 static void check_shared(void)
 {
     const unsigned char *end = dynamic_shared + running->shared_bytes;
     self = nullptr;
     for (const unsigned char *p = end; p < shared_end; p++)
-        if (*p != CANARY)
+        if (*p != POISON)
             mistake("emulate", 0, "dynamic shared memory was written at offset %zu",
                     (size_t)(p - dynamic_shared));
     for (const unsigned char *p = dynamic_shared - 128; p < dynamic_shared; p++)
-        if (*p != CANARY)
+        if (*p != POISON)
             mistake("emulate", 0, "dynamic shared memory was written at offset -%zu",
                     (size_t)(dynamic_shared - p));
 }
