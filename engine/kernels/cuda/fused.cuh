@@ -17,16 +17,17 @@
 #include "engine/kernels/cuda/cuda.cuh"
 
 enum {
-    SKINNY_ROWS = 64, /* the skinny product is the way up to so many rows */
+    SKINNY_ROWS = 48,          /* the skinny product is the way up to so many rows */
+    NORMED_IN_BLOCK_ROWS = 16, /* up to so many, every block norms the rows for itself */
 };
 
 /* Weights of one or several matrices stacked, [n_out, n_in] row-major, 16-byte aligned. */
 struct product_weight {
     const void *data;
-    enum dtype dtype;     /* BF16 or I8 */
-    const float *scales;  /* [n_out] for I8 */
-    const float *bias;    /* [n_out] or NULL */
-    int n_out, n_in;      /* n_in a multiple of 8 (BF16), 16 (I8); any n_out */
+    enum dtype dtype;    /* BF16 or I8 */
+    const float *scales; /* [n_out] for I8 */
+    const float *bias;   /* [n_out] or NULL */
+    int n_out, n_in;     /* n_in a multiple of 8 (BF16), 16 (I8); any n_out */
 };
 
 struct device_norm {
@@ -46,7 +47,7 @@ enum product_output {
 };
 
 struct product {
-    const void *in;          /* bf16 [rows, n_in], or f32 when it is to be normed */
+    const void *in; /* bf16 [rows, n_in], or f32 when it is to be normed */
     int64_t in_stride;
     struct device_norm norm; /* given: in is f32, the product's input is bf16(norm(in)) */
     const int32_t *in_rows;  /* gather: row r reads in[in_rows[r]]; or NULL */
@@ -55,9 +56,9 @@ struct product {
     int64_t out_stride;
     enum product_output output;
     enum activation act;
-    float softcap;           /* 0: none */
-    int rows;                /* of the bucket */
-    const int32_t *n_rows;   /* actual, on the device; rows beyond are not written */
+    float softcap;         /* 0: none */
+    int rows;              /* of the bucket */
+    const int32_t *n_rows; /* actual, on the device; rows beyond are not written */
 };
 
 /* Rows 1..SKINNY_ROWS, or any number when the queue is deterministic. A row's result has the
@@ -65,7 +66,8 @@ struct product {
 void skinny_product(struct cuda *c, const struct product *p);
 
 /* Any number of rows, through the library; norm, activation and accumulation included, in as
- * many launches as it takes. Uses c->converted and `wide` [rows, n_out] bf16 scratch for ACTIVATE. */
+ * many launches as it takes. Uses c->converted and `wide` [rows, n_out] bf16 scratch for ACTIVATE.
+ */
 void library_product(struct cuda *c, const struct product *p, bf16 *wide);
 
 /* The one of the two that is faster for the shape. */
@@ -93,22 +95,22 @@ bool fused_front(struct cuda *c, const struct product *p, const struct rglru_fro
 /* Launch 2, decode only: for each row and head softmax of the gates, rope of q and k, the latent
  * step P(eq 19), the window over the ring with this row put in, P(eq 13-14). */
 struct mix {
-    const bf16 *q, *k, *v;    /* before norm and rope; q NULL: no window */
-    int64_t stride;           /* of rows of q, k and v */
-    const float *theta, *g;   /* [rows, gate_stride]: M, and M or M+1 a head; NULL: from `u` below,
-                               * or no latents when shape.n_latents is 0 */
+    const bf16 *q, *k, *v;  /* before norm and rope; q NULL: no window */
+    int64_t stride;         /* of rows of q, k and v */
+    const float *theta, *g; /* [rows, gate_stride]: M, and M or M+1 a head; NULL: from `u` below,
+                             * or no latents when shape.n_latents is 0 */
     int64_t gate_stride;
-    const float *u;           /* [rows, D] f32, to be normed by u_norm when that is given */
+    const float *u; /* [rows, D] f32, to be normed by u_norm when that is given */
     struct device_norm u_norm;
     struct product_weight latent_q, latent_k;
     const float *q_norm, *k_norm; /* [d] or NULL */
     float qk_eps;
-    const double *frequencies;    /* [d/2] */
+    const double *frequencies; /* [d/2] */
     struct latent_shape latents;
-    struct window_shape window;   /* ring_rows 0: none */
+    struct window_shape window; /* ring_rows 0: none */
     struct device_slab<float> m, alpha, s;
-    struct slab ring_k, ring_v;   /* dtype as they say */
-    bf16 *out;                    /* [rows, H*d] */
+    struct slab ring_k, ring_v; /* dtype as they say */
+    bf16 *out;                  /* [rows, H*d] */
 };
 /* False: not for this shape (head_dim, ring too long): the caller composes. */
 bool fused_mix(struct cuda *c, const struct mix *m);

@@ -68,6 +68,12 @@ static __device__ __forceinline__ float square_sum(float4 v, float mean)
     return fmaf(x, x, y * y) + fmaf(z, z, w * w);
 }
 
+/* 1 / sqrt(mean of squares + eps), to 2 units in the last place. */
+static __device__ __forceinline__ float norm_scale(float squares, int dim, float eps)
+{
+    return rsqrtf(fmaf(squares, quick_reciprocal((float)dim), eps));
+}
+
 /* Mean and scale of row [dim], dim a multiple of 4, 16-byte aligned; held[p] of a lane are
  * values 4 (lane + 32 p) on, of which PER cover the row; beyond it they are 0. */
 template <int PER>
@@ -76,20 +82,22 @@ static __device__ __forceinline__ struct row_scale held_scale(const float4 (&hel
 {
     const int lane = threadIdx.x % WARP;
     struct row_scale s = {0, 0};
+    float square = 0;
     if (layer) {
         float sum = 0;
 #pragma unroll
         for (int p = 0; p < PER; p++)
             sum += (held[p].x + held[p].y) + (held[p].z + held[p].w);
         s.mean = warp_sum(sum) / dim;
-    }
-    float square = 0;
 #pragma unroll
-    for (int p = 0; p < PER; p++) {
-        if (4 * (lane + WARP * p) < dim)
-            square += square_sum(held[p], s.mean);
+        for (int p = 0; p < PER; p++)
+            square += 4 * (lane + WARP * p) < dim ? square_sum(held[p], s.mean) : 0;
+    } else { /* zeros add nothing: no branch in the way of one warp's few instructions */
+#pragma unroll
+        for (int p = 0; p < PER; p++)
+            square += square_sum(held[p], 0);
     }
-    s.scale = 1 / sqrtf(warp_sum(square) / dim + eps);
+    s.scale = norm_scale(warp_sum(square), dim, eps);
     return s;
 }
 
@@ -114,11 +122,11 @@ static __device__ __forceinline__ struct row_scale read_scale(const float *row, 
                     sum += pass ? square_sum(v[p], s.mean) : (v[p].x + v[p].y) + (v[p].z + v[p].w);
             }
         }
-        sum = warp_sum(sum) / dim;
+        sum = warp_sum(sum);
         if (pass)
-            s.scale = 1 / sqrtf(sum + eps);
+            s.scale = norm_scale(sum, dim, eps);
         else
-            s.mean = sum;
+            s.mean = sum / dim;
     }
     return s;
 }

@@ -77,7 +77,7 @@ struct product product_without_norm(struct cuda *c, const struct product *p)
  * norm every row again and again. */
 static bool plan_product(const struct cuda *c, const struct product *p, struct skinny_launch *out)
 {
-    if (!skinny_possible(p) || (p->norm.weight && p->rows > SKINNY_ROWS))
+    if (!skinny_possible(p) || (p->norm.weight && p->rows > NORMED_IN_BLOCK_ROWS))
         return false;
     if (p->w.dtype == DTYPE_I8 ? !skinny_plan_int8(c, p, out) : !skinny_plan_bf16(c, p, out))
         return false;

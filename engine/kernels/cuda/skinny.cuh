@@ -61,6 +61,13 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
     /* Partial sums, then scale and bias of each weight row of the tile. */
     static constexpr int SUMS = HALVES * TILES * 256 * SKINNY_WARPS + 64 * TILES;
 
+    /* Items of normed rows that there is room for: rows that lanes hold are written whole. */
+    static inline __host__ __device__ int in_items(int items)
+    {
+        const int held = 4 * WARP * SKINNY_HELD / COLUMNS;
+        return items < held ? held : items;
+    }
+
     /* several: a block computes more than one tile. */
     static inline __host__ __device__ struct skinny_layout layout(int n_in, bool several)
     {
@@ -70,7 +77,7 @@ template <class W, int HALVES, int TILES, bool NORM> struct skinny {
         l.stages = several || steps > STAGES ? STAGES : steps;
         l.in_stages = NORM ? 0 : several || steps > IN_STAGES ? IN_STAGES : steps;
         l.in = 0;
-        l.ring = NORM ? items * PIECES * HALVES * 512 : l.in_stages * IN_STAGE;
+        l.ring = NORM ? in_items(items) * PIECES * HALVES * 512 : l.in_stages * IN_STAGE;
         l.sums = l.ring + l.stages * RING_STAGE;
         l.overlapped = !several && l.sums + SUMS > SKINNY_PAIRED;
         l.bytes = l.sums + SUMS;
@@ -221,7 +228,6 @@ template <class W, int HALVES> struct skinny_norm {
     __device__ __forceinline__ void held_rows(const struct product &p, int first_row, int rows,
                                               int row, bool layer, uint4 *in)
     {
-        const int padded = (p.w.n_in + COLUMNS - 1) / COLUMNS * COLUMNS;
         float4 held[AT_ONCE][SKINNY_HELD];
 #pragma unroll
         for (int a = 0; a < AT_ONCE; a++) {
@@ -239,11 +245,9 @@ template <class W, int HALVES> struct skinny_norm {
 #pragma unroll
             for (int i = 0; i < SKINNY_HELD; i++) {
                 const int column = 4 * (threadIdx.x % WARP + WARP * i);
-                if (column >= padded)
-                    continue;
-                /* Beyond n_in weight and bias are 0, and so is the product of finite values. */
+                /* Beyond n_in weight and bias are 0, and there is room: no branch. */
                 store(in, row + SKINNY_WARPS * a, column, held[a][i], s, weight[i],
-                      load(p.norm.bias, p.w.n_in, i));
+                      layer ? load(p.norm.bias, p.w.n_in, i) : make_float4(0, 0, 0, 0));
             }
         }
     }

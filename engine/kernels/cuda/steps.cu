@@ -26,7 +26,9 @@ static struct form form_of(const struct gpu *g, const struct step *step)
 {
     const struct backend_options *o = &g->cuda.options;
     struct form f = {};
-    f.decode = step->n_rows == step->n_seqs;
+    /* Beside a prompt a decode row takes the prompt's kernels: where bits must not depend on the
+     * company it always does. */
+    f.decode = step->n_rows == step->n_seqs && !o->deterministic;
     f.rows =
         bucket(step->n_rows, f.decode && o->max_seqs < o->max_rows ? o->max_seqs : o->max_rows);
     f.seqs = f.decode ? f.rows : bucket(step->n_seqs, o->max_seqs);
