@@ -86,11 +86,24 @@ static void *upload_bytes(const void *data, size_t n_bytes)
     return p;
 }
 
+/* from_float and to_float are the device's: not to be called here. */
+static enum dtype dtype_of(const float *)
+{
+    return DTYPE_F32;
+}
+static enum dtype dtype_of(const bf16 *)
+{
+    return DTYPE_BF16;
+}
+static enum dtype dtype_of(const fp8 *)
+{
+    return DTYPE_F8_E4M3;
+}
+
 template <class T> static T *upload(const floats_of &x)
 {
     std::vector<T> y(x.size() + 1);
-    for (size_t i = 0; i < x.size(); i++)
-        y[i] = from_float<T>(x[i]);
+    dtype_from_f32(y.data(), dtype_of(y.data()), x.data(), x.size());
     return (T *)upload_bytes(y.data(), y.size() * sizeof(T));
 }
 
@@ -106,8 +119,7 @@ template <class T> static floats_of download(const void *p, size_t n)
     std::vector<T> y(n + 1);
     OK(cudaMemcpy(y.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
     floats_of x(n);
-    for (size_t i = 0; i < n; i++)
-        x[i] = to_float(y[i]);
+    dtype_to_f32(x.data(), y.data(), dtype_of(y.data()), n);
     return x;
 }
 
@@ -834,18 +846,15 @@ static void test_latent_mixed(void **)
     check(&t, run_latent, 1e-5);
 }
 
-/* Thetas that only rise, only fall, or jump between the ends of the range; then -inf. */
-static void test_latent_extremes(void **)
+/* Thetas that only rise, only fall, or jump between the ends of the range; then all alike. */
+static void check_extremes(const struct shape &shape, bool half, run_case *run, double tolerance)
 {
-    need_device();
-    by_pieces = true;
-    const struct shape shape = {1, 1, 6, 3, 1, 0, 1};
     for (int form = 0; form < 4; form++) {
         const struct batch b = {{{1, 200, 0}, {2, 130, 9}}};
         struct test_case t;
         t.shape = shape;
         t.batch = b;
-        t.half = false;
+        t.half = half;
         draw_inputs(&t);
         empty_slots(&t);
         for (int i = 0; i < b.n_rows() * 3; i++) {
@@ -857,8 +866,15 @@ static void test_latent_extremes(void **)
         }
         want_latents(&t, b.seqs[0], 0);
         want_latents(&t, b.seqs[1], 200);
-        check(&t, run_latent, 1e-5);
+        check(&t, run, tolerance);
     }
+}
+
+static void test_latent_extremes(void **)
+{
+    need_device();
+    by_pieces = true;
+    check_extremes({1, 1, 6, 3, 1, 0, 1}, false, run_latent, 1e-5);
 }
 
 /* ---- the window as an op ---- */
@@ -952,6 +968,12 @@ static void test_mix_long(void **)
               {{{1, 300, 0}, {2, 1, 50}, {3, 230, 90}, {4, 290, 1000000}}});
 }
 
+static void test_mix_extremes(void **)
+{
+    need_device();
+    check_extremes({1, 1, 16, 3, 0, 0, 1}, true, run_mix, 8e-3);
+}
+
 static void test_mix_refuses(void **)
 {
     need_device();
@@ -976,6 +998,7 @@ int main(void)
         TEST(test_mix_window_alone),
         TEST(test_mix_latents_alone),
         TEST(test_mix_long),
+        TEST(test_mix_extremes),
         TEST(test_mix_refuses),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
