@@ -24,6 +24,12 @@ struct latent_call {
 };
 void latent_rows(struct cuda *c, const struct latent_call *call);
 
+/* The rows of all pieces from the states they start from, [pieces, state_values]: m [L],
+ * alpha [L], s [L, d] (a sequence of one piece: from its slot), in bf16 on the tensor cores.
+ * False if call's shape is not for it; then nothing was launched. */
+bool latent_tiles(struct cuda *c, const struct latent_call *call, const float *states,
+                  size_t state_values);
+
 /* Keys or values of a layer in device memory: slabs of rings [KV, w, d]. */
 struct device_ring {
     void *data;

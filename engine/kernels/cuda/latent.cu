@@ -5,7 +5,7 @@
  *   1 latent_sums  each piece but a sequence's last: its own m, alpha, s from nothing
  *   2 latent_scan  the state each piece starts from: slot, then one piece after the other
  *   3 latent_piece the rows of a piece one by one from its start; the last one's end is the
- *                  slot's new state
+ *                  slot's new state. In bf16 latent_tile (latent_tile.cu), all rows at once
  * A sequence of one piece needs 3 alone, from the slot to the slot: that is decode.
  * Rows follow P(eq 19) itself with the running maximum of every row, so a row far below the
  * maximum of its piece keeps its digits. Letters as in backend.h.
@@ -23,6 +23,7 @@ enum {
     CHUNK = 8,              /* rows whose scalars are in shared memory at a time */
     GROUP = 8,              /* latents a thread of latent_sums holds */
     BATCH = 16,             /* pieces of latent_scan in flight */
+    SCANS = 31,             /* sequences scanned at once: odd, or regular ones would meet */
     THREADS = 256,          /* of a block at most */
     MAX_SHARED = 96 * 1024, /* what a block may have on every chip from 8.0 on */
 };
@@ -423,28 +424,17 @@ __global__ void __launch_bounds__(THREADS) latent_sums(const struct latent_args 
     }
 }
 
-/* Pieces of a sequence one after the other: what latent_sums left for a piece gives way to the
- * state the piece starts from. Moves L * (d + 2) floats a piece each way, within L2; a chain of
- * pieces / BATCH round trips, 7 us for 128 pieces. A block has whole latents of one sequence: its
- * threads all read a latent's m before the barrier, one overwrites it after. */
-__global__ void latent_scan(const struct latent_args a)
+/* The sequence whose first piece is `first`. A block has whole latents: its threads all read a
+ * latent's m before the barrier, one overwrites it after. */
+__device__ void scan_sequence(const struct latent_args *a, int first)
 {
-    pdl_trigger();
-    pdl_wait();
-    const struct device_step *step = &a.step;
-    const struct latent_call *call = &a.call;
-    if (blockIdx.x >= (unsigned)step->sizes->n_pieces)
-        return;
-    const struct piece piece = step->pieces[blockIdx.x];
-    if (piece.first != (int)blockIdx.x)
-        return;
+    const struct device_step *step = &a->step;
+    const struct latent_call *call = &a->call;
+    const struct piece piece = step->pieces[first];
     const int n_rows = step->seq_start[piece.seq + 1] - piece.row;
     const int n = (n_rows + PIECE_ROWS - 1) / PIECE_ROWS;
-    if (n == 1)
-        return;
-
     const int L = call->shape.n_heads * call->shape.n_latents, d = call->shape.head_dim;
-    const int l = blockIdx.y * (blockDim.x / d) + threadIdx.x / d, i = threadIdx.x % d;
+    const int l = blockIdx.x * (blockDim.x / d) + threadIdx.x / d, i = threadIdx.x % d;
     const bool active = l < L && threadIdx.x < blockDim.x / d * d;
     const int64_t slot = step->seq_slot[piece.seq];
     float m = -INFINITY, alpha = 0, s = 0;
@@ -453,13 +443,13 @@ __global__ void latent_scan(const struct latent_args a)
         alpha = call->alpha.data[slot * call->alpha.row_values + l];
         s = call->s.data[slot * call->s.row_values + (int64_t)l * d + i];
     }
-    float *state = a.states + (size_t)blockIdx.x * a.state_values;
-    for (int j0 = 0; j0 < n; j0 += BATCH, state += BATCH * a.state_values) {
+    float *state = a->states + (size_t)first * a->state_values;
+    for (int j0 = 0; j0 < n; j0 += BATCH, state += BATCH * a->state_values) {
         float piece_m[BATCH], piece_alpha[BATCH], piece_s[BATCH];
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             const bool given = active && j0 + j < n - 1;
-            const float *from = state + j * a.state_values;
+            const float *from = state + j * a->state_values;
             piece_m[j] = given ? from[l] : -INFINITY;
             piece_alpha[j] = given ? from[L + l] : 0;
             piece_s[j] = given ? from[2 * L + (size_t)l * d + i] : 0;
@@ -467,7 +457,7 @@ __global__ void latent_scan(const struct latent_args a)
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            float *to = state + j * a.state_values;
+            float *to = state + j * a->state_values;
             if (active && j0 + j < n) {
                 if (i == 0) {
                     to[l] = m;
@@ -481,6 +471,25 @@ __global__ void latent_scan(const struct latent_args a)
             s = fmaf(s, keep, piece_s[j] * take);
             m = fmaxf(m, now);
         }
+    }
+}
+
+/* Pieces of a sequence one after the other: what latent_sums left for a piece gives way to the
+ * state the piece starts from. Moves L * (d + 2) floats a piece each way, within L2; a chain of
+ * pieces / BATCH round trips, 7 us for 128 pieces. Sequences of one piece cost a look at them. */
+__global__ void latent_scan(const struct latent_args a)
+{
+    pdl_trigger();
+    pdl_wait();
+    const struct device_step *step = &a.step;
+    const int n_pieces = step->sizes->n_pieces;
+    /* Each lane looks at one piece: does the next one follow it in a sequence it begins? */
+    for (int base = blockIdx.y; base < n_pieces; base += WARP * gridDim.y) {
+        const int mine = base + (int)(threadIdx.x % WARP * gridDim.y);
+        const bool begins = mine + 1 < n_pieces && step->pieces[mine + 1].first == mine;
+        unsigned found = __ballot_sync(0xffffffffu, begins);
+        for (; found; found &= found - 1)
+            scan_sequence(&a, base + (__ffs((int)found) - 1) * (int)gridDim.y);
     }
 }
 
@@ -544,7 +553,8 @@ template <class T, int COLS> struct latent_family {
     {
         const int L = a->call.shape.n_heads * a->call.shape.n_latents, d = a->call.shape.head_dim;
         const int latents = d > 128 ? 1 : 128 / d;
-        launch(&c->queue, "latent_scan", latent_scan, dim3(c->step.n_pieces, ceil_div(L, latents)),
+        launch(&c->queue, "latent_scan", latent_scan,
+               dim3(ceil_div(L, latents), min(c->step.rows / (PIECE_ROWS + 1) + 1, (int)SCANS)),
                round_to_warp(latents * d), 0, *a);
     }
 
@@ -572,7 +582,8 @@ template <class T, int COLS> struct latent_family {
             sums(c, &a);
             scan(c, &a);
         }
-        rows(c, &a, a.whole ? c->step.seqs : c->step.n_pieces);
+        if (a.whole || !latent_tiles(c, call, a.states, a.state_values))
+            rows(c, &a, a.whole ? c->step.seqs : c->step.n_pieces);
     }
 };
 

@@ -414,7 +414,21 @@ __global__ void window_fold(const struct window_args a)
 
 /* ---- the ring ---- */
 
-/* A block: a piece's rows of one kv head, those that the ring keeps. */
+template <class T, int VEC> struct alignas(VEC * sizeof(T)) stored {
+    T x[VEC];
+};
+
+template <int VEC, class T> __device__ __forceinline__ void store_values(T *to, const float *x)
+{
+    struct stored<T, VEC> y;
+#pragma unroll
+    for (int e = 0; e < VEC; e++)
+        y.x[e] = from_float<T>(x[e]);
+    *(struct stored<T, VEC> *)to = y;
+}
+
+/* The rows of a piece that the ring keeps, shared by the blocks of one x. Moves 2 KV d values a
+ * kept row: 50 MB, 17 us, for 8192 rows in bf16 of which all are kept. */
 template <class S, class T, int VEC>
 __global__ void __launch_bounds__(THREADS)
     ring_put(const struct device_step step, const struct ring_update u)
@@ -424,34 +438,38 @@ __global__ void __launch_bounds__(THREADS)
     if (blockIdx.x >= (unsigned)step.sizes->n_pieces)
         return;
     const struct piece piece = step.pieces[blockIdx.x];
-    const int64_t w = u.ring_rows, kv = blockIdx.y, slot = step.seq_slot[piece.seq];
+    const int64_t w = u.ring_rows, slot = step.seq_slot[piece.seq];
     const int end = step.seq_start[piece.seq + 1];
     const int skip = (int)max((int64_t)0, end - w - piece.row);
+    if (skip >= piece.n_rows)
+        return;
     const int64_t position = step.positions[piece.row];
-    T *ring_k = (T *)u.ring_k.data + slot * u.ring_k.row_values + kv * w * u.head_dim;
-    T *ring_v = (T *)u.ring_v.data + slot * u.ring_v.row_values + kv * w * u.head_dim;
+    T *ring_k = (T *)u.ring_k.data + slot * u.ring_k.row_values;
+    T *ring_v = (T *)u.ring_v.data + slot * u.ring_v.row_values;
 
-    const int chunks = u.head_dim / VEC;
-    for (int at = skip * chunks + threadIdx.x; at < piece.n_rows * chunks; at += THREADS) {
-        const int r = at / chunks, i = at % chunks * VEC;
+    const int chunks = u.head_dim / VEC, units = u.n_kv_heads * chunks;
+#pragma unroll 2
+    for (int at = skip * units + (int)(blockIdx.y * THREADS + threadIdx.x);
+         at < piece.n_rows * units; at += (int)gridDim.y * THREADS) {
+        const int r = at / units, kv = at % units / chunks, i = at % chunks * VEC;
         const S *k = (const S *)u.k + (piece.row + r) * u.k_stride + kv * u.head_dim + i;
         const S *v = (const S *)u.v + (piece.row + r) * u.v_stride + kv * u.head_dim + i;
-        const int64_t to = (position + r) % w * u.head_dim + i;
+        const int64_t to = (kv * w + (position + r) % w) * u.head_dim + i;
         float x[VEC], y[VEC];
         load_values<VEC>(x, k);
         load_values<VEC>(y, v);
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            ring_k[to + e] = from_float<T>(x[e]);
-            ring_v[to + e] = from_float<T>(y[e]);
-        }
+        store_values<VEC>(ring_k + to, x);
+        store_values<VEC>(ring_v + to, y);
     }
 }
 
 template <class S, class T> void put(struct cuda *c, const struct ring_update *u)
 {
-    const dim3 grid(c->step.n_pieces, u->n_kv_heads);
-    const bool wide = sizeof(S) == 2 && u->head_dim % 8 == 0;
+    /* Few pieces are cut finely; of many, most keep no row and should cost little. */
+    const dim3 grid(c->step.n_pieces, c->step.n_pieces <= 64 ? 8 : 2);
+    const bool wide = sizeof(S) == 2 && u->head_dim % 8 == 0 && u->k_stride % 8 == 0 &&
+                      u->v_stride % 8 == 0 && u->ring_k.row_values % 8 == 0 &&
+                      u->ring_v.row_values % 8 == 0;
     if (wide)
         launch(&c->queue, "ring_put", ring_put < S, T, sizeof(S) == 2 ? 8 : 1 >, grid, THREADS, 0,
                c->step, *u);
