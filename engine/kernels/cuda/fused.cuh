@@ -97,12 +97,8 @@ bool fused_front(struct cuda *c, const struct product *p, const struct rglru_fro
 struct mix {
     const bf16 *q, *k, *v;  /* before norm and rope; q NULL: no window */
     int64_t stride;         /* of rows of q, k and v */
-    const float *theta, *g; /* [rows, gate_stride]: M, and M or M+1 a head; NULL: from `u` below,
-                             * or no latents when shape.n_latents is 0 */
+    const float *theta, *g; /* [rows, gate_stride]: M, and M or M+1 a head; NULL: no latents */
     int64_t gate_stride;
-    const float *u; /* [rows, D] f32, to be normed by u_norm when that is given */
-    struct device_norm u_norm;
-    struct product_weight latent_q, latent_k;
     const float *q_norm, *k_norm; /* [d] or NULL */
     float qk_eps;
     const double *frequencies; /* [d/2] */

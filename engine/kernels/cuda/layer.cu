@@ -12,7 +12,6 @@ extern "C" {
 }
 
 enum {
-    GATES_IN_MIX_ROWS = 16, /* up to here the mixing kernel computes the latents' logits itself */
 };
 
 /* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
@@ -345,26 +344,19 @@ static struct mix mix_of(const struct pass *p)
         m.m = float_slab(&slabs[STATE_LATENT_M]);
         m.alpha = float_slab(&slabs[STATE_LATENT_ALPHA]);
         m.s = float_slab(&slabs[STATE_LATENT_S]);
-        set_latent_input(p, &m.u, &m.u_norm);
-        m.latent_q = weight_of(&p->w->latent_q);
-        m.latent_k = weight_of(&p->w->latent_k);
     }
     m.out = p->s->mixed;
     return m;
 }
 
-/* Pass 2 for any step; small batches have the latents' logits computed where they are used. */
+/* Pass 2 for any step. */
 static void mix(const struct pass *p)
 {
     struct mix m = mix_of(p);
-    const bool decode = p->c->step.decode;
-    const bool small = p->c->step.rows <= GATES_IN_MIX_ROWS && !p->c->queue.deterministic;
-    if (p->latents && !(decode && small))
+    if (p->latents)
         gates(p, &m);
-    if (decode && fused_mix(p->c, &m))
+    if (p->c->step.decode && fused_mix(p->c, &m))
         return;
-    if (p->latents && !m.theta)
-        gates(p, &m);
     CHECK(prompt_mix(p->c, &m));
 }
 
