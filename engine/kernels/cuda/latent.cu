@@ -22,6 +22,8 @@ namespace
 enum {
     CHUNK = 8,              /* rows whose scalars are in shared memory at a time */
     GROUP = 8,              /* latents a thread of latent_sums holds */
+    LANES = 8,              /* that share a latent's rows there */
+    AHEAD = 16,             /* rows of values it has in flight */
     BATCH = 16,             /* pieces of latent_scan in flight */
     SCANS = 31,             /* sequences scanned at once: odd, or regular ones would meet */
     THREADS = 256,          /* of a block at most */
@@ -379,17 +381,32 @@ __global__ void __launch_bounds__(THREADS) latent_sums(const struct latent_args 
     __syncthreads();
 
     float *state = a.states + (size_t)blockIdx.x * a.state_values;
-    for (int i = threadIdx.x; i < a.heads * M; i += blockDim.x) {
-        float *theta = shared + i / M * padded + i % M, top = -INFINITY, sum = 0;
-        for (int r = 0; r < PIECE_ROWS; r++)
-            top = fmaxf(top, theta[r * stride]);
-        for (int r = 0; r < PIECE_ROWS; r++) {
-            const float e = theta[r * stride] == top ? 1 : expf(theta[r * stride] - top);
-            theta[r * stride] = e;
-            sum += e;
+    /* Eight lanes a latent, each every eighth row; every lane goes through every shuffle. */
+    for (int u0 = 0; u0 < a.heads * M * LANES; u0 += blockDim.x) {
+        const int u = u0 + threadIdx.x, i = min(u / LANES, a.heads * M - 1), lane = u % LANES;
+        const bool mine = u < a.heads * M * LANES;
+        float *theta = shared + i / M * padded + i % M + lane * stride, top = -INFINITY, sum = 0;
+        float x[PIECE_ROWS / LANES];
+#pragma unroll
+        for (int r = 0; r < PIECE_ROWS / LANES; r++) {
+            x[r] = mine ? theta[r * LANES * stride] : 0;
+            top = fmaxf(top, x[r]);
         }
-        state[h0 * M + i] = top;
-        state[L + h0 * M + i] = sum;
+        for (int o = LANES / 2; o; o >>= 1)
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
+#pragma unroll
+        for (int r = 0; r < PIECE_ROWS / LANES; r++) {
+            x[r] = x[r] == top ? 1 : expf(x[r] - top);
+            sum += x[r];
+            if (mine)
+                theta[r * LANES * stride] = x[r];
+        }
+        for (int o = LANES / 2; o; o >>= 1)
+            sum += __shfl_xor_sync(0xffffffffu, sum, o);
+        if (mine && lane == 0) {
+            state[h0 * M + i] = top;
+            state[L + h0 * M + i] = sum;
+        }
     }
     __syncthreads();
 
@@ -401,18 +418,22 @@ __global__ void __launch_bounds__(THREADS) latent_sums(const struct latent_args 
         const T *v = (const T *)call->v + piece.row * call->v_stride + kv * d + i;
         const float *e = shared + h * padded + group * GROUP;
         float sum[GROUP][COLS] = {};
-#pragma unroll 8
-        for (int r = 0; r < PIECE_ROWS; r++) {
-            const struct columns<T, COLS> x =
-                *(const struct columns<T, COLS> *)(v + r * call->v_stride);
-            float w[GROUP];
-            *(float4 *)w = *(const float4 *)(e + r * stride);
-            *(float4 *)(w + 4) = *(const float4 *)(e + r * stride + 4);
+        for (int r0 = 0; r0 < PIECE_ROWS; r0 += AHEAD) {
+            struct columns<T, COLS> x[AHEAD];
 #pragma unroll
-            for (int l = 0; l < GROUP; l++)
+            for (int r = 0; r < AHEAD; r++)
+                x[r] = *(const struct columns<T, COLS> *)(v + (r0 + r) * call->v_stride);
 #pragma unroll
-                for (int j = 0; j < COLS; j++)
-                    sum[l][j] = fmaf(w[l], to_float(x.x[j]), sum[l][j]);
+            for (int r = 0; r < AHEAD; r++) {
+                float w[GROUP];
+                *(float4 *)w = *(const float4 *)(e + (r0 + r) * stride);
+                *(float4 *)(w + 4) = *(const float4 *)(e + (r0 + r) * stride + 4);
+#pragma unroll
+                for (int l = 0; l < GROUP; l++)
+#pragma unroll
+                    for (int j = 0; j < COLS; j++)
+                        sum[l][j] = fmaf(w[l], to_float(x[r].x[j]), sum[l][j]);
+            }
         }
         float *s = state + 2 * L + (size_t)((h0 + h) * M + group * GROUP) * d + i;
 #pragma unroll

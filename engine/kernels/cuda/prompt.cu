@@ -218,7 +218,7 @@ __device__ __forceinline__ float logit(float product, struct score_scale s)
     if (s.cap == 0)
         return product * s.scale;
     /* tanh(x) = 1 - 2 / (e^2x + 1), scale here is 2 log2(e) / cap of the score's */
-    return s.cap * log2e * (1 - 2 / (exp2f(product * s.scale) + 1));
+    return s.cap * log2e * (1 - 2 / (quick_exp2(product * s.scale) + 1));
 }
 
 /* A block: the rows of one piece and one head, against the keys of positions t-w+1..t a tile at
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
                 highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 1));
                 highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 2));
                 shift[r] = highest[r] == -INFINITY ? 0 : highest[r]; /* no key seen yet */
-                const float keep = exp2f(top[r] - shift[r]);
+                const float keep = quick_exp2(top[r] - shift[r]);
                 top[r] = highest[r];
                 total[r] *= keep;
 #pragma unroll
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
             for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    scores[n][e] = exp2f(scores[n][e] - shift[e / 2]);
+                    scores[n][e] = quick_exp2(scores[n][e] - shift[e / 2]);
                     total[e / 2] += scores[n][e];
                 }
 #pragma unroll
