@@ -57,24 +57,26 @@ REAL      := $(BUILD)/libcuda.a
 EMULATED  := $(BUILD)/libcuda_emulated.a
 NONE      := $(BUILD)/libcuda_none.a
 HAS_CUDA  := $(filter 1,$(if $(SAN),0,$(CUDA)))
-HAS_HEADERS := $(wildcard $(CUDA_HOME)/include/cuda_runtime.h)
+EMULATES  := $(if $(filter thread,$(SAN)),,$(wildcard $(CUDA_HOME)/include/cuda_runtime.h))
 PROGRAM_CUDA := $(if $(HAS_CUDA),$(REAL),$(NONE))
+SHARED    := $(BUILD)/lib/liblattecuda.so# tests for GPUs share it: kernels are large
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -Wl,--as-needed \
-             -lcudart_static -lcublasLt -lrt -ldl -lstdc++
-PROGRAM_LIBS := $(LIBS) $(if $(HAS_CUDA),$(CUDA_LIBS))
-NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler -Wall,-Wextra -I. \
+             -lcublasLt -lrt -ldl -lstdc++
+PROGRAM_LIBS := $(LIBS) $(if $(HAS_CUDA),$(CUDA_LIBS) -lcudart_static)
+GPU_TEST_LIBS := -Wl,-rpath,'$$ORIGIN/../../lib' $(LIBS) -lcmocka $(CUDA_LIBS) -lcudart
+NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler -fPIC,-Wall,-Wextra -I. \
              $(foreach a,$(CUARCH),-gencode arch=compute_$a,code=sm_$a) \
              -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH))
-# Kernels read memory as what it is not (16 bytes at once), as CUDA allows. Fibers are not for
-# ThreadSanitizer. What is built here runs here.
-EMULATE_FLAGS := -std=c++17 -O2 -march=native -ffp-contract=off -g -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function \
-             -fno-strict-aliasing -fno-omit-frame-pointer -pthread -DLATTE_EMULATE -I. \
+# Kernels read memory as what it is not (16 bytes at once), as CUDA allows. ThreadSanitizer does
+# not know fibers: there is no such build. What is built here runs here.
+EMULATE_FLAGS := -std=c++17 $(if $(SAN),-O1,-O2) -march=native -ffp-contract=off -g -Wall -Wextra \
+             -Wno-unknown-pragmas -Wno-unused-function -fno-strict-aliasing -fno-omit-frame-pointer -pthread -DLATTE_EMULATE -I. \
              -isystem $(CUDA_HOME)/include -fno-sanitize-recover=all -fsanitize=alignment \
              $(if $(filter address,$(SAN)),$(SAN_FLAGS))
 
 CUDA_TESTS := $(patsubst tests/%,%,$(basename $(wildcard tests/cuda/test_*.c tests/cuda/test_*.cu)) \
               $(addprefix tests/unit/,test_backend test_model test_model_golden))
-EMULATED_TESTS := $(if $(HAS_HEADERS),$(addprefix $(BUILD)/tests/emulated/,$(notdir $(CUDA_TESTS))))
+EMULATED_TESTS := $(if $(EMULATES),$(addprefix $(BUILD)/tests/emulated/,$(notdir $(CUDA_TESTS))))
 GPU_TESTS  := $(addprefix $(BUILD)/tests/gpu/,$(filter-out test_emulate,$(notdir $(CUDA_TESTS))))
 
 UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
@@ -90,7 +92,7 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
 FUZZ_SECONDS ?= 20
 
 .PHONY: all help packages serve test unit-test http-test cuda-test unit-tests http-tests cuda-tests \
-        gpu-tests test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
+        gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -106,7 +108,7 @@ serve: packages ## build and serve the bundled model on 127.0.0.1:8080 (MODEL=di
 test: ## install what is missing, build, and run all tests
 	@sh deploy/packages.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) all unit-tests http-tests cuda-tests
-	@sh tests/run.sh $(BUILD) unit http $(if $(HAS_HEADERS),emulated)
+	@sh tests/run.sh $(BUILD) unit http $(if $(EMULATES),emulated)
 
 unit-test: ## the unit tests alone (TEST_ONLY=name picks some)
 	@sh deploy/packages.sh test
@@ -121,7 +123,7 @@ http-test: ## the HTTP tests alone
 cuda-test: ## the tests of the CUDA backend alone, run by the host
 	@sh deploy/packages.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) cuda-tests
-	@sh tests/run.sh $(BUILD) $(if $(HAS_HEADERS),emulated)
+	@sh tests/run.sh $(BUILD) $(if $(EMULATES),emulated)
 
 test-gpu: ## the tests that need a GPU (GPU_PREBUILT=1: run what gpu-tests built)
 ifndef GPU_PREBUILT
@@ -140,10 +142,20 @@ endif
 	  TEST_UNDER="compute-sanitizer --tool $$tool --error-exitcode 1" \
 	  sh tests/run.sh $(BUILD) gpu || exit 1; done
 
-gpu-tests: $(GPU_TESTS) ## build the tests that need a GPU, to run them elsewhere too
+gpu-tests: $(GPU_TESTS) ## build the tests that need a GPU
 	@git describe --always --dirty >$(BUILD)/commit 2>/dev/null || echo unknown >$(BUILD)/commit
+
+# The C library, the C++ library and CUDA are left to that machine.
+gpu-bundle: gpu-tests all ## pack them and the programs for a machine that has CUDA and little else
+	@ldd $(GPU_TESTS) $(PROGRAMS) | awk '$$3 ~ "^/" { print $$3 }' | sort -u \
+	  | grep -vE '/(libc|libm|librt|libdl|libpthread|libstdc\+\+|libgcc_s)\.so|lattecuda|$(CUDA_HOME)/' \
+	  | xargs -I{} cp -Lu {} $(BUILD)/lib/
+	$(Q)tar -c $(BUILD)/commit $(BUILD)/lib $(BUILD)/tests/gpu $(PROGRAMS) \
+	  | xz -T2 --lzma2=preset=1,dict=256MiB >$(BUILD)/gpu.tar.xz
+	@ls -l $(BUILD)/gpu.tar.xz
+
 cuda-tests: $(EMULATED_TESTS)
-	@$(if $(HAS_HEADERS),:,echo "tests of the CUDA backend LEFT OUT: no CUDA headers in $(CUDA_HOME)/include")
+	@$(if $(EMULATES),:,echo "tests of the CUDA backend LEFT OUT: no $(CUDA_HOME)/include/cuda_runtime.h, or SAN=thread")
 
 unit-tests: $(UNIT_TESTS)
 http-tests: $(HTTP_TESTS) $(BUILD)/latte-server
@@ -160,7 +172,7 @@ $(BUILD)/%.a:
 	$(Q)ar rcs $@ $^
 
 # $(call link,$(CC),libraries): the archives need each other.
-link = $(Q)$1 $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a,$^) -Wl,--end-group $2
+link = $(Q)$1 $(LDFLAGS) -o $@ $(filter %.o,$^) -Wl,--start-group $(filter %.a %.so,$^) -Wl,--end-group $2
 
 $(BUILD)/latte-server: $(BUILD)/server/main.o $(LIB) $(PROGRAM_CUDA)
 	$(say) LD $@
@@ -187,8 +199,13 @@ endef
 define link_gpu
 	@mkdir -p $(@D)
 	$(say) LD $@
-	$(call link,$(CC),$(PROGRAM_LIBS) $(TEST_LIBS))
+	$(call link,$(CC),$(GPU_TEST_LIBS))
 endef
+$(SHARED): $(CUDA_SRC:%.cu=$(BUILD)/cuda/%.o)
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)$(CC) -shared -Wl,-soname,$(@F) -o $@ $^ $(CUDA_LIBS) -lcudart
+
 FOR_CUDA := $(BUILD)/libunit.a $(LIB)
 $(BUILD)/tests/emulated/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(EMULATED)
 	$(link_emulated)
@@ -196,11 +213,11 @@ $(BUILD)/tests/emulated/test_%: $(BUILD)/emulated/tests/cuda/test_%.o $(FOR_CUDA
 	$(link_emulated)
 $(BUILD)/tests/emulated/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(EMULATED)
 	$(link_emulated)
-$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(REAL)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/cuda/test_%.o $(FOR_CUDA) $(SHARED)
 	$(link_gpu)
-$(BUILD)/tests/gpu/test_%: $(BUILD)/cuda/tests/cuda/test_%.o $(FOR_CUDA) $(REAL)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/cuda/tests/cuda/test_%.o $(FOR_CUDA) $(SHARED)
 	$(link_gpu)
-$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(REAL)
+$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(SHARED)
 	$(link_gpu)
 
 $(BUILD)/tests/unit/test_run: | $(BUILD)/latte-run

@@ -86,6 +86,8 @@ for kind in "$@"; do
             skipped=$((skipped + 1))
             continue
         fi
+        # Libraries that came with the tests: make gpu-bundle.
+        export LD_LIBRARY_PATH="$build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
         echo "commit $(cat "$build/commit" 2>/dev/null || echo unknown), GPU and driver: $gpus"
     fi
     for program in "$build/tests/$kind"/test_*; do
