@@ -63,16 +63,17 @@ SHARED    := $(BUILD)/lib/liblattecuda.so# tests for GPUs share it: kernels are 
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -Wl,--as-needed \
              -lcublasLt -lrt -ldl -lstdc++
 PROGRAM_LIBS := $(LIBS) $(if $(HAS_CUDA),$(CUDA_LIBS) -lcudart_static)
-GPU_TEST_LIBS := -Wl,-rpath,'$$ORIGIN/../../lib' $(LIBS) -lcmocka $(CUDA_LIBS) -lcudart
+GPU_TEST_LIBS := -Wl,--as-needed -Wl,-rpath,'$$ORIGIN/../../lib' $(LIBS) -lcmocka $(CUDA_LIBS) -lcudart
 NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler -fPIC,-Wall,-Wextra -I. \
              $(foreach a,$(CUARCH),-gencode arch=compute_$a,code=sm_$a) \
              -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH))
 # Kernels read memory as what it is not (16 bytes at once), as CUDA allows. ThreadSanitizer does
 # not know fibers: there is no such build. What is built here runs here.
-EMULATE_FLAGS := -std=c++17 $(if $(SAN),-O1,-O2) -march=native -ffp-contract=off -g -Wall -Wextra \
-             -Wno-unknown-pragmas -Wno-unused-function -fno-strict-aliasing -fno-omit-frame-pointer -pthread -DLATTE_EMULATE -I. \
-             -isystem $(CUDA_HOME)/include -fno-sanitize-recover=all -fsanitize=alignment \
-             $(if $(filter address,$(SAN)),$(SAN_FLAGS))
+EMULATE_FLAGS := -std=c++17 $(if $(SAN),-O1,-O2) -march=native -ffp-contract=off -g -DLATTE_EMULATE \
+             -I. -isystem $(CUDA_HOME)/include -Wall -Wextra -Wno-unknown-pragmas \
+             -Wno-unused-function -fno-strict-aliasing -fno-omit-frame-pointer -pthread \
+             -fsanitize=alignment $(if $(filter address,$(SAN)),$(SAN_FLAGS)) \
+             -fno-sanitize-recover=all
 
 CUDA_TESTS := $(patsubst tests/%,%,$(basename $(wildcard tests/cuda/test_*.c tests/cuda/test_*.cu)) \
               $(addprefix tests/unit/,test_backend test_model test_model_golden))
