@@ -1,23 +1,25 @@
 /* mix.cu - launch 2 of a decode layer: one row's latents and window, head by head.
  *
- * An item is one row and one or several query heads that share a kv head. Everything it reads of
- * size is on its way at once: the ring's keys and values go to shared memory in the background,
- * the latents to registers, and what is done first (rope, gates, scores) is done while the rest
- * arrives. A ring longer than a tile of keys is walked tile by tile with a running maximum.
+ * A block serves one row and one or several query heads that share a kv head. Everything it
+ * reads of size is on its way at once: the ring's keys and values go to shared memory in the
+ * background, the latents to registers, and what is done first (rope, gates, scores) is done
+ * while the rest arrives. A ring longer than a tile of keys is walked tile by tile with a
+ * running maximum.
  *
- * A ring of one tile leaves room for two items: then two blocks an SM take items in turns, and
- * the next one's memory arrives while one is worked on, so that only a block's first item waits.
- *
- * Before pdl_wait a block fetches its slot's state: a layer's state is touched by this kernel
- * alone within a step, steps are ordered by the copy of their arrays, and those arrays are never
- * written by a kernel. Only q, k, v and the gates come from the kernels just before.
+ * Before pdl_wait a block fetches its slot's state: a layer's state
+ * is touched by this kernel alone within a step, steps are ordered by the copy of their arrays,
+ * and those arrays are never written by a kernel. Only q, k, v and the gates come from the
+ * kernels just before.
  *
  * Bytes of a row and kv head with G query heads: 2 w d ring values read and 2 d written; G latent
  * tensors of M (d + 2) f32 read and written. At d = 96, M = 16, w = 128, bf16: 49 KB + 2 * 6.3 KB,
- * so 1024 rows of 8 heads move 0.5 GB: 165 us at 3.08 TB/s; two blocks of 256 threads and 109 KB
+ * so 1024 rows of 8 heads move 0.5 GB: 165 us at 3.08 TB/s. Four blocks of 128 threads and 53 KB
  * of shared memory run on an SM.
  *
- * An item's sums run in one order, given by the shape alone: whole tiles of keys in ring order,
+ * Tried: two stages of shared memory and a loop over items, so that the next item arrives while
+ * one is computed, 42 us instead of 34 at 128 rows; see NOTES.md.
+ *
+ * A head's sums run in one order, given by the shape alone: whole tiles of keys in ring order,
  * latents by thread, then groups of threads one after the other.
  */
 #include <math.h>
@@ -28,12 +30,13 @@
 enum {
     MAX_RING_ROWS = 1024, /* longer ones are worth splitting over several blocks: window.cu */
     MAX_HEAD_DIM = 256,
-    MAX_LATENTS = 128,        /* of a head */
-    STAGE_BYTES = 112 * 1024, /* of shared memory, for two blocks on an SM */
+    MAX_LATENTS = 128, /* of a head */
+    BATCH = 4,         /* latents a thread has on their way at a time */
 };
 
 /* Byte offsets into shared memory. */
 struct mix_places {
+    int keys, values;       /* tiles of the ring; sums of groups of threads at the end */
     int query;              /* [G, d] f32, scaled */
     int new_key, new_value; /* [d] as the ring has them */
     int value;              /* [d] f32 */
@@ -41,9 +44,6 @@ struct mix_places {
     int stats;              /* [warps, G] */
     int keep, take, share;  /* [G, M] of the latents */
     int window_share;       /* [G] p(0|t) */
-    int stage;              /* the first of n_stages: keys; sums of groups of threads at the end */
-    int stage_bytes;
-    int values; /* in a stage */
     int total;
 };
 
@@ -53,21 +53,17 @@ struct mix_call {
     void *ring_k, *ring_v;
     int64_t ring_row_values;
     int head_dim, ring_rows;
-    int n_stages; /* 2: rings of one tile, the next item's arrives while one is worked on */
     struct mix_places at;
 };
 
 /* D = 0: any head_dim. HEADS query heads a block. */
 template <int D, int HEADS, class RING> struct mix_shape {
     static constexpr int d = D, heads = HEADS;
-    static constexpr int threads = 256;
+    static constexpr int threads = D == 0 || D == 256 ? 256 : 128;
     static constexpr int warps = threads / WARP;
     static constexpr int keys = D && D * sizeof(RING) <= 256 ? 128 : 64;
     static constexpr int per_key = threads / keys;                      /* threads */
     static constexpr int pairs = D ? (D + 63) / 64 : MAX_HEAD_DIM / 64; /* rope's, of a lane */
-    static constexpr bool staged =
-        D && D <= 128 && HEADS <= 2;                    /* worth fetching the next item early */
-    static constexpr int batch = D && D <= 128 ? 2 : 4; /* latents on their way to a thread */
     typedef RING ring;
 
     static __host__ __device__ constexpr int row_bytes(int dim)
@@ -85,12 +81,6 @@ template <int D, int HEADS, class RING> struct mix_shape {
     {
         return (row_bytes(dim) + 15) / 16 * 16;
     }
-};
-
-/* Where an item's session is. */
-struct mix_place {
-    int32_t slot;
-    int64_t position;
 };
 
 /* What a block works on. */
@@ -123,18 +113,12 @@ fetch_rows(unsigned char *to, int pitch, const typename S::ring *from, int n, in
     const int bytes = S::row_bytes(dim);
     const unsigned char *source = reinterpret_cast<const unsigned char *>(from);
     if (S::d) {
-        /* Whole rows at a time: a thread's places differ by constants. */
-        constexpr int units = S::row_bytes(S::d ? S::d : 16) / 16, at_once = S::threads / units;
-        const int first = (int)threadIdx.x / units, unit = (int)threadIdx.x - first * units;
-        source += (int)threadIdx.x * 16;
-        to += first * pitch + unit * 16;
-        if (first >= at_once)
-            return;
+        constexpr int units = S::row_bytes(S::d ? S::d : 8) / 16;
 #pragma unroll
-        for (int j = 0; j < (S::keys + at_once - 1) / at_once; j++) {
-            const int row = first + j * at_once;
+        for (int j = 0; j < (S::keys * units + S::threads - 1) / S::threads; j++) {
+            const int i = (int)threadIdx.x + j * S::threads, row = i / (units ? units : 1);
             if (row < n && row != skip)
-                copy_async_16(to + j * at_once * pitch, source + j * at_once * units * 16);
+                copy_async_16(to + row * pitch + (i - row * units) * 16, source + i * 16);
         }
     } else if (bytes % 16 == 0) {
         const int units = bytes / 16;
@@ -333,7 +317,8 @@ static __device__ __forceinline__ void put_value(const struct mix_call &c,
 static __device__ __forceinline__ float
 gate_value(const struct mix_call &c, const struct mix_block &b, int head, int i, bool query)
 {
-    const int n = query ? c.m.latents.n_latents + c.m.latents.gated_window : c.m.latents.n_latents;
+    const int n_latents = c.m.latents.n_latents;
+    const int n = query ? n_latents + c.m.latents.gated_window : n_latents;
     return (query ? c.m.g : c.m.theta)[b.row * c.m.gate_stride + (b.head + head) * n + i];
 }
 
@@ -404,8 +389,7 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
 /* ---- latents: a thread has 4 dimensions of every n_groups-th latent ---- */
 
 template <class S>
-static __device__ __forceinline__ void fetch_latents(float4 held[S::batch],
-                                                     const struct mix_call &c,
+static __device__ __forceinline__ void fetch_latents(float4 held[BATCH], const struct mix_call &c,
                                                      const struct mix_block &b, int head, int first)
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
@@ -413,7 +397,7 @@ static __device__ __forceinline__ void fetch_latents(float4 held[S::batch],
     const float *s = c.m.s.data + b.slot * c.m.s.row_values +
                      ((int64_t)(b.head + head) * c.m.latents.n_latents) * dim + quad * 4;
 #pragma unroll
-    for (int j = 0; j < S::batch; j++) {
+    for (int j = 0; j < BATCH; j++) {
         const int l = first + j * n_groups;
         held[j] = make_float4(0, 0, 0, 0);
         if (head < S::heads && l < c.m.latents.n_latents && !b.begins)
@@ -424,7 +408,7 @@ static __device__ __forceinline__ void fetch_latents(float4 held[S::batch],
 /* s = s keep + take v, and the head's sum of share * s, of this thread's part. */
 template <class S>
 static __device__ __forceinline__ void
-step_latents(float4 *sum, const float4 held[S::batch], const struct mix_call &c,
+step_latents(float4 *sum, const float4 held[BATCH], const struct mix_call &c,
              const struct mix_block &b, const unsigned char *shared, int head, int first, float4 v)
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
@@ -435,7 +419,7 @@ step_latents(float4 *sum, const float4 held[S::batch], const struct mix_call &c,
     float *s =
         c.m.s.data + b.slot * c.m.s.row_values + ((int64_t)(b.head + head) * n) * dim + quad * 4;
 #pragma unroll
-    for (int j = 0; j < S::batch; j++) {
+    for (int j = 0; j < BATCH; j++) {
         const int l = first + j * n_groups;
         if (l >= n)
             continue;
@@ -452,12 +436,12 @@ step_latents(float4 *sum, const float4 held[S::batch], const struct mix_call &c,
 /* sums [groups, heads, d] of the block's groups of threads. held: the first batch. */
 template <class S>
 static __device__ __forceinline__ void
-mix_latents(float *sums, float4 held[S::batch], const struct mix_call &c, const struct mix_block &b,
+mix_latents(float *sums, float4 held[BATCH], const struct mix_call &c, const struct mix_block &b,
             const unsigned char *shared)
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
     const int group = (int)threadIdx.x / quads, quad = (int)threadIdx.x % quads;
-    const int stride = n_groups * S::batch;
+    const int stride = n_groups * BATCH;
     if (group >= n_groups)
         return;
     const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
@@ -466,13 +450,13 @@ mix_latents(float *sums, float4 held[S::batch], const struct mix_call &c, const 
         float4 sum = make_float4(0, 0, 0, 0);
         for (int first = group; first < c.m.latents.n_latents; first += stride) {
             const bool more = first + stride < c.m.latents.n_latents;
-            float4 next[S::batch];
+            float4 next[BATCH];
             if (more || h + 1 < S::heads)
                 fetch_latents<S>(next, c, b, more ? h : h + 1, more ? first + stride : group);
             step_latents<S>(&sum, held, c, b, shared, h, first, v);
             if (more || h + 1 < S::heads) {
 #pragma unroll
-                for (int j = 0; j < S::batch; j++)
+                for (int j = 0; j < BATCH; j++)
                     held[j] = next[j];
             }
         }
@@ -484,13 +468,13 @@ mix_latents(float *sums, float4 held[S::batch], const struct mix_call &c, const 
 
 /* Scores of this thread's key; -inf where there is none. per_key threads get the same ones. */
 template <class S>
-static __device__ __forceinline__ void
-score_key(float score[S::heads], const struct mix_call &c, const struct mix_block &b,
-          const unsigned char *shared, const unsigned char *keys, int first, int n)
+static __device__ __forceinline__ void score_key(float score[S::heads], const struct mix_call &c,
+                                                 const struct mix_block &b,
+                                                 const unsigned char *shared, int first, int n)
 {
     const int dim = dim_of<S>(c);
     const int key = (int)threadIdx.x / S::per_key, part = (int)threadIdx.x % S::per_key;
-    const unsigned char *row = keys + key * S::key_pitch(dim);
+    const unsigned char *row = shared + c.at.keys + key * S::key_pitch(dim);
     if (first + key == b.newest)
         row = shared + c.at.new_key;
     const float *query = reinterpret_cast<const float *>(shared + c.at.query);
@@ -564,12 +548,12 @@ weigh_key(struct mix_window<S> *w, const float score[S::heads], const struct mix
 template <class S>
 static __device__ __forceinline__ void
 take_values(struct mix_window<S> *w, const struct mix_call &c, const struct mix_block &b,
-            const unsigned char *shared, const unsigned char *values, int first, int n)
+            const unsigned char *shared, int first, int n)
 {
     const int dim = dim_of<S>(c), eights = dim / 8, n_groups = S::threads / eights;
     const int group = (int)threadIdx.x / eights, eight = (int)threadIdx.x % eights;
     const int offset = eight * 8 * (int)sizeof(typename S::ring);
-    const unsigned char *tile = values + offset;
+    const unsigned char *tile = shared + c.at.values + offset;
     const unsigned char *newest = shared + c.at.new_value + offset;
     const float *weights = reinterpret_cast<const float *>(shared + c.at.weights);
     if (group >= n_groups)
@@ -613,23 +597,14 @@ static __device__ __forceinline__ void put_window(float *sums, const struct mix_
 
 /* ---- the block ---- */
 
-/* Of the item's row, which must be in the step's arrays; stale beyond the actual ones. */
-static __device__ __forceinline__ struct mix_place find_place(const struct mix_call &c, int item,
-                                                              int per_row)
-{
-    const int row = item / per_row;
-    return {c.step.seq_slot[row], c.step.positions[row]};
-}
-
-static __device__ __forceinline__ struct mix_block
-find_block(const struct mix_call &c, int heads, int item, int per_row, struct mix_place place)
+static __device__ __forceinline__ struct mix_block find_block(const struct mix_call &c, int heads)
 {
     struct mix_block b;
-    b.row = item / per_row;
-    b.head = (item - b.row * per_row) * heads;
+    b.row = blockIdx.y;
+    b.head = (int)blockIdx.x * heads;
     b.kv = b.head / (c.m.window.n_heads / c.m.window.n_kv_heads);
-    b.slot = place.slot;
-    b.position = place.position;
+    b.slot = c.step.seq_slot[b.row];
+    b.position = c.step.positions[b.row];
     b.begins = b.position == 0;
     b.n_keys = b.newest = 0;
     if (c.ring_rows) {
@@ -663,187 +638,110 @@ static __device__ __forceinline__ void put_out(const struct mix_call &c, const s
                                                const float *latents)
 {
     const int dim = dim_of<S>(c), n = S::heads * dim;
-    const int local_groups = S::threads / (dim / 8), latent_groups = S::threads / (dim / 4);
-    const bool has_latents = c.m.latents.n_latents > 0;
+    const int local_groups = c.ring_rows ? S::threads / (dim / 8) : 0;
+    const int latent_groups = c.m.latents.n_latents ? S::threads / (dim / 4) : 0;
     const float *stats = reinterpret_cast<const float *>(shared + c.at.stats);
     const float *share = reinterpret_cast<const float *>(shared + c.at.window_share);
     bf16 *out = c.m.out + ((int64_t)b.row * c.m.window.n_heads + b.head) * dim;
     for (int i = threadIdx.x; i < n; i += S::threads) {
         const int h = i / dim;
         float sum = 0, total = 0, rest = 0;
-        if (has_latents) {
-#pragma unroll 8
-            for (int g = 0; g < latent_groups; g++)
-                rest += latents[g * n + i];
-        }
+#pragma unroll 4
+        for (int g = 0; g < local_groups; g++)
+            sum += local[g * n + i];
+#pragma unroll 4
+        for (int g = 0; g < latent_groups; g++)
+            rest += latents[g * n + i];
         if (c.ring_rows) {
-#pragma unroll 8
-            for (int g = 0; g < local_groups; g++)
-                sum += local[g * n + i];
 #pragma unroll
             for (int w = 0; w < S::warps; w++)
                 total += stats[w * S::heads + h];
-            rest = fmaf(has_latents ? share[h] : 1, sum / total, rest);
+            rest = fmaf(latent_groups ? share[h] : 1, sum / total, rest);
         }
         out[i] = from_float<bf16>(rest);
     }
 }
 
-/* What is fetched of an item before its turn, beside its ring. */
-template <class S> struct mix_ahead {
-    float4 held[S::batch];
-    float before, sum; /* m and alpha of latent `lane` */
-};
-
-/* Everything of size that block b reads, on its way. Two groups of background copies. */
 template <class S>
-static __device__ __forceinline__ void fetch_item(struct mix_ahead<S> *a, const struct mix_call &c,
-                                                  const struct mix_block &b, unsigned char *stage)
+__global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__ struct mix_call c)
 {
-    const int dim = dim_of<S>(c), quads = dim / 4, group = (int)threadIdx.x / quads;
-    const int my_head = gate_head<S>(), lane = (int)threadIdx.x % WARP;
+    DYNAMIC_SHARED(unsigned char, shared);
+    pdl_trigger();
+    const bool latents = c.m.latents.n_latents > 0;
+    const struct mix_block b = find_block(c, S::heads);
+    if (b.row >= c.step.sizes->n_rows) {
+        pdl_wait();
+        return;
+    }
+
+    const int dim = dim_of<S>(c), n_lanes = dim / 4;
+    unsigned char *keys = shared + c.at.keys, *values = shared + c.at.values;
     if (c.ring_rows) {
-        fetch_tile<S>(c, b, stage, S::key_pitch(dim), c.ring_k, 0);
-        fetch_tile<S>(c, b, stage + c.at.values, S::value_pitch(dim), c.ring_v, 0);
+        fetch_tile<S>(c, b, keys, S::key_pitch(dim), c.ring_k, 0);
+        fetch_tile<S>(c, b, values, S::value_pitch(dim), c.ring_v, 0);
     }
-    a->before = a->sum = 0;
-    if (c.m.latents.n_latents && group < S::threads / quads)
-        fetch_latents<S>(a->held, c, b, 0, group);
+    const int my_head = latents ? gate_head<S>() : -1, lane = (int)threadIdx.x % WARP;
+    float4 held[BATCH] = {};
+    float before = 0, sum = 0;
+    if (latents && (int)threadIdx.x / n_lanes < S::threads / n_lanes)
+        fetch_latents<S>(held, c, b, 0, (int)threadIdx.x / n_lanes);
     if (my_head >= 0 && lane < c.m.latents.n_latents && !b.begins) {
-        a->before = c.m.m.data[latent_at(c, b, c.m.m, my_head) + lane];
-        a->sum = c.m.alpha.data[latent_at(c, b, c.m.alpha, my_head) + lane];
+        before = c.m.m.data[latent_at(c, b, c.m.m, my_head) + lane];
+        sum = c.m.alpha.data[latent_at(c, b, c.m.alpha, my_head) + lane];
     }
-}
+    struct mix_angles<S> angles = {
+    };
+    if (c.ring_rows && (int)threadIdx.x / WARP <= S::heads)
+        find_angles<S>(&angles, c, b.position);
 
-/* The row's keys and values, tile by tile; the next item's copies may be on their way behind the
- * first tile's. */
-template <class S>
-static __device__ __forceinline__ void
-walk_window(struct mix_window<S> *w, const struct mix_call &c, const struct mix_block &b,
-            unsigned char *shared, unsigned char *keys)
-{
-    const int dim = dim_of<S>(c), lane = (int)threadIdx.x % WARP;
-    unsigned char *values = keys + c.at.values;
-    float *stats = reinterpret_cast<float *>(shared + c.at.stats);
+    pdl_wait();
+    put_row<S>(c, b, shared, angles);
+    if (my_head >= 0)
+        put_gates<S>(c, b, shared, my_head, before, sum);
+
+    struct mix_window<S> w = {
+    };
 #pragma unroll
     for (int h = 0; h < S::heads; h++)
-        w->top[h] = -INFINITY;
+        w.top[h] = -INFINITY;
     for (int first = 0; first < b.n_keys; first += S::keys) {
         const int n = b.n_keys - first < S::keys ? b.n_keys - first : S::keys;
         const bool more = first + S::keys < b.n_keys;
         float score[S::heads];
-        if (S::staged && c.n_stages > 1)
-            copy_async_wait<3>(); /* the keys */
-        else
-            copy_async_wait<1>();
+        copy_async_wait<1>(); /* the keys, and what came before them */
         __syncthreads();
-        score_key<S>(score, c, b, shared, keys, first, n);
+        score_key<S>(score, c, b, shared, first, n);
 #pragma unroll
         for (int h = 0; h < S::heads; h++) {
             const float top = warp_max(score[h]);
             if (lane == 0)
-                stats[(int)threadIdx.x / WARP * S::heads + h] = top;
+                reinterpret_cast<float *>(shared +
+                                          c.at.stats)[(int)threadIdx.x / WARP * S::heads + h] = top;
         }
         __syncthreads();
-        weigh_key<S>(w, score, c, shared, n);
-        if (S::staged && c.n_stages > 1)
-            copy_async_wait<2>(); /* the values */
-        else
-            copy_async_wait<0>();
+        weigh_key<S>(&w, score, c, shared, n);
+        copy_async_wait<0>(); /* the values */
         __syncthreads();
         if (more)
             fetch_tile<S>(c, b, keys, S::key_pitch(dim), c.ring_k, first + S::keys);
-        take_values<S>(w, c, b, shared, values, first, n);
+        take_values<S>(&w, c, b, shared, first, n);
         if (more) {
             __syncthreads();
             fetch_tile<S>(c, b, values, S::value_pitch(dim), c.ring_v, first + S::keys);
         }
     }
-}
-
-/* One item, from pdl_wait on. */
-template <class S>
-static __device__ __forceinline__ void
-mix_item(const struct mix_call &c, const struct mix_block &b, unsigned char *shared,
-         unsigned char *stage, struct mix_ahead<S> *a, const struct mix_angles<S> &angles)
-{
-    const bool latents = c.m.latents.n_latents > 0;
-    const int my_head = latents ? gate_head<S>() : -1;
-    put_row<S>(c, b, shared, angles);
-    if (my_head >= 0)
-        put_gates<S>(c, b, shared, my_head, a->before, a->sum);
-    struct mix_window<S> w = {
-    };
-    if (c.ring_rows)
-        walk_window<S>(&w, c, b, shared, stage);
-    else
+    if (!c.ring_rows)
         __syncthreads();
 
     /* The keys' place is free: nobody reads it after the last barrier. */
-    float *local = reinterpret_cast<float *>(stage);
+    float *local = reinterpret_cast<float *>(keys);
     float *other = local + 8 * S::threads * S::heads;
     if (latents)
-        mix_latents<S>(other, a->held, c, b, shared);
+        mix_latents<S>(other, held, c, b, shared);
     if (c.ring_rows)
         put_window<S>(local, w, c, shared);
     __syncthreads();
     put_out<S>(c, b, shared, local, other);
-}
-
-template <class S>
-__global__ void __launch_bounds__(S::threads, S::staged ? 2 : 1)
-    mix_kernel(const __grid_constant__ struct mix_call c)
-{
-    DYNAMIC_SHARED(unsigned char, shared);
-    pdl_trigger();
-    const int per_row = c.m.window.n_heads / S::heads, stride = (int)gridDim.x;
-    const int last = c.step.rows * per_row - 1; /* of the bucket */
-    int item = (int)blockIdx.x;
-    const struct mix_place first = find_place(c, item, per_row);
-    struct mix_place later = find_place(c, item + stride < last ? item + stride : last, per_row);
-    const int n_items = c.step.sizes->n_rows * per_row;
-    if (item >= n_items) {
-        pdl_wait();
-        return;
-    }
-
-    const bool turns = c.ring_rows && (int)threadIdx.x / WARP <= S::heads;
-    unsigned char *stage = shared + c.at.stage, *other = stage + c.at.stage_bytes;
-    struct mix_block b = find_block(c, S::heads, item, per_row, first), next = b;
-    struct mix_ahead<S> now, ahead;
-    struct mix_angles<S> angles = {
-    };
-    fetch_item<S>(&now, c, b, stage);
-    if (S::staged && item + stride < n_items) {
-        next = find_block(c, S::heads, item + stride, per_row, later);
-        fetch_item<S>(&ahead, c, next, other);
-    } else if (S::staged && c.n_stages > 1) {
-        copy_async_commit(), copy_async_commit(); /* the waits count groups */
-    }
-    if (turns)
-        find_angles<S>(&angles, c, b.position);
-    pdl_wait();
-    for (;;) {
-        const int second = item + 2 * stride;
-        if (S::staged)
-            later = find_place(c, second < last ? second : last, per_row);
-        mix_item<S>(c, b, shared, stage, &now, angles);
-        item += stride;
-        if (!S::staged || item >= n_items)
-            return;
-        __syncthreads(); /* all of the stage has been read */
-        now = ahead, b = next;
-        if (second < n_items) {
-            next = find_block(c, S::heads, second, per_row, later);
-            fetch_item<S>(&ahead, c, next, stage);
-        } else {
-            copy_async_commit(), copy_async_commit();
-        }
-        unsigned char *const done = stage;
-        stage = other, other = done;
-        if (turns)
-            find_angles<S>(&angles, c, b.position);
-    }
 }
 
 /* ---- launching ---- */
@@ -860,6 +758,8 @@ template <class S> static void place_shared(struct mix_call *c)
     };
     const int sums = 12 * S::threads * S::heads * (int)sizeof(float);
     const int keys = window * S::keys * S::key_pitch(dim);
+    c->at.keys = place(keys > sums ? keys : sums);
+    c->at.values = place(window * S::keys * S::value_pitch(dim));
     c->at.query = place(window * S::heads * dim * (int)sizeof(float));
     c->at.new_key = place(window * dim * size);
     c->at.new_value = place(window * dim * size);
@@ -870,13 +770,7 @@ template <class S> static void place_shared(struct mix_call *c)
     c->at.take = place(n_latents * (int)sizeof(float));
     c->at.share = place(n_latents * (int)sizeof(float));
     c->at.window_share = place(S::heads * (int)sizeof(float));
-    c->at.stage = at;
-    c->at.values = keys > sums ? keys : sums;
-    c->at.stage_bytes = c->at.values + window * S::keys * S::value_pitch(dim);
-    const bool two =
-        S::staged && window && c->ring_rows <= S::keys && at + 2 * c->at.stage_bytes <= STAGE_BYTES;
-    c->n_stages = two ? 2 : 1;
-    c->at.total = at + c->n_stages * c->at.stage_bytes;
+    c->at.total = at;
 }
 
 template <class S> static bool run_mix(struct cuda *c, struct mix_call *call)
@@ -884,10 +778,8 @@ template <class S> static bool run_mix(struct cuda *c, struct mix_call *call)
     place_shared<S>(call);
     if ((size_t)call->at.total > shared_limit(&c->queue))
         return false;
-    const int n_items = call->m.window.n_heads / S::heads * c->step.rows;
-    const int most = call->n_stages > 1 ? 2 * c->queue.n_sms : n_items;
-    launch(&c->queue, "fused_mix", mix_kernel<S>, dim3((unsigned)(n_items < most ? n_items : most)),
-           S::threads, (size_t)call->at.total, *call);
+    const dim3 grid((unsigned)(call->m.window.n_heads / S::heads), (unsigned)c->step.rows);
+    launch(&c->queue, "fused_mix", mix_kernel<S>, grid, S::threads, (size_t)call->at.total, *call);
     return true;
 }
 
@@ -909,7 +801,7 @@ template <class RING> static bool run_dim(struct cuda *c, struct mix_call *call)
     case 64:
         return run_heads<64, RING>(c, call);
     case 80:
-        return run_heads < sizeof(RING) == 2 ? 80 : 0, RING > (c, call);
+        return run_heads<(sizeof(RING) == 2 ? 80 : 0), RING>(c, call);
     case 96:
         return run_heads<96, RING>(c, call);
     case 128:
