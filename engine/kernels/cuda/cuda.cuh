@@ -27,6 +27,9 @@ extern "C" {
 #include "engine/backend.h"
 }
 
+/* Rows of a matrix in memory of its own, and columns of padded logits, come in multiples of it. */
+enum { PADDED_ROWS = 8 };
+
 struct buffer {
     void *data; /* device memory */
     size_t n_bytes;
@@ -41,6 +44,10 @@ struct cuda {
     struct backend_options options; /* config only while opening: copy what is needed later */
     struct queue queue;
     struct device_step step; /* the one being queued; its pointers never change */
+    /* Where the fused head left the step's logits, a row every logits_stride values, if that is
+     * not the model's buffer [n, V]; NULL otherwise. */
+    const float *logits;
+    int64_t logits_stride;
     struct library *library;
     struct drawing *drawing;
 
@@ -119,10 +126,6 @@ enum status cuda_admit(struct backend *b, int slot, const struct sampling_params
 void cuda_draw(struct backend *b, const struct buffer *logits);
 
 /* ---- what backend_cuda.cu asks of the families ---- */
-
-/* tokens[r] = wanted[r], or the slot's drawn token for TOKEN_DRAWN. First kernel of a step. */
-void cuda_resolve_tokens(struct cuda *c, int32_t *tokens, const int32_t *wanted,
-                         const int32_t *drawn);
 
 /* linear.cu. Weights are put on the device as dtype (F32, BF16, I8 with one scale a row: the
  * largest |w| of the row / 127); conversion runs on the device. scales as struct linear's. */

@@ -60,8 +60,8 @@ struct piece {
 /* A step in device memory. Arrays as in struct step of backend.h. */
 struct device_step {
     const struct step_sizes *sizes;
-    const int32_t *tokens;    /* [n_rows], resolved: see resolve_tokens in rows.cu */
-    const int32_t *wanted_tokens; /* [n_rows] as the host gave them, TOKEN_DRAWN among them */
+    const int32_t *tokens;    /* [n_rows] as the host gave them, TOKEN_DRAWN among them */
+    const int32_t *drawn;     /* [n_slots] what TOKEN_DRAWN stands for; NULL: it never occurs */
     const int64_t *positions; /* [n_rows] */
     const int32_t *row_slot;  /* [n_rows] slot of the row's sequence */
     const int32_t *seq_slot;  /* [n_seqs] */
@@ -73,6 +73,7 @@ struct device_step {
      * *sizes and return early. */
     int rows, seqs, n_pieces, logits;
     bool decode; /* every sequence has exactly one row: row r is sequence r */
+    bool drawn_from; /* the step draws or scores: the host sees no logits of it */
 };
 
 /* A slot's state tensor: row `slot` of [n_slots, row_values]. */

@@ -299,8 +299,7 @@ enum status cuda_admit(struct backend *b, int slot, const struct sampling_params
     if (good) {
         fill_params(p, d, params);
         d->slots[slot] = {(int8_t)params->n_logprobs, p->counts != 0};
-        const size_t n_bytes =
-            offsetof(struct slot_params, bias) + (size_t)p->n_bias * sizeof(*p->bias);
+        const size_t n_bytes = (size_t)((char *)(p->bias + p->n_bias) - (char *)p);
         good = succeeds(
             c, cudaMemcpyAsync(&d->memory.params[slot], p, n_bytes, cudaMemcpyHostToDevice, stream),
             "copying an admission");
@@ -410,12 +409,14 @@ void cuda_draw(struct backend *b, const struct buffer *logits)
     if (!d || !c->step.logits)
         return;
     const struct step_sizes *sizes = c->step.sizes;
+    const struct logit_rows rows = {c->logits ? c->logits : floats(logits),
+                                    c->logits ? c->logits_stride : d->memory.n_vocab,
+                                    c->logits || d->memory.n_vocab % 4 == 0};
     const dim3 grid((unsigned)d->memory.n_parts, (unsigned)c->step.logits);
-    launch(&c->queue, "draw_scan", draw_scan, grid, SCAN_THREADS, 0, d->memory,
-           (const float *)floats(logits), sizes);
+    launch(&c->queue, "draw_scan", draw_scan, grid, SCAN_THREADS, 0, d->memory, rows, sizes);
     const int most = c->step.logits * d->memory.n_parts, blocks = REST_BLOCKS * c->queue.n_sms;
     launch(&c->queue, "draw_rest", draw_rest, dim3(most < blocks ? most : blocks), REST_THREADS, 0,
-           d->memory, (const float *)floats(logits), sizes);
+           d->memory, rows, sizes);
 }
 
 /* The kernels have written the results to the host themselves. */

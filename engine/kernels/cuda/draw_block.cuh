@@ -162,9 +162,9 @@ static __device__ void sort_keys(uint64_t *keys, int n)
  * memory before is then visible to it (read it past the first cache: __ldcg). */
 static __device__ bool last_of(int32_t *n_done, int n, struct block_scratch *s)
 {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence(); /* for all: the barrier has ordered their writes before it */
         s->count = atomicAdd(n_done, 1);
         if (s->count == n - 1)
             *n_done = 0; /* for the next step */

@@ -10,7 +10,7 @@
 
 enum {
     SCAN_THREADS = 256,
-    SCAN_BLOCKS = 4, /* of a multiprocessor */
+    SCAN_BLOCKS = 6, /* of a multiprocessor */
     REST_THREADS = 512,
     REST_BLOCKS = 2,
     SHORT = SCAN_THREADS, /* tokens a row may be cut to for one thread each */
@@ -76,7 +76,8 @@ static __host__ __device__ __forceinline__ int n_groups_of(const struct draw_mem
 /* A row with what drawing from it needs. */
 struct drawn_row {
     struct row row;
-    const struct slot_params *params;
+    const struct slot_options *params;
+    const struct draw_job *job;
     struct exponent by;
     int index; /* among the step's rows of logits */
 };
@@ -94,19 +95,21 @@ static __device__ __forceinline__ uint64_t weight_of(const struct drawn_row &d, 
 }
 
 /* By one thread: the row's token. */
-static __device__ void emit(const struct draw_memory &m, int row, const float *logits,
-                            int32_t token, float top, double log_sum)
+static __device__ void emit(const struct draw_memory &m, const struct drawn_row &d, int32_t token,
+                            float top, double log_sum)
 {
-    const struct draw_job *job = &m.jobs[row];
-    const struct slot_params *p = &m.params[job->slot];
+    const struct draw_job *job = d.job;
+    const struct slot_options *p = d.params;
     m.drawn[job->slot] = token;
     if (p->counts) {
         uint32_t *count = &m.counts[(size_t)job->slot * (size_t)m.n_vocab + (size_t)token];
         if ((*count & ~IN_PROMPT) != ~IN_PROMPT)
             *count += 1;
     }
-    const float x = tidy(__ldcg(logits + token));
-    m.header->results[job->draw] = {token, p->n_logprobs < 0 ? NAN : log_prob(x, top, log_sum)};
+    float logprob = NAN;
+    if (p->n_logprobs >= 0)
+        logprob = log_prob(tidy(__ldcg(d.row.logits + token)), top, log_sum);
+    m.header->results[job->draw] = {token, logprob};
 }
 
 /* Groups whose largest value passes, in order. */

@@ -64,10 +64,9 @@ static __device__ void sum_parts(const struct draw_memory &m, const struct drawn
                       (unsigned long long)s->sums[i]);
 }
 
-static __device__ __forceinline__ uint64_t random_below(const struct draw_memory &m,
-                                                        const struct drawn_row &d, uint64_t total)
+static __device__ __forceinline__ uint64_t random_below(const struct drawn_row &d, uint64_t total)
 {
-    return __umul64hi(random_bits(d.params->hash, m.jobs[d.index].position), total);
+    return __umul64hi(random_bits(d.params->hash, d.job->position), total);
 }
 
 /* The first warp picks within a group and tells the result. */
@@ -81,7 +80,7 @@ static __device__ __forceinline__ void emit_in_group(const struct draw_memory &m
     const int32_t token = pick_in_group(d.row, group, rest, weight);
     const struct row_state state = m.state[d.index];
     if (token >= 0)
-        emit(m, d.index, d.row.logits, token, state.top, state.log_sum);
+        emit(m, d, token, state.top, state.log_sum);
 }
 
 /* Temperature, perhaps min_p: groups are summed, take one, and a token of it. */
@@ -92,7 +91,7 @@ static __device__ void draw_from_groups(const struct draw_memory &m, const struc
     const uint64_t *sums = m.group_sum + (size_t)d.index * n;
     const auto get = [sums](int i) { return __ldcg(sums + i); };
     const struct chunk c = chunk_sums(n, get, &s->block);
-    find_chunk(c, n, get, random_below(m, d, c.total), &s->block);
+    find_chunk(c, n, get, random_below(d, c.total), &s->block);
     const float least = d.params->min_p;
     emit_in_group(m, d, s->block.index, s->block.rest, [&d, least](float x, int32_t) {
         const float e = exact_exp(y_of(d.by, x));
@@ -179,7 +178,7 @@ static __device__ bool draw_top_p(const struct draw_memory &m, const struct draw
     __syncthreads();
     const auto get = [s](int i) { return s->sums[i]; };
     const struct chunk c = chunk_sums(l->n_picks, get, &s->block);
-    find_chunk(c, l->n_picks, get, random_below(m, d, c.total), &s->block);
+    find_chunk(c, l->n_picks, get, random_below(d, c.total), &s->block);
     emit_in_group(m, d, l->picks[s->block.index], s->block.rest,
                   [by, least, cut](float x, int32_t id) {
                       const float e = exact_exp(y_of(by, x));
@@ -303,7 +302,7 @@ static __device__ float largest_e(const struct drawn_row &d, const struct kept &
 static __device__ void draw_by_radix(const struct draw_memory &m, const struct drawn_row &d,
                                      struct rest_shared *s)
 {
-    const struct slot_params *p = d.params;
+    const struct slot_options *p = d.params;
     const auto by_value = [](const struct token &t, int32_t) { return t.by_value; };
     const auto by_distance = [](const struct token &t, int32_t) { return t.by_distance; };
     const auto by_id = [](const struct token &, int32_t id) { return (uint64_t)id; };
@@ -330,18 +329,17 @@ static __device__ void draw_by_radix(const struct draw_memory &m, const struct d
         k.least = __fmul_rn(p->min_p, p->typical_p < 1 ? largest_e(d, k, s) : 1.0f);
         total = total_of(d, k, s);
     }
-    const uint64_t r = random_below(m, d, total);
+    const uint64_t r = random_below(d, total);
     const int32_t token = (int32_t)find_cut(d, k, 3, true, r + 1, by_id, weight, s).rank;
     const struct row_state state = m.state[d.index];
     if (threadIdx.x == 0)
-        emit(m, d.index, d.row.logits, token, state.top, state.log_sum);
+        emit(m, d, token, state.top, state.log_sum);
 }
 
 /* Rows that draw_scan left. Few rows are spread over several blocks each. */
-static __global__
-__launch_bounds__(REST_THREADS,
-                  REST_BLOCKS) void draw_rest(const __grid_constant__ struct draw_memory m,
-                                              const float *logits, const struct step_sizes *sizes)
+static __global__ __launch_bounds__(REST_THREADS, REST_BLOCKS) void draw_rest(
+    const __grid_constant__ struct draw_memory m, const struct logit_rows logits,
+    const struct step_sizes *sizes)
 {
     __shared__ struct rest_shared s;
     pdl_trigger();
@@ -361,9 +359,9 @@ __launch_bounds__(REST_THREADS,
         const struct slot_params *p = &m.params[job->slot];
         load_changes(&s.changes, p, m.counts + (size_t)job->slot * (size_t)m.n_vocab,
                      job->n_output);
-        const struct row row = {logits + (size_t)index * (size_t)m.n_vocab, m.n_vocab,
+        const struct row row = {logits.data + index * logits.stride, m.n_vocab,
                                 s.changes.any ? &s.changes : nullptr};
-        const struct drawn_row d = {row, p, {m.state[index].best, p->scale}, index};
+        const struct drawn_row d = {row, p, job, {m.state[index].best, p->scale}, index};
         if (radix) {
             draw_by_radix(m, d, &s);
         } else {

@@ -6,6 +6,8 @@
 #ifndef LATTE_CUDA_DRAW_ROW_CUH
 #define LATTE_CUDA_DRAW_ROW_CUH
 
+#include <float.h>
+
 #include "engine/kernels/cuda/cuda.cuh"
 
 enum {
@@ -20,8 +22,8 @@ enum {
 
 #define IN_PROMPT (1u << IN_PROMPT_BIT)
 
-/* A slot's parameters on the device. Only the first n_bias biases are ever copied. */
-struct slot_params {
+/* A slot's parameters on the device; what of them is not a list. */
+struct slot_options {
     uint64_t hash; /* of seed and choice: the key of Philox */
     float temperature, scale, top_p, min_p, typical_p;
     float repetition, presence, frequency;
@@ -29,17 +31,18 @@ struct slot_params {
     int32_t n_logprobs, min_tokens;
     int32_t counts; /* penalties need the slot's counts */
     int32_t n_forbidden, n_bias;
+};
+
+/* Only the first n_bias biases are ever copied. */
+struct slot_params : slot_options {
     int32_t forbidden[MAX_FORBIDDEN];               /* before min_tokens */
     struct logit_bias bias[SAMPLER_MAX_LOGIT_BIAS]; /* by token; equal ones as they came */
 };
 
+/* NaN as -inf, +inf as the largest, -0 as 0. */
 static __device__ __forceinline__ float tidy(float x)
 {
-    uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
-    bits = magnitude ? bits : 0;
-    bits = bits == 0x7f800000u ? 0x7f7fffffu : bits;
-    bits = magnitude > 0x7f800000u ? 0xff800000u : bits;
-    return __uint_as_float(bits);
+    return __fadd_rn(fminf(fmaxf(x, -INFINITY), FLT_MAX), 0.0f);
 }
 
 /* An unsigned integer in the order of the (tidy) floats; above 0 for all of them. */
@@ -160,14 +163,26 @@ static __device__ __forceinline__ void touch(struct changes *c, int32_t token)
     atomicOr(&c->touched[group / 32], 1u << group % 32);
 }
 
+static __device__ __forceinline__ int active_forbidden(const struct slot_options *p,
+                                                       int64_t n_output)
+{
+    return n_output < p->min_tokens ? p->n_forbidden : 0;
+}
+
+/* Whether there are any. */
+static __device__ __forceinline__ bool has_changes(const struct slot_options *p, int64_t n_output)
+{
+    return p->counts || p->n_bias || active_forbidden(p, n_output);
+}
+
 /* By all threads of a block; ends with a barrier. */
 static __device__ void load_changes(struct changes *c, const struct slot_params *p,
                                     const uint32_t *counts, int64_t n_output)
 {
-    const int n_forbidden = n_output < p->min_tokens ? p->n_forbidden : 0, n_bias = p->n_bias;
+    const int n_forbidden = active_forbidden(p, n_output), n_bias = p->n_bias;
     if (threadIdx.x == 0) {
         c->counts = p->counts ? counts : nullptr;
-        c->any = p->counts || n_forbidden || n_bias;
+        c->any = has_changes(p, n_output);
         c->repetition = p->repetition;
         c->presence = p->presence;
         c->frequency = p->frequency;
@@ -220,6 +235,13 @@ static __device__ __forceinline__ bool is_touched(const struct changes *c, int32
     const uint32_t group = (uint32_t)id / GROUP % TOUCHED_BITS;
     return c->touched[group / 32] >> group % 32 & 1;
 }
+
+/* The step's logits. */
+struct logit_rows {
+    const float *data; /* [n, V] */
+    int64_t stride;
+    bool aligned; /* rows begin at multiples of 16 bytes, and may be read up to the next one */
+};
 
 /* A row as the draw sees it: adjusted values by id, -inf beyond its end. Nothing is written
  * back: the untouched values stay for logprobs. */

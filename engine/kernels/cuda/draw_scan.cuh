@@ -1,29 +1,126 @@
 /* draw_scan.cuh - the kernel that reads every row: largest values of parts and groups, scores,
  * and the tokens of rows that are greedy or cut to a few by top_k. See draw.cu.
  *
- * Bytes: V * 4 a row, as much again for its counts. A block has 16 KB in flight, four are on a
- * multiprocessor; the last of a row reads another 20 KB for top_k 40.
+ * Bytes: V * 4 a row, as much again for its counts. A block has 16 KB in flight, SCAN_BLOCKS are
+ * on a multiprocessor; the last of a row reads another 20 KB for top_k 40.
  */
 #ifndef LATTE_CUDA_DRAW_SCAN_CUH
 #define LATTE_CUDA_DRAW_SCAN_CUH
 
 #include "engine/kernels/cuda/draw_memory.cuh"
 
+enum {
+    SCAN_VALUES = PART / SCAN_THREADS,
+    SCAN_WARPS = SCAN_THREADS / WARP,
+    LANE_VALUES = GROUP / WARP,              /* 4: adjacent values of a group, one access */
+    LANE_GROUPS = SCAN_VALUES / LANE_VALUES, /* adjacent groups that a warp has values of */
+    OPTION_WORDS = sizeof(struct slot_options) / sizeof(uint32_t),
+    JOB_WORDS = sizeof(struct draw_job) / sizeof(uint32_t),
+};
+
 struct scan_shared {
     struct block_scratch block;
     struct changes changes;
+    union { /* of the row */
+        struct slot_options options;
+        uint32_t option_words[OPTION_WORDS];
+    };
+    union {
+        struct draw_job job;
+        uint32_t job_words[JOB_WORDS];
+    };
+    uint64_t raw[SCAN_WARPS], best[SCAN_WARPS]; /* best keys of the warps, as part_raw, part_best */
     union {
         struct pick_lists lists;
         uint32_t heights[MAX_PICKS];
-        float values[PART];
+        float4 values[PART / LANE_VALUES];
     };
     uint64_t rank[SHORT], weight[SHORT];
     double log_sum;
 };
 
-enum { SCAN_VALUES = PART / SCAN_THREADS, LANE_GROUPS = SCAN_VALUES * WARP / GROUP };
+/* A thread's value i is that of token first + token_at(i). */
+static __device__ __forceinline__ constexpr int32_t token_at(int i)
+{
+    return i / LANE_VALUES * GROUP + i % LANE_VALUES;
+}
 
-/* The best of a thread's values, which are those of tokens first, first + WARP, ... */
+/* As they lie there; -inf beyond the row's end. All loads are in flight together. */
+static __device__ __forceinline__ void load_part(float (&x)[SCAN_VALUES], struct row row,
+                                                 int32_t first, bool aligned)
+{
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++)
+        x[i] = -INFINITY;
+    if (aligned) {
+#pragma unroll
+        for (int i = 0; i < SCAN_VALUES; i += LANE_VALUES)
+            if (first + token_at(i) < row.n) {
+                const float4 four = __ldcg((const float4 *)(row.logits + first + token_at(i)));
+                x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+            }
+    } else { /* four accesses of a warp read the same bytes: from the first cache */
+#pragma unroll
+        for (int i = 0; i < SCAN_VALUES; i++)
+            if (first + token_at(i) < row.n)
+                x[i] = row.logits[first + token_at(i)];
+    }
+}
+
+static __device__ __forceinline__ void tidy_part(float (&x)[SCAN_VALUES], struct row row,
+                                                 int32_t first)
+{
+    if (first + token_at(SCAN_VALUES - 1) >= row.n)
+#pragma unroll
+        for (int i = 0; i < SCAN_VALUES; i++)
+            x[i] = first + token_at(i) < row.n ? x[i] : -INFINITY;
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++)
+        x[i] = tidy(x[i]);
+}
+
+/* Heights of the largest values of the warp's groups, in all lanes. */
+static __device__ __forceinline__ void group_heights(uint32_t (&most)[LANE_GROUPS],
+                                                     const float (&x)[SCAN_VALUES])
+{
+#pragma unroll
+    for (int g = 0; g < LANE_GROUPS; g++) {
+        const float *four = x + LANE_VALUES * g;
+        const float largest = fmaxf(fmaxf(four[0], four[1]), fmaxf(four[2], four[3]));
+        most[g] = __reduce_max_sync(0xffffffffu, height(largest));
+    }
+}
+
+/* The best key of a warp's values, whose groups' heights are known: only a group as high as the
+ * highest is searched for the token. */
+static __device__ __forceinline__ uint64_t best_of_warp(const float (&x)[SCAN_VALUES],
+                                                        const uint32_t (&heights)[LANE_GROUPS],
+                                                        int32_t first)
+{
+    uint32_t most = 0, low = 0;
+#pragma unroll
+    for (int g = 0; g < LANE_GROUPS; g++)
+        most = max(most, heights[g]);
+    const float top = value_at(most);
+#pragma unroll
+    for (int g = LANE_GROUPS - 1; g >= 0; g--)
+        if (heights[g] == most)
+#pragma unroll
+            for (int i = LANE_VALUES * (g + 1) - 1; i >= LANE_VALUES * g; i--)
+                low = x[i] == top ? (uint32_t)key_of(most, first + token_at(i)) : low;
+    return (uint64_t)most << 32 | __reduce_max_sync(0xffffffffu, low);
+}
+
+static __device__ __forceinline__ uint64_t best_of_warps(const uint64_t *keys)
+{
+    uint64_t best = 0;
+#pragma unroll
+    for (int w = 0; w < SCAN_WARPS; w++)
+        best = keys[w] > best ? keys[w] : best;
+    return best;
+}
+
+/* The best of a thread's values. */
 static __device__ __forceinline__ uint64_t best_of(const float (&x)[SCAN_VALUES], int32_t first)
 {
     uint32_t most = 0;
@@ -31,7 +128,7 @@ static __device__ __forceinline__ uint64_t best_of(const float (&x)[SCAN_VALUES]
 #pragma unroll
     for (int i = 0; i < SCAN_VALUES; i++) {
         const uint32_t h = height(x[i]);
-        id = h > most ? first + i * WARP : id;
+        id = h > most ? first + token_at(i) : id;
         most = h > most ? h : most;
     }
     return key_of(most, id);
@@ -44,39 +141,47 @@ static __device__ __forceinline__ uint64_t best_below(const float (&x)[SCAN_VALU
     uint64_t best = 0;
 #pragma unroll
     for (int i = 0; i < SCAN_VALUES; i++) {
-        const uint64_t key = key_of(x[i], first + i * WARP);
+        const uint64_t key = key_of(x[i], first + token_at(i));
         best = key < limit && key > best ? key : best;
     }
     return best;
 }
 
-/* The adjusted values in place of the untouched ones, by way of shared memory: all of them at
- * once would take more registers than there are. */
+/* The adjusted values in place of the untouched ones, by way of shared memory: adjusting all of
+ * them at once would take more registers than there are. */
 static __device__ __forceinline__ void change_part(float (&x)[SCAN_VALUES], struct row row,
                                                    int32_t first, struct scan_shared *s)
 {
-    enum { AT_ONCE = 8 };
-    float *mine = s->values + threadIdx.x;
-#pragma unroll 1
-    for (int i = 0; i < SCAN_VALUES; i += AT_ONCE) {
-        float some[AT_ONCE];
-        row_values<AT_ONCE, WARP>(some, row, first + i * WARP);
+    float4 *mine = s->values + threadIdx.x;
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-            mine[(i + k) * SCAN_THREADS] = some[k];
+    for (int i = 0; i < SCAN_VALUES; i += LANE_VALUES)
+        mine[i / LANE_VALUES * SCAN_THREADS] = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+#pragma unroll 1
+    for (int g = 0; g < LANE_GROUPS; g++) {
+        const float4 four = mine[g * SCAN_THREADS];
+        float some[LANE_VALUES] = {four.x, four.y, four.z, four.w};
+        change_values<LANE_VALUES, 1>(some, row, first + g * GROUP);
+        mine[g * SCAN_THREADS] = make_float4(some[0], some[1], some[2], some[3]);
     }
 #pragma unroll
-    for (int i = 0; i < SCAN_VALUES; i++)
-        x[i] = mine[i * SCAN_THREADS];
+    for (int i = 0; i < SCAN_VALUES; i += LANE_VALUES) {
+        const float4 four = mine[i / LANE_VALUES * SCAN_THREADS];
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
 }
 
 /* The part's sum of exp(x - its largest), and its best few: what logprobs are made of. Reads
  * the untouched values again: they need not stay in registers while others are adjusted. */
-static __device__ void score_part(const struct draw_memory &m, struct row row, int32_t first,
-                                  size_t at, int n_top, uint64_t best, struct scan_shared *s)
+static __device__ __attribute__((noinline)) void score_part(const struct draw_memory &m,
+                                                            struct row row, bool aligned,
+                                                            int32_t first, size_t at,
+                                                            struct scan_shared *s)
 {
     float x[SCAN_VALUES];
-    load_values<SCAN_VALUES, WARP>(x, row, first);
+    load_part(x, row, first, aligned);
+    tidy_part(x, row, first);
+    const uint64_t best = best_of_warps(s->raw);
+    const int n_top = s->job.n_top;
     const float top = value_of(best);
     float sum = 0;
 #pragma unroll
@@ -95,15 +200,15 @@ static __device__ void score_part(const struct draw_memory &m, struct row row, i
     }
 }
 
-/* The best key of a row from those of its parts. */
-static __device__ uint64_t row_best(const uint64_t *parts, int n, struct block_scratch *s)
+/* The best key of a row from those of its parts: by every warp, without a barrier. */
+static __device__ uint64_t row_best(const uint64_t *parts, int n)
 {
     uint64_t best = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    for (int i = threadIdx.x % WARP; i < n; i += WARP) {
         const uint64_t key = __ldcg(parts + i);
         best = key > best ? key : best;
     }
-    return block_best(best, s);
+    return warp_best(best);
 }
 
 /* log of the sum of exp(x - top) over the untouched row. */
@@ -163,7 +268,7 @@ static __device__ __forceinline__ uint64_t before_in(const struct scan_shared *s
 static __device__ void draw_short(const struct draw_memory &m, const struct drawn_row &d, int n,
                                   float raw_top, double log_sum, struct scan_shared *s)
 {
-    const struct slot_params *p = d.params;
+    const struct slot_options *p = d.params;
     const int t = threadIdx.x;
     const uint64_t key = t < n ? s->lists.keys[t] : key_of(-INFINITY, 0);
     const float y = y_of(d.by, value_of(key));
@@ -200,11 +305,11 @@ static __device__ void draw_short(const struct draw_memory &m, const struct draw
     s->rank[t] = (uint32_t)id_of(key);
     s->weight[t] = w;
     __syncthreads();
-    const uint64_t r = __umul64hi(random_bits(p->hash, m.jobs[d.index].position), c.total);
+    const uint64_t r = __umul64hi(random_bits(p->hash, d.job->position), c.total);
     if (w) {
         const uint64_t before = before_in(s, s->rank[t], n);
         if (before <= r && r < before + w)
-            emit(m, d.index, d.row.logits, id_of(key), raw_top, log_sum);
+            emit(m, d, id_of(key), raw_top, log_sum);
     }
 }
 
@@ -251,14 +356,16 @@ static __device__ __forceinline__ void leave_row(const struct draw_memory &m, in
     m.slow[atomicAdd(&m.header->n_slow, 1)] = radix ? ~row : row;
 }
 
-/* All parts of a row are known. */
-static __device__ void finish_row(const struct draw_memory &m, struct row row, int index,
-                                  const struct draw_job *job, struct scan_shared *s)
+/* All parts of a row are known. A call of its own, so that what few blocks do takes no registers
+ * from reading. */
+static __device__ __attribute__((noinline)) void
+finish_row(const struct draw_memory &m, struct row row, int index, struct scan_shared *s)
 {
     const size_t parts = (size_t)index * m.n_parts;
-    const struct slot_params *p = job->slot < 0 ? nullptr : &m.params[job->slot];
+    const struct draw_job *job = &s->job;
+    const struct slot_options *p = job->slot < 0 ? nullptr : &s->options;
     const bool scores = job->target >= 0 || p->n_logprobs >= 0;
-    const uint64_t raw = row_best(m.part_raw + parts, m.n_parts, &s->block);
+    const uint64_t raw = row_best(m.part_raw + parts, m.n_parts);
     const float raw_top = value_of(raw);
     const double log_sum = scores ? row_log_sum(m, index, raw_top, s) : 0;
     if (job->n_top)
@@ -268,71 +375,96 @@ static __device__ void finish_row(const struct draw_memory &m, struct row row, i
             job->target, log_prob(tidy(__ldcg(row.logits + job->target)), raw_top, log_sum)};
     if (!p)
         return;
-    const uint64_t best = row.changes ? row_best(m.part_best + parts, m.n_parts, &s->block) : raw;
+    const uint64_t best = row.changes ? row_best(m.part_best + parts, m.n_parts) : raw;
     const float top = value_of(best);
+    const struct drawn_row d = {row, p, job, {top, p->scale}, index};
     if (is_out(top) || p->temperature == 0) {
         if (threadIdx.x == 0)
-            emit(m, index, row.logits, id_of(is_out(top) ? raw : best), raw_top, log_sum);
+            emit(m, d, id_of(is_out(top) ? raw : best), raw_top, log_sum);
         return;
     }
     const bool cut = p->top_k > 0 && p->top_k < m.n_vocab;
-    const struct drawn_row d = {row, p, {top, p->scale}, index};
     if (cut && p->top_k <= SHORT && draw_top_k(m, d, raw_top, log_sum, s))
         return;
     leave_row(m, index, cut || p->typical_p < 1, {log_sum, raw_top, top});
 }
 
-/* One block a part of a row, grid (parts, rows). */
-static __global__
-__launch_bounds__(SCAN_THREADS,
-                  SCAN_BLOCKS) void draw_scan(const __grid_constant__ struct draw_memory m,
-                                              const float *logits, const struct step_sizes *sizes)
+/* A part's values are on their way: what is known of them alone goes to memory. */
+static __device__ __forceinline__ void scan_part(const struct draw_memory &m, struct row *row,
+                                                 float (&x)[SCAN_VALUES], int32_t first, size_t at,
+                                                 struct scan_shared *s)
+{
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, slot = s->job.slot;
+    uint32_t heights[LANE_GROUPS];
+    tidy_part(x, *row, first);
+    group_heights(heights, x);
+    const uint64_t raw = best_of_warp(x, heights, first);
+    if (lane == 0)
+        s->raw[warp] = raw;
+    if (slot < 0)
+        return;
+    if (has_changes(&s->options, s->job.n_output)) {
+        load_changes(&s->changes, &m.params[slot], m.counts + (size_t)slot * (size_t)m.n_vocab,
+                     s->job.n_output);
+        row->changes = &s->changes;
+        change_part(x, *row, first, s);
+        group_heights(heights, x);
+        const uint64_t best = best_of_warp(x, heights, first);
+        if (lane == 0)
+            s->best[warp] = best;
+    }
+    uint32_t *group_best = m.group_best + at * PART_GROUPS + warp * LANE_GROUPS;
+#pragma unroll
+    for (int g = 0; g < LANE_GROUPS; g++)
+        if (lane == g)
+            group_best[g] = heights[g];
+}
+
+/* One block a part of a row, grid (parts, rows). The step's arrays and the slots' parameters are
+ * copied before its first kernel: they are there before the wait. */
+static __global__ __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) void draw_scan(
+    const __grid_constant__ struct draw_memory m, const struct logit_rows logits,
+    const struct step_sizes *sizes)
 {
     __shared__ struct scan_shared s;
     pdl_trigger();
-    const int index = blockIdx.y, part = blockIdx.x;
-    /* The step's arrays are copied before its first kernel: they are there. */
+    const int index = blockIdx.y, part = blockIdx.x, t = threadIdx.x;
     const bool idle = index >= sizes->n_logit_rows || (!sizes->n_draws && !sizes->n_scores);
     const struct draw_job *job = &m.jobs[index];
-    const int slot = idle ? -1 : job->slot;
-    const bool scored = !idle && job->target >= 0;
-    pdl_wait();
-    if (slot < 0 && !scored)
+    const int slot = job->slot;
+    const bool scored = job->target >= 0;
+    if (idle || (slot < 0 && !scored)) {
+        pdl_wait();
         return;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int32_t first = part * PART + warp * SCAN_VALUES * WARP + lane;
-    struct row row = {logits + (size_t)index * (size_t)m.n_vocab, m.n_vocab, nullptr};
-    float x[SCAN_VALUES];
-    load_values<SCAN_VALUES, WARP>(x, row, first);
-    const struct slot_params *p = slot < 0 ? nullptr : &m.params[slot];
-    const size_t at = (size_t)index * m.n_parts + part;
-
-    const uint64_t raw = block_best(best_of(x, first), &s.block);
-    if (threadIdx.x == 0)
-        m.part_raw[at] = raw;
-    if (p) {
-        load_changes(&s.changes, p, m.counts + (size_t)slot * (size_t)m.n_vocab, job->n_output);
-        if (s.changes.any) {
-            row.changes = &s.changes;
-            change_part(x, row, first, &s);
-            const uint64_t best = block_best(best_of(x, first), &s.block);
-            if (threadIdx.x == 0)
-                m.part_best[at] = best;
-        }
-        uint32_t *group_best = m.group_best + at * PART_GROUPS + warp * LANE_GROUPS;
-#pragma unroll
-        for (int g = 0; g < LANE_GROUPS; g++) {
-            const float most =
-                fmaxf(fmaxf(x[4 * g], x[4 * g + 1]), fmaxf(x[4 * g + 2], x[4 * g + 3]));
-            const uint32_t tallest = __reduce_max_sync(0xffffffffu, height(most));
-            if (lane == g)
-                group_best[g] = tallest;
-        }
     }
-    if (scored || p->n_logprobs >= 0)
-        score_part(m, row, first, at, job->n_top, raw, &s);
+    uint32_t option = 0, word = 0; /* they become shared when the values are on their way */
+    if (t < OPTION_WORDS && slot >= 0)
+        option = ((const uint32_t *)static_cast<const slot_options *>(&m.params[slot]))[t];
+    if (t < JOB_WORDS)
+        word = ((const uint32_t *)job)[t];
+    pdl_wait();
+    const int32_t first = part * PART + (t / WARP * LANE_GROUPS * WARP + t % WARP) * LANE_VALUES;
+    struct row row = {logits.data + index * logits.stride, m.n_vocab, nullptr};
+    float x[SCAN_VALUES];
+    load_part(x, row, first, logits.aligned);
+    if (t < OPTION_WORDS)
+        s.option_words[t] = option;
+    if (t < JOB_WORDS)
+        s.job_words[t] = word;
+    __syncthreads();
+
+    const size_t at = (size_t)index * m.n_parts + part;
+    scan_part(m, &row, x, first, at, &s);
+    __syncthreads();
+    if (scored || s.options.n_logprobs >= 0)
+        score_part(m, row, logits.aligned, first, at, &s);
+    if (t == 0) {
+        m.part_raw[at] = best_of_warps(s.raw);
+        if (row.changes)
+            m.part_best[at] = best_of_warps(s.best);
+    }
     if (last_of(&m.n_scanned[index], m.n_parts, &s.block))
-        finish_row(m, row, index, job, &s);
+        finish_row(m, row, index, &s);
 }
 
 #endif

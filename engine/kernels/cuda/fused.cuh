@@ -54,6 +54,8 @@ struct product {
     struct product_weight w;
     void *out;
     int64_t out_stride;
+    int n_padded;            /* n_out or more: rows of w that may be read and columns of out that
+                              * may be written, those beyond n_out with anything; 0: n_out */
     enum product_output output;
     enum activation act;
     float softcap;         /* 0: none */

@@ -30,8 +30,8 @@ struct recorded {
 
 /* Byte offsets of a step's arrays in its block. */
 struct layout {
-    size_t sizes, tokens, wanted, positions, row_slot, seq_slot, seq_start, pieces, logit_rows;
-    size_t n_copied, n_bytes; /* resolved tokens lie behind what is copied */
+    size_t sizes, tokens, positions, row_slot, seq_slot, seq_start, pieces, logit_rows;
+    size_t n_bytes;
 };
 
 /* Where one of the steps in flight lives on the host. */

@@ -12,6 +12,7 @@ extern "C" {
 }
 
 enum {
+    CLOSE_UP_THREADS = 256,
 };
 
 /* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
@@ -26,6 +27,7 @@ struct layer_scratch {
     /* The long way of attention over whole contexts, and of gates in wide blocks. */
     float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
     float *h32, *recurrence32, *input32; /* [R, D] */
+    float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
     size_t n_bytes;
 };
 
@@ -34,9 +36,15 @@ struct layer_scratch {
 struct scratch_item {
     void **out;
     size_t row_bytes;
+    int rows;
 };
 
-enum { N_ITEMS = 14 };
+enum { N_ITEMS = 15 };
+
+static int64_t padded_columns(int n)
+{
+    return (int64_t)ceil_div(n, PADDED_ROWS) * PADDED_ROWS;
+}
 
 static bool has_full_attention(const struct model_config *c)
 {
@@ -47,28 +55,32 @@ static bool has_full_attention(const struct model_config *c)
 }
 
 static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s,
-                       const struct model_config *c)
+                       const struct backend_options *o)
 {
+    const struct model_config *c = o->config;
+    const int rows = o->max_rows;
+    const size_t logits = c->vocab_size % PADDED_ROWS ? sizeof(float) : 0;
     const size_t D = (size_t)c->hidden_size, F = (size_t)c->intermediate_size;
     const size_t q = (size_t)c->n_heads * (size_t)c->head_dim;
     const size_t kv = (size_t)c->n_kv_heads * (size_t)c->head_dim;
     const size_t full = has_full_attention(c) ? sizeof(float) : 0;
     const size_t rglru = c->latent_input == LATENT_INPUT_RGLRU ? sizeof(float) : 0;
     const struct scratch_item items[N_ITEMS] = {
-        {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16)},
-        {(void **)&s->z, D * rglru},
-        {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float)},
-        {(void **)&s->mixed, q * sizeof(bf16)},
-        {(void **)&s->up, F * sizeof(bf16)},
-        {(void **)&s->wide, 2 * F * sizeof(bf16)},
-        {(void **)&s->y, c->post_norms ? D * sizeof(float) : 0},
-        {(void **)&s->v32, kv * full},
-        {(void **)&s->q32, q * full},
-        {(void **)&s->k32, kv * full},
-        {(void **)&s->mixed32, q * full},
-        {(void **)&s->h32, D * rglru},
-        {(void **)&s->recurrence32, D * rglru},
-        {(void **)&s->input32, D * rglru},
+        {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
+        {(void **)&s->z, D * rglru, rows},
+        {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float), rows},
+        {(void **)&s->mixed, q * sizeof(bf16), rows},
+        {(void **)&s->up, F * sizeof(bf16), rows},
+        {(void **)&s->wide, 2 * F * sizeof(bf16), rows},
+        {(void **)&s->y, c->post_norms ? D * sizeof(float) : 0, rows},
+        {(void **)&s->v32, kv * full, rows},
+        {(void **)&s->q32, q * full, rows},
+        {(void **)&s->k32, kv * full, rows},
+        {(void **)&s->mixed32, q * full, rows},
+        {(void **)&s->h32, D * rglru, rows},
+        {(void **)&s->recurrence32, D * rglru, rows},
+        {(void **)&s->input32, D * rglru, rows},
+        {(void **)&s->logits, (size_t)padded_columns(c->vocab_size) * logits, o->max_logit_rows},
     };
     for (int i = 0; i < N_ITEMS; i++)
         out[i] = items[i];
@@ -78,10 +90,10 @@ size_t layer_scratch_bytes_of(const struct backend_options *o)
 {
     struct layer_scratch unused;
     struct scratch_item items[N_ITEMS];
-    list_items(items, &unused, o->config);
+    list_items(items, &unused, o);
     size_t n = 0;
     for (int i = 0; i < N_ITEMS; i++)
-        n += items[i].row_bytes * (size_t)o->max_rows;
+        n += items[i].row_bytes * (size_t)items[i].rows;
     return n;
 }
 
@@ -92,9 +104,9 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
     if (!s)
         return fail(err, STATUS_NOMEM, "fused layers: out of memory");
     c->layer = s;
-    list_items(items, s, c->options.config);
+    list_items(items, s, &c->options);
     for (int i = 0; i < N_ITEMS; i++) {
-        const size_t n_bytes = items[i].row_bytes * (size_t)c->options.max_rows;
+        const size_t n_bytes = items[i].row_bytes * (size_t)items[i].rows;
         if (n_bytes && cudaMalloc(items[i].out, n_bytes) != cudaSuccess) {
             (void)cudaGetLastError();
             return fail(err, STATUS_NOMEM, "fused layers: %zu bytes for %d rows are not to be had",
@@ -108,7 +120,9 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
 void layer_scratch_close(struct cuda *c)
 {
     struct scratch_item items[N_ITEMS];
-    struct model_config none = {};
+    struct model_config config = {};
+    struct backend_options none = {};
+    none.config = &config;
     if (!c->layer)
         return;
     list_items(items, c->layer, &none);
@@ -446,6 +460,33 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     return true;
 }
 
+/* ---- the head ---- */
+
+static __global__ void close_up_kernel(float *out, const float *in, int64_t stride, int n,
+                                       const int32_t *n_rows)
+{
+    pdl_trigger();
+    pdl_wait();
+    const int row = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
+    if (row < *n_rows && column < n)
+        out[(int64_t)row * n + column] = in[row * stride + column];
+}
+
+/* Rows of an odd number of logits are padded: the library's products of many rows are several
+ * times faster for it, and rows can be read 16 bytes at a time. For the host to see they are
+ * put into the model's buffer without the padding. */
+static bool pad_logits(const struct cuda *c, struct product *q, const struct linear *lm_head)
+{
+    const int64_t padded = padded_columns(lm_head->n_out);
+    const size_t n_bytes = (size_t)padded * (size_t)lm_head->n_in * dtype_bytes(lm_head->dtype);
+    if (!c->layer->logits || padded == lm_head->n_out)
+        return false;
+    q->out = c->layer->logits;
+    q->out_stride = padded;
+    q->n_padded = lm_head->weight->n_bytes >= n_bytes ? (int)padded : 0;
+    return true;
+}
+
 bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
                const struct norm *norm, const struct linear *lm_head, float softcap)
 {
@@ -464,6 +505,16 @@ bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
     q.softcap = softcap;
     q.rows = c->step.logits;
     q.n_rows = &c->step.sizes->n_logit_rows;
+    const bool padded = pad_logits(c, &q, lm_head);
     fused_product(c, &q, c->layer->wide);
+    if (padded && c->step.drawn_from) {
+        c->logits = c->layer->logits;
+        c->logits_stride = q.out_stride;
+    } else if (padded) {
+        launch(&c->queue, "close_up", close_up_kernel,
+               dim3(q.rows, ceil_div(lm_head->n_out, CLOSE_UP_THREADS)), CLOSE_UP_THREADS, 0,
+               floats(logits), (const float *)c->layer->logits, q.out_stride, lm_head->n_out,
+               q.n_rows);
+    }
     return true;
 }

@@ -384,6 +384,13 @@ static void finish(struct cuda *c, const struct product *p, const bf16 *wide)
 
 /* ---- the product ---- */
 
+/* Columns that the library computes: it wants 16-byte multiples, or falls back to a kernel that
+ * is several times slower. */
+static int columns_of(const struct product *p)
+{
+    return p->n_padded ? p->n_padded : p->w.n_out;
+}
+
 /* int8 weights block by block, so that the scratch memory bounds what they take as bf16. */
 static void gemm_int8(struct cuda *c, const struct product *p, struct gemm_shape *shape, char *out)
 {
@@ -391,8 +398,9 @@ static void gemm_int8(struct cuda *c, const struct product *p, struct gemm_shape
     const int most = (int)(SCRATCH_BYTES / sizeof(bf16)) / n_in / ALIGNMENT * ALIGNMENT;
     bf16 *const weights = c->library->scratch;
     for (int first = 0; first < p->w.n_out && c->queue.error == cudaSuccess; first += most) {
-        const int n_out = p->w.n_out - first < most ? p->w.n_out - first : most;
-        const int64_t n = (int64_t)n_out * n_in;
+        const int n_left = columns_of(p) - first, n_there = p->w.n_out - first;
+        const int n_out = n_left < most ? n_left : most;
+        const int64_t n = (int64_t)(n_there < n_out ? n_there : n_out) * n_in;
         char *to = out + (size_t)first * (shape->f32 ? 4 : 2);
         struct gemm *g; /* found before the weights are there: choosing uses the scratch memory */
         shape->n_out = n_out;
@@ -418,7 +426,7 @@ void library_product(struct cuda *c, const struct product *p, bf16 *wide)
     struct gemm_shape shape = {}; /* padding is compared, too */
     shape.in_stride = q.in_stride;
     shape.out_stride = pairs ? q.w.n_out : q.out_stride;
-    shape.n_out = q.w.n_out;
+    shape.n_out = columns_of(&q);
     shape.n_in = q.w.n_in;
     shape.rows = q.rows;
     shape.f32 = q.output == OUTPUT_F32 || q.output == OUTPUT_ADD;

@@ -187,9 +187,17 @@ static enum status take_from_group(struct gpu *g, struct linear *out, size_t n_b
     return STATUS_OK;
 }
 
+/* With rows of zeros up to a multiple of PADDED_ROWS: cuda_head counts on them. */
 static enum status take_alone(struct gpu *g, struct linear *out, size_t n_bytes, struct error *err)
 {
-    enum status st = take_weight(g, &out->weight, n_bytes, err);
+    const size_t row_bytes = n_bytes / (size_t)out->n_out;
+    const size_t padded = align_up((size_t)out->n_out, PADDED_ROWS) * row_bytes;
+    enum status st = take_weight(g, &out->weight, padded, err);
+    if (!st)
+        gpu_note(g,
+                 cudaMemsetAsync((char *)out->weight->data + n_bytes, 0, padded - n_bytes,
+                                 g->cuda.queue.stream),
+                 "cudaMemsetAsync");
     if (!st && out->dtype == DTYPE_I8)
         st = take_weight(g, &out->scales, (size_t)out->n_out * sizeof(float), err);
     return st;

@@ -12,25 +12,6 @@ enum {
     ROW_WARPS = 4, /* of a block of norm_kernel: a warp has a row */
 };
 
-/* ---- tokens ---- */
-
-static __global__ void resolve_kernel(int32_t *tokens, const int32_t *wanted, const int32_t *drawn,
-                                      const int32_t *row_slot, const int32_t *n_rows)
-{
-    pdl_trigger();
-    pdl_wait();
-    const int r = blockIdx.x * THREADS + threadIdx.x;
-    if (r < *n_rows)
-        tokens[r] = wanted[r] == TOKEN_DRAWN ? drawn[row_slot[r]] : wanted[r];
-}
-
-void cuda_resolve_tokens(struct cuda *c, int32_t *tokens, const int32_t *wanted,
-                         const int32_t *drawn)
-{
-    launch(&c->queue, "resolve_tokens", resolve_kernel, dim3(ceil_div(c->step.rows, THREADS)),
-           THREADS, 0, tokens, wanted, drawn, c->step.row_slot, &c->step.sizes->n_rows);
-}
-
 /* ---- embeddings ---- */
 
 static __device__ __forceinline__ float table_value(float x)
@@ -50,17 +31,25 @@ template <class T, int N> struct alignas(sizeof(T) * N) pack {
     T value[N];
 };
 
-/* A block has a row, a thread N adjacent columns at a time. */
+/* What a row's token is and where it stands: arrays of the step. */
+struct step_tokens {
+    const int32_t *given, *drawn, *row_slot, *n_rows;
+};
+
+/* A block has a row, a thread N adjacent columns at a time. The step's arrays were copied before
+ * its first kernel; only what is drawn comes from another one. */
 template <class T, int N>
 static __global__ void embed_kernel(float *out, const T *table, const float *scales, float scale,
-                                    int dim, const int32_t *tokens, const int32_t *n_rows)
+                                    int dim, const struct step_tokens tokens)
 {
     pdl_trigger();
-    pdl_wait();
     const int r = blockIdx.x;
-    if (r >= *n_rows)
+    const bool idle = r >= *tokens.n_rows;
+    const int32_t given = tokens.given[r], slot = tokens.row_slot[r];
+    pdl_wait();
+    if (idle)
         return;
-    const int64_t token = tokens[r];
+    const int64_t token = given == TOKEN_DRAWN ? tokens.drawn[slot] : given;
     const float factor = scales ? scale * scales[token] : scale;
     const T *from = table + token * dim;
     float *to = out + (int64_t)r * dim;
@@ -86,9 +75,11 @@ static void embed(struct cuda *c, struct buffer *out, const struct linear *table
 {
     const int dim = table->n_in;
     const bool wide = dim % 4 == 0;
+    const struct device_step *s = &c->step;
+    const struct step_tokens tokens = {s->tokens, s->drawn, s->row_slot, &s->sizes->n_rows};
     launch(&c->queue, "embed", wide ? embed_kernel<T, 4> : embed_kernel<T, 1>, dim3(c->step.rows),
            row_threads(wide ? dim / 4 : dim), 0, floats(out), (const T *)table->weight->data,
-           floats(table->scales), scale, dim, c->step.tokens, &c->step.sizes->n_rows);
+           floats(table->scales), scale, dim, tokens);
 }
 
 /* Frequencies come from the host: at a position of 2^40 the last bit of a power counts. They

@@ -53,15 +53,13 @@ static struct layout layout_of(const struct form *f)
         return offset;
     };
     l.sizes = place(sizeof(struct step_sizes));
-    l.wanted = place((size_t)f->rows * sizeof(int32_t));
+    l.tokens = place((size_t)f->rows * sizeof(int32_t));
     l.positions = place((size_t)f->rows * sizeof(int64_t));
     l.row_slot = place((size_t)f->rows * sizeof(int32_t));
     l.seq_slot = place((size_t)f->seqs * sizeof(int32_t));
     l.seq_start = place((size_t)(f->seqs + 1) * sizeof(int32_t));
     l.pieces = place((size_t)f->n_pieces * sizeof(struct piece));
     l.logit_rows = place((size_t)f->logits * sizeof(int32_t));
-    l.n_copied = at;
-    l.tokens = place((size_t)f->rows * sizeof(int32_t));
     l.n_bytes = at;
     return l;
 }
@@ -107,7 +105,7 @@ static void fill_block(unsigned char *at, const struct layout *l, const struct s
         for (int r = step->seq_start[s]; r < step->seq_start[s + 1]; r++)
             row_slot[r] = step->seq_slot[s];
     const size_t n_rows = (size_t)step->n_rows, n_seqs = (size_t)step->n_seqs;
-    memcpy(at + l->wanted, step->tokens, n_rows * sizeof(int32_t));
+    memcpy(at + l->tokens, step->tokens, n_rows * sizeof(int32_t));
     memcpy(at + l->positions, step->positions, n_rows * sizeof(int64_t));
     memcpy(at + l->seq_slot, step->seq_slot, n_seqs * sizeof(int32_t));
     memcpy(at + l->seq_start, step->seq_start, (n_seqs + 1) * sizeof(int32_t));
@@ -122,7 +120,7 @@ static void point_step(struct gpu *g, const struct form *f, const struct layout 
     g->cuda.step = (struct device_step){
         .sizes = (const struct step_sizes *)(at + l->sizes),
         .tokens = (const int32_t *)(at + l->tokens),
-        .wanted_tokens = (const int32_t *)(at + l->wanted),
+        .drawn = g->cuda.drawing ? drawing_tokens(g->cuda.drawing) : NULL,
         .positions = (const int64_t *)(at + l->positions),
         .row_slot = (const int32_t *)(at + l->row_slot),
         .seq_slot = (const int32_t *)(at + l->seq_slot),
@@ -134,7 +132,10 @@ static void point_step(struct gpu *g, const struct form *f, const struct layout 
         .n_pieces = f->n_pieces,
         .logits = f->logits,
         .decode = f->decode != 0,
+        .drawn_from = f->draws || f->scores,
     };
+    g->cuda.logits = NULL;
+    g->cuda.logits_stride = 0;
 }
 
 /* ---- steps ---- */
@@ -176,7 +177,7 @@ bool gpu_begin(struct backend *b, const struct step *step)
 
     fill_block(g->places[place].staging, &layout, step);
     gpu_note(g,
-             cudaMemcpyAsync(g->block, g->places[place].staging, layout.n_copied,
+             cudaMemcpyAsync(g->block, g->places[place].staging, layout.n_bytes,
                              cudaMemcpyHostToDevice, g->cuda.queue.stream),
              "copying a step to the device");
     if (g->cuda.drawing)
@@ -187,8 +188,6 @@ bool gpu_begin(struct backend *b, const struct step *step)
         return true;
     if (g->current && g->current->n_seen++ > 0)
         begin_capture(g);
-    cuda_resolve_tokens(&g->cuda, (int32_t *)g->cuda.step.tokens, g->cuda.step.wanted_tokens,
-                        g->cuda.drawing ? drawing_tokens(g->cuda.drawing) : NULL);
     return false;
 }
 
