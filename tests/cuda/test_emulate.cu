@@ -122,9 +122,14 @@ static __global__ void copy_to_global(float *x)
     copy_async_16(x, x + 4);
 }
 
-static __global__ void no_wait(float *x)
+static __global__ void no_wait(float *)
 {
-    x[threadIdx.x] = 0;
+}
+
+static __global__ void early_write(float *x)
+{
+    x[threadIdx.x] = (float)threadIdx.x;
+    pdl_wait();
 }
 
 static const struct {
@@ -145,7 +150,14 @@ static const struct {
     {"copy_from_nowhere", copy_from_nowhere, 256, "not aligned to 16"},
     {"copy_to_global", copy_to_global, 256, "is not shared memory"},
     {"no_wait", no_wait, 0, "called pdl_wait"},
+    {"early_write", early_write, 0, "written before pdl_wait"},
 };
+
+static __global__ void put(float *x, float value)
+{
+    pdl_wait();
+    x[threadIdx.x] = value;
+}
 
 /* What a process of its own says when it runs the kernel; how it ends. */
 static int run_apart(size_t i, char *said, size_t n)
@@ -157,6 +169,9 @@ static int run_apart(size_t i, char *said, size_t n)
     if (pid == 0) {
         dup2(ends[1], 2);
         close(ends[0]);
+        setenv("LATTE_EMULATE_PDL", "1", 1);
+        q.pdl = true;
+        launch(&q, "put", put, dim3(1), N, 0, out, 1.f); /* somebody to wait for */
         launch(&q, mistakes[i].name, mistakes[i].kernel, dim3(1), N, mistakes[i].shared_bytes, out);
         run_and_get();
         _exit(0);
@@ -273,10 +288,32 @@ static void test_orders(void **)
 
 /* ---- the runtime ---- */
 
-static __global__ void put(float *x, float value)
+/* Reads what the kernel before it wrote, and writes, without waiting for it. */
+static __global__ void hasty(float *x, bool writes)
 {
+    const float read = x[threadIdx.x];
+    if (writes)
+        x[threadIdx.x] = read;
     pdl_wait();
-    x[threadIdx.x] = value;
+    x[threadIdx.x] = read + 1;
+}
+
+static void test_early_reads(void **)
+{
+    for (int early = 0; early < 2; early++) {
+        struct queue one = q;
+        one.pdl = early;
+        setenv("LATTE_EMULATE_PDL", "1", 1);
+        OK(cudaMemset(out, 0, sizeof(host)));
+        launch(&one, "hasty", hasty, dim3(1), N, 0, out, false); /* follows no kernel */
+        launch(&one, "hasty", hasty, dim3(1), N, 0, out, false);
+        OK(run_and_get());
+        unsetenv("LATTE_EMULATE_PDL");
+        int n_right = 0; /* once one thread has waited the others see all */
+        for (int i = 0; i < N; i++)
+            n_right += host[i] == 2;
+        assert_true(early ? n_right < N : n_right == N);
+    }
 }
 
 static void test_work_is_done_late(void **)
@@ -373,6 +410,7 @@ int main(void)
         cmocka_unit_test(test_unwritten_device_memory),
         cmocka_unit_test(test_copies_not_waited_for),
         cmocka_unit_test(test_orders),
+        cmocka_unit_test(test_early_reads),
         cmocka_unit_test(test_work_is_done_late),
         cmocka_unit_test(test_copies_beyond_the_end),
         cmocka_unit_test(test_capture_forbids),

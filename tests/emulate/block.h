@@ -7,6 +7,7 @@
 #define LATTE_TESTS_EMULATE_BLOCK_H
 
 #include <functional>
+#include <vector>
 
 #include <cuda_runtime.h>
 
@@ -21,10 +22,17 @@ struct kernel_run {
     int block;
     size_t shared_bytes;
     std::function<void()> body; /* what each thread calls */
+    bool early;                 /* may begin before the kernels before it have ended */
 };
 
-/* Run all blocks, now, on this thread. `number` is the launch's, from 1. */
-void run(const kernel_run &launch, long number);
+struct range {
+    unsigned char *start;
+    size_t n_bytes;
+};
+
+/* Run all blocks, now, on this thread. `number` is the launch's, from 1. What is hidden is NaN
+ * until a thread of the block calls pdl_wait. */
+void run(const kernel_run &launch, long number, const std::vector<range> &hidden);
 
 /* Queue a library's kernel on a stream, or record it where the stream is being captured. */
 typedef std::function<cudaError_t()> work;

@@ -554,9 +554,42 @@ void wait_copies(int n_left)
         me->groups[i] = me->groups[n_groups + i] - n;
 }
 
+/* ---- what earlier kernels wrote ---- */
+
+static const std::vector<range> *hidden;
+static std::vector<unsigned char> hidden_bytes; /* of all ranges, one behind the other */
+static bool is_hidden;
+
+static void hide(void)
+{
+    size_t n = 0;
+    for (const range &r : *hidden) {
+        memcpy(hidden_bytes.data() + n, r.start, r.n_bytes);
+        memset(r.start, POISON, r.n_bytes);
+        n += r.n_bytes;
+    }
+    is_hidden = true;
+}
+
+static void show(void)
+{
+    size_t n = 0;
+    if (!is_hidden)
+        return;
+    for (const range &r : *hidden) {
+        for (size_t i = 0; i < r.n_bytes; i++)
+            if (r.start[i] != POISON)
+                mistake("emulate", 0, "%p was written before pdl_wait", (void *)(r.start + i));
+        memcpy(r.start, hidden_bytes.data() + n, r.n_bytes);
+        n += r.n_bytes;
+    }
+    is_hidden = false;
+}
+
 void waited(void)
 {
     any_waited = true;
+    show();
 }
 
 /* ---- matrices ---- */
@@ -683,11 +716,13 @@ static void start_fibers(void)
 static void run_block(void)
 {
     poison_shared();
+    hide();
     start_fibers();
     fiber *first = take_next(order == 1 ? n_warps - 1 : 0);
     self = first;
     change(&host, &first->registers, false);
     check_shared();
+    show();
 }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -713,9 +748,14 @@ static void choose_order(long number)
     random_state = (uint32_t)order * 2654435761u | 1;
 }
 
-void run(const kernel_run &launch, long number)
+void run(const kernel_run &launch, long number, const std::vector<range> &ranges)
 {
+    size_t n_hidden = 0;
     running = &launch;
+    hidden = &ranges;
+    for (const range &r : ranges)
+        n_hidden += r.n_bytes;
+    hidden_bytes.resize(n_hidden);
     grid_dim = launch.grid;
     block_dim = dim3((unsigned)launch.block);
     any_waited = false;

@@ -14,6 +14,8 @@
  *   - data of copy_async_16 used before copy_async_wait, and copies over data still in use: the
  *     target is NaN until then
  *   - a kernel that never calls pdl_wait, which would break the order of the kernels around it
+ *   - with LATTE_EMULATE_PDL=1 (slow): what kernels of the stream wrote is NaN until pdl_wait, and
+ *     must not be written before
  *   - missing barriers, by order: threads and warps run forwards, backwards or shuffled, changing
  *     with every launch. LATTE_EMULATE_ORDER=n (0 forwards, 1 backwards, 2.. shuffled) fixes it.
  * What it cannot find: races that no order of whole stretches between barriers shows, bank
@@ -97,7 +99,7 @@ void waited(void);
 bool is_shared(const void *p, size_t n);
 
 cudaError_t submit(cudaStream_t stream, const void *kernel, dim3 grid, int block,
-                   size_t shared_bytes, std::function<void()> body);
+                   size_t shared_bytes, bool early, std::function<void()> body);
 
 /* ---- operations of a warp ---- */
 
@@ -374,7 +376,7 @@ template <class... P>
 static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid, int block,
                                         size_t shared_bytes, P... args)
 {
-    return emulate::submit(q->stream, (const void *)kernel, grid, block, shared_bytes,
+    return emulate::submit(q->stream, (const void *)kernel, grid, block, shared_bytes, q->pdl,
                            [=]() { kernel(args...); });
 }
 

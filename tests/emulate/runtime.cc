@@ -6,6 +6,7 @@
  *
  *   LATTE_EMULATE_DEVICES  how many devices there are (default 1)
  *   LATTE_EMULATE_MEMORY   bytes of each (default 8 GiB)
+ *   LATTE_EMULATE_PDL      1: hide from a kernel what those before it wrote, until it waits
  *   LATTE_EMULATE_FAIL     n: the n-th kernel done from now on (from when the variable got its
  *                          value) fails; its device stays broken while the variable is set
  *
@@ -50,7 +51,8 @@ struct mark { /* of an event; outlives it while queued */
 struct step {
     work todo;
     int device;
-    bool is_kernel;
+    bool is_kernel, early; /* early: does not wait for the kernels before it to end */
+    cudaStream_t stream;
 };
 
 } // namespace
@@ -118,6 +120,44 @@ static cudaError_t broken(int d)
     return devices[d].broken;
 }
 
+/* Device memory as it was before the kernels that may still run: those of one stream since work
+ * that waits for all before it. */
+static std::map<char *, std::vector<char>> before;
+static cudaStream_t before_stream;
+static std::vector<emulate::range> written;
+
+static void add_written(char *memory, const std::vector<char> &was)
+{
+    for (size_t i = 0; i < was.size(); i++) {
+        if (memory[i] == was[i])
+            continue;
+        auto p = (unsigned char *)memory + i;
+        if (!written.empty() && written.back().start + written.back().n_bytes == p)
+            written.back().n_bytes++;
+        else
+            written.push_back({p, 1});
+    }
+}
+
+static void find_written(const step &s)
+{
+    written.clear();
+    if (!number_of("LATTE_EMULATE_PDL", 0))
+        return;
+    if (!s.early || s.stream != before_stream)
+        before.clear();
+    before_stream = s.stream;
+    if (!s.is_kernel || !s.early)
+        return;
+    for (const auto &one : allocations) {
+        auto found = before.find(one.first);
+        if (found != before.end() && found->second.size() == one.second.n_bytes)
+            add_written(one.first, found->second);
+        else
+            before[one.first] = std::vector<char>(one.first, one.first + one.second.n_bytes);
+    }
+}
+
 static void do_first(void)
 {
     step s = std::move(pending.front());
@@ -128,6 +168,7 @@ static void do_first(void)
         devices[s.device].broken = cudaErrorLaunchFailure;
         return;
     }
+    find_written(s);
     cudaError_t error = s.todo();
     if (error)
         devices[s.device].broken = error;
@@ -140,12 +181,12 @@ static cudaError_t do_all(void)
     return broken(current_device);
 }
 
-static cudaError_t put(cudaStream_t stream, work todo, bool is_kernel)
+static cudaError_t put(cudaStream_t stream, work todo, bool is_kernel, bool early = false)
 {
     if (stream && !streams.count(stream))
         return cudaErrorInvalidResourceHandle;
     const int d = stream ? stream->device : current_device;
-    step s = {std::move(todo), d, is_kernel};
+    step s = {std::move(todo), d, is_kernel, early, stream};
     if (stream && stream->capture)
         stream->capture->steps.push_back(std::move(s));
     else
@@ -182,7 +223,7 @@ cudaError_t emulate::enqueue(cudaStream_t stream, work todo)
 }
 
 cudaError_t emulate::submit(cudaStream_t stream, const void *kernel, dim3 grid, int block,
-                            size_t shared_bytes, std::function<void()> body)
+                            size_t shared_bytes, bool early, std::function<void()> body)
 {
     return function([&] {
         if (block < 1 || block > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff ||
@@ -190,12 +231,12 @@ cudaError_t emulate::submit(cudaStream_t stream, const void *kernel, dim3 grid, 
             return cudaErrorInvalidConfiguration;
         if (shared_bytes > SHARED_LIMIT)
             return cudaErrorInvalidValue;
-        kernel_run launch = {kernel, grid, block, shared_bytes, std::move(body)};
+        kernel_run launch = {kernel, grid, block, shared_bytes, std::move(body), early};
         auto todo = [launch] {
-            run(launch, n_kernels);
+            run(launch, n_kernels, written);
             return cudaSuccess;
         };
-        return put(stream, todo, true);
+        return put(stream, todo, true, early);
     });
 }
 
@@ -399,6 +440,7 @@ cudaError_t cudaMalloc(void **p, size_t n_bytes)
         memset(memory, 0xff, n_bytes); /* NaN */
         *used += n_bytes;
         allocations[(char *)memory] = {n_bytes, current_device};
+        before.clear();
         *p = memory;
         return cudaSuccess;
     });
@@ -417,6 +459,7 @@ cudaError_t cudaFree(void *p)
     memset(p, 0xff, found->second.n_bytes);
     free(p);
     allocations.erase(found);
+    before.clear();
     return note(broken(current_device));
 }
 
@@ -677,7 +720,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
                 state->ms = now_ms();
                 return cudaSuccess;
             },
-            false);
+            false, true);
     });
 }
 
@@ -793,7 +836,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
         cudaError_t error = cudaSuccess;
         for (const step &s : exec->steps)
             if (!error)
-                error = put(stream, s.todo, s.is_kernel);
+                error = put(stream, s.todo, s.is_kernel, s.early);
         return error;
     });
 }
