@@ -157,7 +157,6 @@ static void add_share(struct planner *p, struct plan *plan, struct slot *slot,
     plan->seqs[plan->n_seqs] = *seq;
     plan->shares[plan->n_seqs++] = *share;
     plan->n_rows += seq->n_rows;
-    plan->n_prompt_rows += share->n_prompt_rows;
     plan->n_logit_rows += seq->n_top >= 0 ? seq->n_rows : seq->draws;
     slot->n_coming += share->n_entries;
     slot->n_fed += (size_t)share->n_prompt_rows;
@@ -255,7 +254,7 @@ static void plan_prompts(struct planner *p, struct plan *plan)
 
 void planner_next(struct planner *p, struct plan *plan)
 {
-    plan->n_seqs = plan->n_rows = plan->n_logit_rows = plan->n_prompt_rows = 0;
+    plan->n_seqs = plan->n_rows = plan->n_logit_rows = 0;
     plan_decoding(p, plan);
     plan_prompts(p, plan);
 }

@@ -71,7 +71,7 @@ struct plan {
     struct stepper_seq *seqs; /* [max_seqs], each with its share */
     struct share *shares;     /* [max_seqs] */
     int32_t *targets;         /* [max_logit_rows] of scored rows */
-    int n_seqs, n_rows, n_logit_rows, n_prompt_rows;
+    int n_seqs, n_rows, n_logit_rows;
 };
 
 struct planner;

@@ -222,13 +222,15 @@ static void use_share(struct scheduler *s, struct slot *slot, const struct share
         end_slot(s, slot, FINISH_LENGTH, NULL);
 }
 
-/* Tokens are counted before readers can see them, so that the counters never lag behind. */
+/* Tokens are counted before readers can see them, so that the counters never lag behind. What a
+ * job that has ended still had on its way is nobody's. */
 static void count_step(struct scheduler *s, const struct plan *plan)
 {
-    struct engine_stats more = {.n_steps = 1, .n_prompt_tokens = (uint64_t)plan->n_prompt_rows};
+    struct engine_stats more = {.n_steps = 1};
     for (int k = 0; k < plan->n_seqs; k++) {
         const struct share *share = &plan->shares[k];
         bool owned = planner_owner(s->planner, share) != NULL;
+        more.n_prompt_tokens += owned ? (uint64_t)share->n_prompt_rows : 0;
         more.n_output_tokens += share->draws && owned;
         more.n_dropped_tokens += share->draws && !owned;
     }
