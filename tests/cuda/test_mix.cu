@@ -808,12 +808,12 @@ static void test_front(void **)
         {96, 2, 72, 1, 1, 132, false, false, NORM_RMS},
         {64, 1, 48, 7, 8, 132, false, true, NORM_LAYER},
         {64, 4, 100, 12, 16, 4, false, false, NORM_RMS},
-        {128, 2, 64, 20, 24, 4, true, true, NORM_RMS},
+        {128, 2, 64, 15, 16, 4, true, true, NORM_RMS},
         {64, 2, 40, 3, 4, 2, true, false, NORM_RMS},
-        {64, 2, 56, 61, 64, 6, false, false, NORM_RMS},
+        {64, 2, 56, 16, 16, 6, false, false, NORM_RMS},
     };
     static const front_case refused[] = {
-        {64, 2, 56, 65, 65, 6, false, false, NORM_RMS},
+        {64, 2, 56, 17, 17, 6, false, false, NORM_RMS},
         {60, 5, 56, 2, 2, 6, false, false, NORM_RMS},
         {64, 2, 256, 2, 2, 2, false, false, NORM_RMS}, /* more than a launch is worth */
     };

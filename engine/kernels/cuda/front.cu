@@ -24,7 +24,7 @@ static __global__ void __launch_bounds__(SKINNY_THREADS, HALVES *TILES <= 16 ? 2
     pdl_trigger();
     const int block = (int)blockIdx.x - c.n_items;
     if (block < 0)
-        rglru_item(c.d, blockIdx.x, shared);
+        rglru_item<1>(c.d, blockIdx.x, shared);
     else
         skinny_block<W, HALVES, TILES, true>(c.p, block, (int)gridDim.x - c.n_items, 0, shared);
 }
@@ -47,11 +47,7 @@ template <class W, int TILES> static bool run_rows(struct cuda *c, front_call *c
 {
     if (call->p.rows <= 8)
         return run_front<W, 1, TILES>(c, call);
-    if (call->p.rows <= 16)
-        return run_front<W, 2, TILES>(c, call);
-    if (call->p.rows <= 32)
-        return run_front<W, 4, TILES>(c, call);
-    return run_front<W, 8, TILES>(c, call);
+    return run_front<W, 2, TILES>(c, call);
 }
 
 /* Tiles as skinny_product chooses them, or the bits would differ. More than 4: so many weights
@@ -72,7 +68,7 @@ template <class W> static bool run_tiles(struct cuda *c, front_call *call)
 
 bool fused_front(struct cuda *c, const struct product *p, const struct rglru_front *f)
 {
-    if (!c->step.decode || p->rows > SKINNY_ROWS || !p->norm.weight ||
+    if (!c->step.decode || p->rows > FRONT_ROWS || !p->norm.weight ||
         p->output == OUTPUT_ACTIVATE || !skinny_possible(p) || !rglru_possible(f))
         return false;
     struct front_call call = {*p, rglru_decode_of(c, f), 0};

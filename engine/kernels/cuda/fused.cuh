@@ -1,11 +1,12 @@
 /* fused.cuh - the passes a fused layer is made of. Activations between them are bf16, sums f32.
  *
  * A decode layer of the main configuration is five launches:
- *   1 front    v, q, k = W norm1(x); gates, RG-LRU        (fused_product + fused_rglru)
+ *   1 front    v, q, k = W norm1(x); gates, RG-LRU        (fused_front)
  *   2 mix      latents and window of one head of one row  (fused_mix)
  *   3 output   x += W_o mixed                             (fused_product)
  *   4 mlp in   up = act(gate(norm2(x))) * up(norm2(x))    (fused_product)
  *   5 mlp out  x += W_down up                             (fused_product)
+ * Above FRONT_ROWS rows the first is three: norm_to_bf16, fused_rglru, fused_product.
  * Each prefetches its weights before pdl_wait, so that memory stays busy while the one before
  * it drains. Weights are read once, whatever the batch, up to SKINNY_ROWS rows.
  *
@@ -19,6 +20,7 @@
 enum {
     SKINNY_ROWS = 48,          /* the skinny product is the way up to so many rows */
     NORMED_IN_BLOCK_ROWS = 16, /* up to so many, every block norms the rows for itself */
+    FRONT_ROWS = 16,           /* fused_front is; above, h = norm1(x) is computed once, for both */
 };
 
 /* Weights of one or several matrices stacked, [n_out, n_in] row-major, 16-byte aligned. */
@@ -54,8 +56,8 @@ struct product {
     struct product_weight w;
     void *out;
     int64_t out_stride;
-    int n_padded;            /* n_out or more: rows of w that may be read and columns of out that
-                              * may be written, those beyond n_out with anything; 0: n_out */
+    int n_padded; /* n_out or more: rows of w that may be read and columns of out that
+                   * may be written, those beyond n_out with anything; 0: n_out */
     enum product_output output;
     enum activation act;
     float softcap;         /* 0: none */
@@ -86,11 +88,16 @@ struct rglru_front {
     struct device_slab<float> state;
     float *z;
     int dim, n_blocks;
+    float *products = nullptr; /* [rows, D] scratch, for steps with prompts of many rows: over
+                                * PIECE_ROWS in all */
+    const bf16 *h = nullptr;   /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
+                                * not used; NULL: normed here */
 };
-/* False: not for this shape (D/B above 128 ...): the caller composes. */
+/* False: not for this shape (D/B no multiple of 8, above 512 ...): the caller composes. */
 bool fused_rglru(struct cuda *c, const struct rglru_front *f);
 
-/* Launch 1: p's product and f's RG-LRU in one grid, where both read the same x. Decode only.
+/* Launch 1: p's product and f's RG-LRU in one grid, where both read the same x. Decode only,
+ * up to FRONT_ROWS rows.
  * False: the caller launches them one after the other. */
 bool fused_front(struct cuda *c, const struct product *p, const struct rglru_front *f);
 

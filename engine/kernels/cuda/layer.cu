@@ -18,6 +18,7 @@ enum {
 /* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
 struct layer_scratch {
     bf16 *vqk;    /* [R, (H + 2 KV) d] v, q and k of a row side by side */
+    bf16 *h;      /* [R, D] norm1(x), where both the RG-LRU and v, q, k want it */
     float *z;     /* [R, D] the RG-LRU's output */
     float *gates; /* [R, columns of g + L] g, then theta */
     bf16 *mixed;  /* [R, H d] */
@@ -26,7 +27,7 @@ struct layer_scratch {
     float *y;     /* [R, D] a sublayer's output that a post norm goes over */
     /* The long way of attention over whole contexts, and of gates in wide blocks. */
     float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
-    float *h32, *recurrence32, *input32; /* [R, D] */
+    float *h32, *recurrence32, *input32; /* [R, D]; recurrence32 also for the RG-LRU's products */
     float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
     size_t n_bytes;
 };
@@ -39,7 +40,7 @@ struct scratch_item {
     int rows;
 };
 
-enum { N_ITEMS = 15 };
+enum { N_ITEMS = 16 };
 
 static int64_t padded_columns(int n)
 {
@@ -67,6 +68,7 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
     const size_t rglru = c->latent_input == LATENT_INPUT_RGLRU ? sizeof(float) : 0;
     const struct scratch_item items[N_ITEMS] = {
         {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
+        {(void **)&s->h, rglru ? D * sizeof(bf16) : 0, rows},
         {(void **)&s->z, D * rglru, rows},
         {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float), rows},
         {(void **)&s->mixed, q * sizeof(bf16), rows},
@@ -266,12 +268,14 @@ static void front(const struct pass *p)
     const int n = p->window ? 3 : 1;
     struct product_weight stacked;
     const bool is_stacked = stack(&stacked, linears, n);
-    const struct product vqk = normed(product_of(p, is_stacked ? stacked : weight_of(linears[0]),
-                                                 p->s->vqk, vqk_stride(p), OUTPUT_BF16),
-                                      p, &w->norm1);
+    struct product vqk = normed(product_of(p, is_stacked ? stacked : weight_of(linears[0]),
+                                           p->s->vqk, vqk_stride(p), OUTPUT_BF16),
+                                p, &w->norm1);
     const bool rglru = !p->full && p->config->latent_input == LATENT_INPUT_RGLRU;
+    const bool small = p->c->step.decode && p->c->step.rows <= FRONT_ROWS;
     struct rglru_front f = {};
     if (rglru) {
+        f.products = p->s->recurrence32;
         f.x = floats(p->x);
         f.norm = norm_of(&w->norm1);
         f.recurrence_gate = floats(w->recurrence_gate);
@@ -284,16 +288,21 @@ static void front(const struct pass *p)
         f.dim = p->config->hidden_size;
         f.n_blocks = p->config->rglru_blocks;
     }
-    if (rglru && is_stacked && p->c->step.decode && fused_front(p->c, &vqk, &f))
+    if (rglru && is_stacked && small && fused_front(p->c, &vqk, &f))
         return;
+    if (rglru && !small) {
+        norm_to_bf16(p->c, p->s->h, f.x, f.norm, f.dim, NULL, vqk.rows, vqk.n_rows);
+        vqk.in = f.h = p->s->h;
+        vqk.norm = {};
+    }
     if (rglru && !fused_rglru(p->c, &f))
         rglru_composed(p);
     fused_product(p->c, &vqk, p->s->wide);
     int64_t column = linears[0]->n_out;
     for (int i = 1; !is_stacked && i < n; column += linears[i++]->n_out) {
-        const struct product q = normed(
-            product_of(p, weight_of(linears[i]), p->s->vqk + column, vqk_stride(p), OUTPUT_BF16), p,
-            &w->norm1);
+        struct product q = vqk;
+        q.w = weight_of(linears[i]);
+        q.out = p->s->vqk + column;
         fused_product(p->c, &q, p->s->wide);
     }
 }

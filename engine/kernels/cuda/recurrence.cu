@@ -15,6 +15,7 @@ enum {
     TILE = 32,       /* rows and columns of block_linear's tiles */
     SCAN_WARPS = 16, /* of a block of the scan */
     SCAN_PIECES = 8, /* that a warp takes at a time */
+    SCAN_WINDOW = 8, /* pieces among which a block of the scan looks for sequences */
     GROUP_ROWS = 8,  /* of a piece that a block of the convolution has */
 };
 
@@ -241,22 +242,16 @@ static __global__ void __launch_bounds__(THREADS)
         *state = z;
 }
 
-/* z_in of every piece of the sequences that have several. A block has 32 channels of one
- * sequence, found by its first piece; a warp takes SCAN_PIECES of its pieces, then the warps'
- * products are put together in order. Bytes: 12 D a piece. */
-static __global__ void __launch_bounds__(SCAN_WARPS *WARP)
-    rglru_scan_kernel(float *piece_states, int64_t piece_values, struct device_slab<float> state,
-                      int dim, struct device_step step)
+/* z_in of the pieces of one sequence, whose first piece is `first`: 32 channels. A warp takes
+ * SCAN_PIECES, then the warps' products are put together in order. */
+static __device__ __forceinline__ void scan_sequence(float2 (&total)[SCAN_WARPS][WARP],
+                                                     float *piece_states, int64_t piece_values,
+                                                     const struct device_slab<float> &state,
+                                                     int dim, const struct device_step &step,
+                                                     int first)
 {
-    __shared__ float2 total[SCAN_WARPS][WARP];
-    pdl_trigger();
-    pdl_wait();
-    const int first = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (first >= step.sizes->n_pieces || step.pieces[first].first != first)
-        return;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const struct rglru_place at = rglru_place_of(step, first);
-    if (at.alone)
-        return;
     const int seq = at.piece.seq, channel = blockIdx.y * WARP + lane;
     const bool here = channel < dim;
     const int n = (step.seq_start[seq + 1] - step.seq_start[seq] + PIECE_ROWS - 1) / PIECE_ROWS;
@@ -298,10 +293,29 @@ static __global__ void __launch_bounds__(SCAN_WARPS *WARP)
     }
 }
 
+/* A block has 32 channels of the sequences of several pieces that begin among SCAN_WINDOW
+ * pieces: few blocks have nothing to do, few have much. Bytes: 12 D a piece. */
+static __global__ void __launch_bounds__(SCAN_WARPS *WARP)
+    rglru_scan_kernel(float *piece_states, int64_t piece_values, struct device_slab<float> state,
+                      int dim, struct device_step step)
+{
+    __shared__ float2 total[SCAN_WARPS][WARP];
+    pdl_trigger();
+    pdl_wait();
+    const int lane = threadIdx.x % WARP, p = blockIdx.x * SCAN_WINDOW + lane;
+    const bool chained = lane < SCAN_WINDOW && p + 1 < step.sizes->n_pieces &&
+                         step.pieces[p].first == p && step.pieces[p + 1].first == p;
+    unsigned left = __ballot_sync(0xffffffffu, chained);
+    for (; left; left &= left - 1)
+        scan_sequence(total, piece_states, piece_values, state, dim, step,
+                      blockIdx.x * SCAN_WINDOW + __ffs(left) - 1);
+}
+
 void rglru_scan(struct cuda *c, struct device_slab<float> state, int dim)
 {
-    launch(&c->queue, "rglru", rglru_scan_kernel, dim3(c->step.n_pieces, ceil_div(dim, WARP)),
-           SCAN_WARPS * WARP, 0, c->piece_states, (int64_t)c->piece_values, state, dim, c->step);
+    launch(&c->queue, "rglru", rglru_scan_kernel,
+           dim3(ceil_div(c->step.n_pieces, SCAN_WINDOW), ceil_div(dim, WARP)), SCAN_WARPS * WARP, 0,
+           c->piece_states, (int64_t)c->piece_values, state, dim, c->step);
 }
 
 void cuda_rglru(struct backend *b, struct buffer *out, const struct buffer *in,

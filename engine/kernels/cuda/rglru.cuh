@@ -1,16 +1,16 @@
 /* rglru.cuh - the RG-LRU of one row per sequence, from the residual stream to the state, as a
  * piece of a kernel: rglru.cu launches it alone, front.cu beside a product.
  *
- * The work is cut into items: 16 rows (or a few times 16) x n_tiles * 8 channels of one block of
- * the gates. An item
- * belongs to one thread block of any number of warps. The item's gate weights are rounded to
- * bf16 on their way to shared memory, and the products run on tensor cores with f32 sums over k
- * in order; prompts (rglru.cu) do the same arithmetic, so that a row has the same bits
- * either way.
+ * The work is cut into items: 16, 32 or 64 rows x n_tiles * 8 channels of one block of the gates.
+ * An item belongs to one thread block; a warp has 16 of the rows and every so-manieth 8 channels.
+ * The item's gate weights are rounded to bf16 on their way to shared memory, and the products run
+ * on tensor cores with f32 sums over k in order; prompts (rglru.cu) do the same arithmetic, so
+ * that a row has the same bits either way.
  *
- * Bytes of a layer at R rows: the gates' 8 D^2 / B once per 16 rows (from L2 after the first),
- * x [R, D] once per group of channels, state and z [R, D] once: 0.6 MB of weights and 9 KB a row
- * at D = 768, B = 8; the floor is 0.2 us for the weights.
+ * What an item waits for is a chain of two loads, slot then state; rows, weights and constants
+ * come beside it. Bytes of a layer at R rows: the gates' 8 D^2 / B once per item's rows (from L2
+ * after the first), h [R, D] once per group of channels, state and z [R, D] once: 0.6 MB of
+ * weights and 10 KB a row at D = 768, B = 8; the floor is 0.2 us for the weights.
  */
 #ifndef LATTE_CUDA_RGLRU_CUH
 #define LATTE_CUDA_RGLRU_CUH
@@ -28,8 +28,7 @@ struct rglru_decode {
     const int32_t *seq_slot;  /* [rows]: row r is sequence r */
     int rows;                 /* of the bucket: so many rows of x and the arrays may be read */
     int n_tiles;              /* of 8 channels, in an item */
-    int row_tiles = 1;        /* of 16 rows, in an item, one after the other */
-    const bf16 *h = nullptr;  /* [rows, D] = bf16(norm(x)); NULL: the items norm x themselves */
+    int row_tiles;            /* of 16 rows, in an item: 1, 2 or 4 */
 };
 
 /* Columns of a staged row: the block's width rounded up to what an mma takes, and 8 more, which
@@ -52,39 +51,37 @@ static inline __host__ __device__ int rglru_items(const struct rglru_decode *d)
     return (d->rows + rows - 1) / rows * d->f.n_blocks * rglru_groups(d);
 }
 
-/* Shared memory that an item takes, 16-byte aligned. */
+/* Shared memory that an item takes, 16-byte aligned: rows, weights, constants, the norm. */
 static inline __host__ __device__ size_t rglru_shared_bytes(const struct rglru_decode *d)
 {
     const int stride = rglru_stride(d->f.dim / d->f.n_blocks);
-    return (size_t)(RGLRU_ROWS + 2 * 8 * d->n_tiles) * stride * sizeof(bf16);
+    return (size_t)(RGLRU_ROWS * d->row_tiles + 2 * 8 * d->n_tiles) * stride * sizeof(bf16) +
+           (size_t)d->n_tiles * 8 * 3 * sizeof(float) + (size_t)stride * 2 * sizeof(float);
 }
 
 /* The shapes that rglru_item can do: widths D/B that are multiples of 8 up to 512. */
 static inline bool rglru_possible(const struct rglru_front *f)
 {
     const int width = f->dim / f->n_blocks;
-    return f->norm.weight && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
+    return (f->h || f->norm.weight) && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
 }
 
-/* How the step's rows are cut: few channels an item while there are few rows, so that all
- * processors read weights; many when there are many, so that rows are read less often. */
+/* How the step's rows are cut: tall items, as rows are fewer bytes than weights, and of as few
+ * channels as lets two items a processor do the step at once. */
 static inline struct rglru_decode rglru_decode_of(const struct cuda *c, const struct rglru_front *f)
 {
     enum { MOST_BYTES = 96 * 1024 };
-    const int width = f->dim / f->n_blocks, tiles = width / 8, n_sms = c->queue.n_sms;
-    const int row_tiles = (c->step.rows + RGLRU_ROWS - 1) / RGLRU_ROWS;
-    const int room = (MOST_BYTES / (rglru_stride(width) * (int)sizeof(bf16)) - RGLRU_ROWS) / 16;
-    int n = row_tiles * f->n_blocks * tiles / n_sms;
-    n = n < 1 ? 1 : n > room ? room : n;
-    n = n > 16 ? 16 : n > tiles ? tiles : n;
-    const int groups = (tiles + n - 1) / n; /* alike, then */
-    n = (tiles + groups - 1) / groups;
-
-    struct rglru_decode d = {*f, c->step.sizes, c->step.positions, c->step.seq_slot, c->step.rows,
-                             n};
-    d.row_tiles = rglru_items(&d) * 2 / (3 * n_sms);
-    d.row_tiles = d.row_tiles < 1 ? 1 : d.row_tiles > 4 ? 4 : d.row_tiles;
-    return d;
+    const int width = f->dim / f->n_blocks, tiles = width / 8;
+    const int rows = ceil_div(c->step.rows, RGLRU_ROWS);
+    const int row_tiles = rows > 2 ? 4 : rows;
+    const int most = MOST_BYTES / (rglru_stride(width) * (int)sizeof(bf16));
+    const int room = (most - RGLRU_ROWS * row_tiles) / 16;
+    int n = ceil_div(rows * f->n_blocks * tiles, row_tiles * 2 * c->queue.n_sms);
+    n = n > room ? room : n;
+    n = n < 1 ? 1 : n > 12 ? 12 : n;
+    n = n > tiles ? tiles : n;
+    n = ceil_div(tiles, ceil_div(tiles, n)); /* groups alike */
+    return {*f, c->step.sizes, c->step.positions, c->step.seq_slot, c->step.rows, n, row_tiles};
 }
 
 /* ---- pieces of prompts ---- */
@@ -112,7 +109,7 @@ static __device__ __forceinline__ struct rglru_place rglru_place_of(const struct
 
 /* recurrence.cu. c->piece_states has for piece p the product A [D] of its a, then its end Z [D]
  * from zero, save for last pieces; in sequences of several pieces A becomes what the piece starts
- * from. */
+ * from. A first piece may give A = 0 and its end from the state. */
 void rglru_scan(struct cuda *c, struct device_slab<float> state, int dim);
 
 /* ---- the arithmetic, shared with prompts ---- */
@@ -154,21 +151,35 @@ static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h,
     return begins ? make_float2(0, gated) : make_float2(a, quick_sqrt(rest) * gated);
 }
 
-/* n rows [n, width] of f32 weights to bf16 [n, stride] in shared memory; zeros in the columns
- * from width to stride - 8. */
-static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *from, int n, int width,
-                                                   int stride)
+/* n rows [n, width] of each gate's f32 weights to bf16 [2 n, stride] in shared memory, the
+ * recurrence gate's first; zeros in the columns from width to stride - 8. Loads go out before
+ * anything is stored. */
+static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *recurrence,
+                                                   const float *input, int n, int width, int stride)
 {
-    const int quads = (stride - 8) / 4;
-#pragma unroll 4
-    for (int at = threadIdx.x; at < n * quads; at += blockDim.x) {
-        const int row = at / quads, i = at % quads * 4;
-        float4 w = make_float4(0, 0, 0, 0);
-        if (i < width)
-            w = __ldg(reinterpret_cast<const float4 *>(from + (size_t)row * width + i));
-        __nv_bfloat162 *out = reinterpret_cast<__nv_bfloat162 *>(to + row * stride + i);
-        out[0] = __floats2bfloat162_rn(w.x, w.y);
-        out[1] = __floats2bfloat162_rn(w.z, w.w);
+    enum { AT_ONCE = 4 };
+    const unsigned quads = (unsigned)(stride - 8) / 4, total = 2 * n * quads;
+    for (unsigned from = threadIdx.x; from < total; from += AT_ONCE * blockDim.x) {
+        float4 w[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const unsigned at = from + k * blockDim.x;
+            const int row = at / quads, i = at % quads * 4;
+            const float *weights = row < n ? recurrence : input - (size_t)n * width;
+            w[k] = make_float4(0, 0, 0, 0);
+            if (at < total && i < width)
+                w[k] = __ldg(reinterpret_cast<const float4 *>(weights + (size_t)row * width + i));
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const unsigned at = from + k * blockDim.x;
+            if (at >= total)
+                break;
+            __nv_bfloat162 *out =
+                reinterpret_cast<__nv_bfloat162 *>(to + at / quads * stride + at % quads * 4);
+            out[0] = __floats2bfloat162_rn(w[k].x, w[k].y);
+            out[1] = __floats2bfloat162_rn(w[k].z, w[k].w);
+        }
     }
 }
 
@@ -214,22 +225,23 @@ static __device__ __forceinline__ float4 rglru_pair(const float *r, const float 
 
 /* ---- an item ---- */
 
-/* A lane's four values of a tile: rows g and g + 8, two channels. */
+/* A lane's rows, g and g + 8 of its warp's 16. */
 struct rglru_lane {
-    bool here[2], begins[2]; /* of its rows */
-    int64_t state[2];        /* offsets of the rows' slots */
+    bool here[2], begins[2];
+    int64_t state[2]; /* offsets of the rows' slots */
 };
 
-static __device__ __forceinline__ void
-rglru_locate(struct rglru_lane *at, const struct rglru_decode &d, int row0, int n_rows)
+static __device__ __forceinline__ void rglru_locate(struct rglru_lane *at,
+                                                    const struct rglru_decode &d, int row0)
 {
+    const int n_rows = d.sizes->n_rows;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int row = row0 + threadIdx.x % WARP / 4 + 8 * j;
         const int any = row < d.rows ? row : d.rows - 1; /* read while n_rows is on its way */
-        at->here[j] = row < n_rows;
         at->begins[j] = d.positions[any] == 0;
         at->state[j] = (int64_t)d.seq_slot[any] * d.f.state.row_values;
+        at->here[j] = row < n_rows;
     }
 }
 
@@ -244,56 +256,56 @@ static __device__ __forceinline__ void rglru_past(float2 past[2], const struct r
     }
 }
 
-/* h: columns first..first+width of 16 normed rows from row0 on, as bf16; zeros beyond n_rows. */
-static __device__ __forceinline__ void rglru_norm_rows(bf16 *h, const struct rglru_front &f,
-                                                       int row0, int n_rows, int first, int width,
-                                                       int stride)
+/* h: the item's columns of n normed rows from row0 on, as bf16; zeros beyond the bucket's rows.
+ * weight, bias: the columns' part of the norm. The first row is the last warp's: the first warps
+ * have states to fetch. */
+static __device__ __forceinline__ void rglru_norm_rows(bf16 *h, const struct rglru_decode &d,
+                                                       int row0, int n, int first, int width,
+                                                       int stride, const float *weight,
+                                                       const float *bias)
 {
-    const int lane = threadIdx.x % WARP;
-    for (int r = threadIdx.x / WARP; r < RGLRU_ROWS; r += blockDim.x / WARP) {
-        const bool here = row0 + r < n_rows;
+    const struct rglru_front &f = d.f;
+    const int lane = threadIdx.x % WARP, n_warps = blockDim.x / WARP;
+    for (int r = n_warps - 1 - threadIdx.x / WARP; r < n; r += n_warps) {
+        const bool here = row0 + r < d.rows;
         const float *x = f.x + (int64_t)(row0 + r) * f.dim;
         struct row_scale s = {0, 0};
         if (here)
             s = read_scale(x, f.dim, f.norm.type == NORM_LAYER, f.norm.eps);
         for (int i = lane; i < stride - 8; i += WARP) {
             float y = 0;
-            if (here && i < width) {
-                const int c = first + i;
-                y = normed(x[c], s, __ldg(f.norm.weight + c),
-                           f.norm.bias ? __ldg(f.norm.bias + c) : 0);
-            }
+            if (here && i < width)
+                y = normed(x[first + i], s, weight[i], bias[i]);
             h[r * stride + i] = __float2bfloat16_rn(y);
         }
     }
 }
 
-/* The same from rows that were normed before. */
+/* The same from rows that were normed before, in the background. */
 static __device__ __forceinline__ void rglru_take_rows(bf16 *h, const struct rglru_decode &d,
-                                                       int row0, int n_rows, int first, int width,
+                                                       int row0, int n, int first, int width,
                                                        int stride)
 {
-    const int chunks = (stride - 8) / 8;
-    for (int at = threadIdx.x; at < RGLRU_ROWS * chunks; at += blockDim.x) {
+    const unsigned chunks = (unsigned)(stride - 8) / 8;
+    for (unsigned at = threadIdx.x; at < n * chunks; at += blockDim.x) {
         const int r = at / chunks, i = at % chunks * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (row0 + r < n_rows && i < width)
-            v = *reinterpret_cast<const uint4 *>(d.h + (int64_t)(row0 + r) * d.f.dim + first + i);
-        *reinterpret_cast<uint4 *>(h + r * stride + i) = v;
+        const bool here = row0 + r < d.rows && i < width;
+        copy_async_16(h + r * stride + i,
+                      d.f.h + (here ? (int64_t)(row0 + r) * d.f.dim + first + i : 0), here);
     }
+    copy_async_commit();
 }
 
-/* One lane's part of a tile: z of two rows and two channels, to the state and to z. */
-static __device__ __forceinline__ void rglru_tile(const struct rglru_decode &d,
-                                                  const struct rglru_lane &at, const float2 past[2],
-                                                  const bf16 *h, const bf16 *recurrence,
-                                                  const bf16 *input, int row0, int first,
-                                                  int channel, int stride)
+/* One lane's part of a tile: z of two rows and two channels, to the state and to z. h: the
+ * warp's rows; c: the channels' constants. */
+static __device__ __forceinline__ void
+rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const float2 past[2],
+           const bf16 *h, const bf16 *recurrence, const bf16 *input,
+           const struct rglru_channel *constants, int row0, int first, int channel, int stride)
 {
     const struct rglru_front &f = d.f;
     const int lane = threadIdx.x % WARP;
-    const struct rglru_channel c[2] = {rglru_channel_of(f, channel),
-                                       rglru_channel_of(f, channel + 1)};
+    const struct rglru_channel c[2] = {constants[0], constants[1]};
     float r[1][4], i[1][4];
     rglru_products<1>(r, i, h, recurrence, input, stride);
 #pragma unroll
@@ -310,7 +322,10 @@ static __device__ __forceinline__ void rglru_tile(const struct rglru_decode &d,
 }
 
 /* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
- * weights; no thread of the block may have returned before. shared: rglru_shared_bytes. */
+ * weights and the step's arrays, which are copied before the step's first kernel; no thread of the
+ * block may have returned before. shared: rglru_shared_bytes. The block has a multiple of 4 warps;
+ * AT_ONCE: tiles whose states a lane asks for at a time. */
+template <int AT_ONCE>
 static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
                                                   unsigned char *shared)
 {
@@ -318,42 +333,59 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
     const int width = f.dim / f.n_blocks, stride = rglru_stride(width);
     const int groups = rglru_groups(&d), group = item % groups;
     const int first = item / groups % f.n_blocks * width, out0 = group * d.n_tiles * 8;
-    const int row_tile = item / groups / f.n_blocks * d.row_tiles;
+    const int n = RGLRU_ROWS * d.row_tiles, row0 = item / groups / f.n_blocks * n;
     const int left = (width - out0) / 8, n_tiles = left < d.n_tiles ? left : d.n_tiles;
     bf16 *const h = reinterpret_cast<bf16 *>(shared);
-    bf16 *const recurrence = h + RGLRU_ROWS * stride;
-    bf16 *const input = recurrence + d.n_tiles * 8 * stride;
+    bf16 *const weights = h + n * stride;
+    struct rglru_channel *const constants =
+        reinterpret_cast<struct rglru_channel *>(weights + 2 * 8 * d.n_tiles * stride);
+    float *const norm_weight = reinterpret_cast<float *>(constants + 8 * d.n_tiles);
+    float *const norm_bias = norm_weight + stride;
 
-    const size_t weights = (size_t)(first + out0) * width;
-    rglru_stage(recurrence, f.recurrence_gate + weights, n_tiles * 8, width, stride);
-    rglru_stage(input, f.input_gate + weights, n_tiles * 8, width, stride);
+    const size_t from = (size_t)(first + out0) * width;
+    rglru_stage(weights, f.recurrence_gate + from, f.input_gate + from, n_tiles * 8, width, stride);
+    for (int i = threadIdx.x; i < n_tiles * 8; i += blockDim.x)
+        constants[i] = rglru_channel_of(f, first + out0 + i);
+    for (int i = threadIdx.x; !f.h && i < width; i += blockDim.x) {
+        norm_weight[i] = __ldg(f.norm.weight + first + i);
+        norm_bias[i] = f.norm.bias ? __ldg(f.norm.bias + first + i) : 0;
+    }
+    if (!f.h)
+        __syncthreads();
+
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int my_row = warp % d.row_tiles * RGLRU_ROWS, step = blockDim.x / WARP / d.row_tiles;
+    struct rglru_lane at = {};
+    if (warp / d.row_tiles < n_tiles)
+        rglru_locate(&at, d, row0 + my_row);
 
     pdl_wait();
-    const int warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
-    const int mine = first + out0 + warp * 8 + threadIdx.x % 4 * 2;
-    const int n_rows = d.sizes->n_rows;
-    for (int t = row_tile; t < row_tile + d.row_tiles; t++) {
-        const int row0 = t * RGLRU_ROWS;
-        if (row0 >= n_rows)
-            return;
-        struct rglru_lane at;
-        float2 past[2];
-        rglru_locate(&at, d, row0, n_rows);
-        if (warp < n_tiles)
-            rglru_past(past, d, at, mine);
-        if (d.h)
-            rglru_take_rows(h, d, row0, n_rows, first, width, stride);
-        else
-            rglru_norm_rows(h, f, row0, n_rows, first, width, stride);
-        __syncthreads();
-        for (int tile = warp; tile < n_tiles; tile += n_warps) {
-            const int channel = mine + (tile - warp) * 8, next = channel + n_warps * 8;
-            rglru_tile(d, at, past, h, recurrence + tile * 8 * stride, input + tile * 8 * stride,
-                       row0, first, channel, stride);
-            if (tile + n_warps < n_tiles)
-                rglru_past(past, d, at, next);
+    if (f.h)
+        rglru_take_rows(h, d, row0, n, first, width, stride);
+    bool ready = false;
+    for (int tile0 = warp / d.row_tiles; !ready || tile0 < n_tiles; tile0 += AT_ONCE * step) {
+        float2 past[AT_ONCE][2];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (tile0 + k * step < n_tiles)
+                rglru_past(past[k], d, at, first + out0 + (tile0 + k * step) * 8 + lane % 4 * 2);
         }
-        __syncthreads(); /* before h is overwritten */
+        if (!ready) {
+            if (f.h)
+                copy_async_wait<0>();
+            else
+                rglru_norm_rows(h, d, row0, n, first, width, stride, norm_weight, norm_bias);
+            __syncthreads();
+            ready = true;
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int tile = tile0 + k * step, column = tile * 8 + lane % 4 * 2;
+            if (tile < n_tiles)
+                rglru_tile(d, at, past[k], h + my_row * stride, weights + tile * 8 * stride,
+                           weights + (n_tiles + tile) * 8 * stride, constants + column,
+                           row0 + my_row, first, first + out0 + column, stride);
+        }
     }
 }
 

@@ -145,14 +145,18 @@ struct norm_call {
     const int32_t *n_rows;
 };
 
-/* Where normed values go. */
+/* Where normed values go. before: what is there and will be needed. */
 struct store_f32 {
     float *out;
     __device__ __forceinline__ void one(int64_t at, float y) const
     {
         out[at] = y;
     }
-    __device__ __forceinline__ void four(int64_t at, float4 y) const
+    __device__ __forceinline__ float4 before(int64_t) const
+    {
+        return make_float4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ void four(int64_t at, float4 y, float4) const
     {
         *reinterpret_cast<float4 *>(out + at) = y;
     }
@@ -164,7 +168,11 @@ struct store_bf16 {
     {
         out[at] = __float2bfloat16_rn(y);
     }
-    __device__ __forceinline__ void four(int64_t at, float4 y) const
+    __device__ __forceinline__ float4 before(int64_t) const
+    {
+        return make_float4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ void four(int64_t at, float4 y, float4) const
     {
         pack<__nv_bfloat162, 2> both;
         both.value[0] = __floats2bfloat162_rn(y.x, y.y);
@@ -179,9 +187,12 @@ struct add_f32 {
     {
         out[at] += y;
     }
-    __device__ __forceinline__ void four(int64_t at, float4 y) const
+    __device__ __forceinline__ float4 before(int64_t at) const
     {
-        const float4 x = *reinterpret_cast<const float4 *>(out + at);
+        return *reinterpret_cast<const float4 *>(out + at);
+    }
+    __device__ __forceinline__ void four(int64_t at, float4 y, float4 x) const
+    {
         *reinterpret_cast<float4 *>(out + at) =
             make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
     }
@@ -199,38 +210,52 @@ static __device__ __forceinline__ float4 normed_quad(float4 x, struct row_scale 
                        normed(x.w, s, w.w, b.w));
 }
 
-/* dim a multiple of 4 and at most 128 PER: a lane holds its part of the row. */
+/* dim a multiple of 4 and at most 128 PER: a lane holds its part of the row. For the usual
+ * lengths everything is asked for at once, the weights before the kernel in front has ended: what
+ * is waited for is one load and the sums. Bytes: 4 dim a row in, and what Store writes. */
 template <int PER, class Store>
 static __global__ void __launch_bounds__(ROW_WARPS *WARP)
-    norm_kernel(struct norm_call call, Store store)
+    norm_kernel(const __grid_constant__ struct norm_call call, Store store)
 {
-    pdl_trigger();
-    pdl_wait();
-    const int64_t row = (int64_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP;
-    if (row >= *call.n_rows * call.groups)
-        return;
+    constexpr bool AHEAD = PER <= 8;
+    const float4 zero = make_float4(0, 0, 0, 0);
     const int lane = threadIdx.x % WARP, quads = call.dim / 4;
+    const float *const weight = call.norm.weight, *const bias = call.norm.bias;
+    pdl_trigger();
+    float4 w[AHEAD ? PER : 1], before[AHEAD ? PER : 1], held[PER];
+#pragma unroll
+    for (int p = 0; AHEAD && p < PER; p++)
+        w[p] = weight && lane + p * WARP < quads ? quad_at(weight, lane + p * WARP) : zero;
+
+    const int64_t row = (int64_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP;
+    const bool idle = row >= *call.n_rows * call.groups; /* there since before the first kernel */
+    pdl_wait();
+    if (idle)
+        return;
     const int64_t from = call.in_rows ? call.in_rows[row] : row;
     const float4 *in = reinterpret_cast<const float4 *>(call.in + from * call.dim);
-    float4 held[PER];
 #pragma unroll
-    for (int p = 0; p < PER; p++)
-        held[p] = lane + p * WARP < quads ? in[lane + p * WARP] : make_float4(0, 0, 0, 0);
+    for (int p = 0; p < PER; p++) {
+        const int quad = lane + p * WARP;
+        held[p] = quad < quads ? in[quad] : zero;
+        if (AHEAD)
+            before[p] = quad < quads ? store.before(row * call.dim + 4 * quad) : zero;
+    }
 
     struct row_scale s = {0, 1};
-    if (call.norm.weight)
+    if (weight)
         s = held_scale<PER>(held, call.dim, call.norm.type == NORM_LAYER, call.norm.eps);
 #pragma unroll
     for (int p = 0; p < PER; p++) {
         const int quad = lane + p * WARP;
         if (quad >= quads)
             break;
+        const int64_t at = row * call.dim + 4 * quad;
         float4 y = held[p];
-        if (call.norm.weight)
-            y = normed_quad(y, s, quad_at(call.norm.weight, quad),
-                            call.norm.bias ? quad_at(call.norm.bias, quad)
-                                           : make_float4(0, 0, 0, 0));
-        store.four(row * call.dim + 4 * quad, y);
+        if (weight)
+            y = normed_quad(y, s, AHEAD ? w[p] : quad_at(weight, quad),
+                            bias ? quad_at(bias, quad) : zero);
+        store.four(at, y, AHEAD ? before[p] : store.before(at));
     }
 }
 
@@ -256,7 +281,8 @@ static __global__ void __launch_bounds__(ROW_WARPS *WARP)
             y = normed_quad(y, s, quad_at(call.norm.weight, quad),
                             call.norm.bias ? quad_at(call.norm.bias, quad)
                                            : make_float4(0, 0, 0, 0));
-        store.four(row * call.dim + 4 * quad, y);
+        const int64_t at = row * call.dim + 4 * quad;
+        store.four(at, y, store.before(at));
     }
 }
 
@@ -300,11 +326,13 @@ static void norm_rows(struct cuda *c, const char *where, const struct norm_call 
         kernel = norm_odd_kernel<Store>;
     else if (call->dim <= 256)
         kernel = norm_kernel<2, Store>;
+    else if (call->dim <= 768)
+        kernel = norm_kernel<6, Store>;
     else if (call->dim <= 1024)
         kernel = norm_kernel<8, Store>;
     else if (call->dim <= 2560)
         kernel = norm_kernel<20, Store>;
-    const int64_t n = (int64_t)rows * call->groups;
+    const int64_t n = rows * call->groups;
     launch(&c->queue, where, kernel, dim3((unsigned)((n + ROW_WARPS - 1) / ROW_WARPS)),
            ROW_WARPS * WARP, 0, *call, store);
 }
