@@ -1,7 +1,7 @@
 #!/bin/sh
-# run.sh BUILD [unit|http|emulated|gpu...] - run the test programs of a build directory, one after another,
-# and count what cmocka reports. Exits with 1 when a test failed, a program crashed or hung, or
-# there was nothing to run.
+# run.sh BUILD [unit|http|emulated|gpu...] - run the test programs of a build directory and count
+# what cmocka reports. Exits with 1 when a test failed, a program crashed or hung, or there was
+# nothing to run. One program after another; emulated ones, which only compute, on all cores.
 #
 #   TEST_TIMEOUT   seconds a program may take (default 300)
 #   TEST_ONLY      run only programs whose path contains one of these words
@@ -11,22 +11,28 @@
 # gpu says first what it runs on; without a GPU it skips all, aloud.
 set -u
 
-build=${1:?usage: tests/run.sh BUILD [unit|http|emulated|gpu...]}
-shift
-[ $# -gt 0 ] || set -- unit http
-timeout_s=${TEST_TIMEOUT:-300}
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-passed=0 failed=0 skipped=0
-
 # cmocka's closing lines: "[  PASSED  ] 7 test(s)."
 count() {
-    n=$(sed -n "s/^\[  *$1  *\] \([0-9][0-9]*\) test(s).*/\1/p" "$log" |
-        awk '{ n += $1 } END { print n + 0 }')
-    echo "$n"
+    sed -n "s/^\[  *$1  *\] \([0-9][0-9]*\) test(s).*/\1/p" "$log" |
+        awk '{ n += $1 } END { print n + 0 }'
 }
 
+report() {
+    printf '%-36s %4d passed, %d failed%s%s  (%d s)\n' "$2/${1##*/}" "$p" "$f" \
+        "$([ "$s" = 0 ] || echo ", $s skipped")" "$why" "$seconds"
+    # Skips are said aloud.
+    [ "$s" = 0 ] || grep -i 'skip' "$log" | grep -v '^\[\|TEST(S)' | sort -u | sed 's/^/    /'
+    if [ "$f" != 0 ]; then
+        echo "--- output of $1"
+        tail -n 200 "$log"
+        echo "---"
+    fi
+}
+
+# run_one PROGRAM KIND: adds a line "passed failed skipped" to $TEST_COUNTS.
 run_one() {
+    log=$(mktemp)
+    timeout_s=${TEST_TIMEOUT:-300}
     started=$(date +%s)
     # shellcheck disable=SC2086 # words
     timeout -k 10 "$timeout_s" ${TEST_UNDER:-} "$1" >"$log" 2>&1 </dev/null
@@ -43,17 +49,23 @@ run_one() {
         why=", ran no test"
     fi
     [ -z "$why" ] || f=$((f + 1))
-    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-    printf '%-36s %4d passed, %d failed%s%s  (%d s)\n' "${1#"$build"/tests/}" "$p" "$f" \
-        "$([ "$s" = 0 ] || echo ", $s skipped")" "$why" "$seconds"
-    # Skips are said aloud.
-    [ "$s" = 0 ] || grep -i 'skip' "$log" | grep -v '^\[\|TEST(S)' | sed 's/^/    /'
-    if [ "$f" != 0 ]; then
-        echo "--- output of $1"
-        tail -n 200 "$log"
-        echo "---"
-    fi
+    echo "$p $f $s" >>"$TEST_COUNTS"
+    lines=$(report "$1" "$2") # one write, also beside others
+    printf '%s\n' "$lines"
+    rm -f "$log"
 }
+
+if [ "${1:-}" = --one ]; then
+    run_one "$3" "$2"
+    exit 0
+fi
+
+build=${1:?usage: tests/run.sh BUILD [unit|http|emulated|gpu...]}
+shift
+[ $# -gt 0 ] || set -- unit http
+TEST_COUNTS=$(mktemp)
+export TEST_COUNTS
+trap 'rm -f "$TEST_COUNTS"' EXIT
 
 is_wanted() {
     for word in ${TEST_EXCEPT:-}; do
@@ -75,32 +87,36 @@ has_source() {
     esac
 }
 
+wanted() {
+    for program in "$build/tests/$1"/test_*; do
+        if has_source "$program" "$1" && is_wanted "$program"; then
+            echo "$program"
+        fi
+    done
+}
+
 gpu_names() {
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null
 }
 
 for kind in "$@"; do
+    jobs=1
+    if [ "$kind" = emulated ]; then
+        jobs=$(nproc)
+    fi
     if [ "$kind" = gpu ]; then
         if ! gpus=$(gpu_names); then
             echo "GPU tests SKIPPED: nvidia-smi finds no GPU on this machine"
-            skipped=$((skipped + 1))
+            echo "0 0 1" >>"$TEST_COUNTS"
             continue
         fi
         # Libraries that came with the tests: make gpu-bundle.
         export LD_LIBRARY_PATH="$build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
         echo "commit $(cat "$build/commit" 2>/dev/null || echo unknown), GPU and driver: $gpus"
     fi
-    for program in "$build/tests/$kind"/test_*; do
-        has_source "$program" "$kind" || continue
-        if is_wanted "$program"; then
-            run_one "$program"
-        fi
-    done
+    wanted "$kind" | xargs -r -n 1 -P "$jobs" sh "$0" --one "$kind"
 done
 
-if [ "$skipped" = 0 ]; then
-    echo "$passed passed, $failed failed"
-else
-    echo "$passed passed, $failed failed, $skipped skipped"
-fi
-[ "$failed" = 0 ] && [ $((passed + skipped)) -gt 0 ]
+awk '{ p += $1; f += $2; s += $3 }
+     END { printf "%d passed, %d failed%s\n", p, f, s ? ", " s " skipped" : ""
+           exit f > 0 || p + s == 0 }' "$TEST_COUNTS"
