@@ -128,7 +128,10 @@ static std::vector<emulate::range> written;
 
 static void add_written(char *memory, const std::vector<char> &was)
 {
+    enum { CHUNK = 4096 };
     for (size_t i = 0; i < was.size(); i++) {
+        while (i % CHUNK == 0 && i + CHUNK < was.size() && !memcmp(memory + i, &was[i], CHUNK))
+            i += CHUNK;
         if (memory[i] == was[i])
             continue;
         auto p = (unsigned char *)memory + i;
