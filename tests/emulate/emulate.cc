@@ -243,11 +243,12 @@ static void catch_signals(bool begin)
 {
     static struct sigaction before[2];
     static unsigned char stack[64 * 1024];
+    static stack_t stack_before; /* of this thread */
     const int signals[2] = {SIGSEGV, SIGBUS};
     stack_t other = {};
     other.ss_sp = stack;
     other.ss_size = sizeof(stack);
-    sigaltstack(&other, nullptr);
+    sigaltstack(begin ? &other : &stack_before, begin ? &stack_before : nullptr);
     struct sigaction ours = {};
     ours.sa_sigaction = segmentation;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESETHAND;
