@@ -8,9 +8,10 @@
  *
  * Programmatic dependent launch: on compute capability 9.0 and later a kernel may start while
  * its predecessor still runs. Every kernel therefore calls pdl_wait() before it reads what
- * another kernel wrote and before its first write to global memory; before that it may only
- * read weights and constants (that is what the overlap is for). pdl_trigger() lets the
- * successor start; kernels call it first thing.
+ * another kernel of the step wrote and before its first write to global memory. Before that it
+ * may read weights and constants, the step's arrays (a copy that is over before the step's first
+ * kernel), and state that no other kernel of the step touches: that is what the overlap is for.
+ * pdl_trigger() lets the successor start; kernels call it first thing.
  *
  * Threads: launchers are called by the engine thread alone.
  * Memory:  launchers allocate nothing. Kernels get raw device pointers.
