@@ -114,7 +114,9 @@ for kind in "$@"; do
         export LD_LIBRARY_PATH="$build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
         echo "commit $(cat "$build/commit" 2>/dev/null || echo unknown), GPU and driver: $gpus"
     fi
-    wanted "$kind" | xargs -r -n 1 -P "$jobs" sh "$0" --one "$kind"
+    # Of the emulated ones the last in the alphabet take longest.
+    wanted "$kind" | if [ "$jobs" = 1 ]; then cat; else sort -r; fi |
+        xargs -r -n 1 -P "$jobs" sh "$0" --one "$kind"
 done
 
 awk '{ p += $1; f += $2; s += $3 }
