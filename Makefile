@@ -149,7 +149,7 @@ gpu-tests: $(GPU_TESTS) ## build the tests that need a GPU
 # The C library, the C++ library and CUDA are left to that machine.
 gpu-bundle: gpu-tests all ## pack them and the programs for a machine that has CUDA and little else
 	@ldd $(GPU_TESTS) $(PROGRAMS) | awk '$$3 ~ "^/" { print $$3 }' | sort -u \
-	  | grep -vE '/(libc|libm|librt|libdl|libpthread|libstdc\+\+|libgcc_s)\.so|lattecuda|/\.\./|$(CUDA_HOME)/' \
+	  | grep -vE '/(libc|libm|librt|libdl|libpthread|libresolv|libstdc\+\+|libgcc_s)\.so|lattecuda|/\.\./|$(CUDA_HOME)/' \
 	  | xargs -I{} cp -Lu {} $(BUILD)/lib/
 	$(Q)tar -c $(BUILD)/commit $(BUILD)/lib $(BUILD)/tests/gpu $(PROGRAMS) \
 	  | xz -T2 --lzma2=preset=1,dict=256MiB >$(BUILD)/gpu.tar.xz
