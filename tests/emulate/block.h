@@ -14,11 +14,15 @@
 namespace emulate
 {
 
-enum { SHARED_LIMIT = 227 * 1024 };
+enum {
+    SHARED_LIMIT = 227 * 1024,
+    MAX_CLUSTER = 16, /* blocks */
+};
 
 struct kernel_run {
     const void *kernel; /* for messages */
     dim3 grid;
+    int cluster; /* blocks of each, along x; 0: launched without */
     int block;
     size_t shared_bytes;
     std::function<void()> body; /* what each thread calls */

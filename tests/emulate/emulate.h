@@ -3,7 +3,9 @@
  * device.cuh includes this in place of instructions.cuh when LATTE_EMULATE is defined and g++
  * compiles a .cu file. A kernel's blocks run one after another; the threads of a block are
  * fibers that change at barriers, shuffles and the other places where threads of a block or a
- * warp meet. Everything is plain C++ on the host, so that a debugger and the sanitizers work.
+ * warp meet. The blocks of a cluster live at the same time: one runs until all its threads wait
+ * or have returned, then another. Everything is plain C++ on the host, so that a debugger and the
+ * sanitizers work.
  *
  * What it finds, each reported with kernel, block, thread and line, then abort():
  *   - a barrier or a warp operation that some of its threads never reach, or that meets another
@@ -13,6 +15,10 @@
  *     vector accesses (with -fsanitize=alignment)
  *   - data of copy_async_16 used before copy_async_wait, and copies over data still in use: the
  *     target is NaN until then
+ *   - clusters: arriving twice without waiting, waiting without having arrived, lanes of a warp
+ *     that arrive or wait at different places, the cluster's functions in a kernel launched
+ *     without one, use of a peer's shared memory before the peer has begun or after it has ended
+ *     (found when the order lets that happen)
  *   - a kernel that never calls pdl_wait, which would break the order of the kernels around it
  *   - with LATTE_EMULATE_PDL=1 (slow): what kernels of the stream wrote is NaN until pdl_wait, and
  *     must not be written before
@@ -98,7 +104,13 @@ void waited(void);
 /* True where [p, p + n) is shared memory of the running block (dynamic or static). */
 bool is_shared(const void *p, size_t n);
 
-cudaError_t submit(cudaStream_t stream, const void *kernel, dim3 grid, int block,
+/* The barrier of the cluster, and places in its blocks' dynamic shared memory. */
+int rank_in_cluster(const char *file, int line);
+void arrive_in_cluster(const char *file, int line);
+void wait_in_cluster(const char *file, int line);
+void *peer(const void *shared, int rank, const char *file, int line);
+
+cudaError_t submit(cudaStream_t stream, const void *kernel, dim3 grid, int cluster, int block,
                    size_t shared_bytes, bool early, std::function<void()> body);
 
 /* ---- operations of a warp ---- */
@@ -372,12 +384,41 @@ static inline uint4 load_streaming(const void *p, EMULATE_PLACE)
     return *(const uint4 *)p;
 }
 
-template <class... P>
-static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid, int block,
-                                        size_t shared_bytes, P... args)
+/* Nothing happens, but p must be global memory. */
+static inline void prefetch_l2(const void *p, EMULATE_PLACE)
 {
-    return emulate::submit(q->stream, (const void *)kernel, grid, block, shared_bytes, q->pdl,
-                           [=]() { kernel(args...); });
+    if (!p || emulate::is_shared(p, 1))
+        emulate::mistake(file, line, "prefetch_l2 of %p, which is not global memory", p);
+}
+
+static inline int cluster_rank(EMULATE_PLACE)
+{
+    return emulate::rank_in_cluster(file, line);
+}
+static inline void cluster_arrive(EMULATE_PLACE)
+{
+    emulate::arrive_in_cluster(file, line);
+}
+static inline void cluster_wait(EMULATE_PLACE)
+{
+    emulate::wait_in_cluster(file, line);
+}
+static inline void cluster_sync(EMULATE_PLACE)
+{
+    emulate::arrive_in_cluster(file, line);
+    emulate::wait_in_cluster(file, line);
+}
+template <class T> static inline T *cluster_peer(T *shared, int rank, EMULATE_PLACE)
+{
+    return (T *)emulate::peer(shared, rank, file, line);
+}
+
+template <class... P>
+static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid,
+                                        int cluster, int block, size_t shared_bytes, P... args)
+{
+    return emulate::submit(q->stream, (const void *)kernel, grid, cluster, block, shared_bytes,
+                           q->pdl, [=]() { kernel(args...); });
 }
 
 /* ---- memory ---- */

@@ -225,16 +225,18 @@ cudaError_t emulate::enqueue(cudaStream_t stream, work todo)
     return function([&] { return put(stream, std::move(todo), true); });
 }
 
-cudaError_t emulate::submit(cudaStream_t stream, const void *kernel, dim3 grid, int block,
-                            size_t shared_bytes, bool early, std::function<void()> body)
+cudaError_t emulate::submit(cudaStream_t stream, const void *kernel, dim3 grid, int cluster,
+                            int block, size_t shared_bytes, bool early, std::function<void()> body)
 {
     return function([&] {
         if (block < 1 || block > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff ||
             grid.y > 65535 || grid.z > 65535)
             return cudaErrorInvalidConfiguration;
+        if (cluster < 0 || cluster > MAX_CLUSTER || (cluster && grid.x % (unsigned)cluster))
+            return cudaErrorInvalidClusterSize;
         if (shared_bytes > SHARED_LIMIT)
             return cudaErrorInvalidValue;
-        kernel_run launch = {kernel, grid, block, shared_bytes, std::move(body), early};
+        kernel_run launch = {kernel, grid, cluster, block, shared_bytes, std::move(body), early};
         auto todo = [launch] {
             run(launch, n_kernels, written);
             return cudaSuccess;
@@ -371,6 +373,7 @@ static const struct {
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "cluster misconfiguration"},
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
      "operation not permitted when stream is capturing"},
     {cudaErrorIllegalState, "cudaErrorIllegalState", "the operation cannot be performed now"},

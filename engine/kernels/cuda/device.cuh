@@ -6,6 +6,9 @@
  * host compiler against tests/emulate/emulate.h (LATTE_EMULATE), which runs the threads of a
  * block as fibers, block after block: `make test` checks every kernel on machines without a GPU.
  *
+ * Clusters (launch_cluster, capability 9.0 and later): blocks that run at the same time, meet at
+ * cluster_sync() and reach each other's dynamic shared memory by cluster_peer().
+ *
  * Programmatic dependent launch: on compute capability 9.0 and later a kernel may start while
  * its predecessor still runs. Every kernel therefore calls pdl_wait() before it reads what
  * another kernel of the step wrote and before its first write to global memory. Before that it
@@ -97,7 +100,20 @@ static inline void launch(struct queue *q, const char *where, void (*kernel)(P..
 {
     if (q->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
         return;
-    q->error = launch_kernel(q, kernel, grid, block, shared_bytes, static_cast<P>(args)...);
+    q->error = launch_kernel(q, kernel, grid, 0, block, shared_bytes, static_cast<P>(args)...);
+    if (q->error != cudaSuccess)
+        q->where = where;
+}
+
+/* The same in clusters of `cluster` blocks along x, at most 16; grid.x is a multiple. */
+template <class... P, class... A>
+static inline void launch_cluster(struct queue *q, const char *where, void (*kernel)(P...),
+                                  dim3 grid, int cluster, int block, size_t shared_bytes, A... args)
+{
+    if (q->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
+        return;
+    q->error =
+        launch_kernel(q, kernel, grid, cluster, block, shared_bytes, static_cast<P>(args)...);
     if (q->error != cudaSuccess)
         q->where = where;
 }

@@ -130,26 +130,97 @@ static __device__ __forceinline__ uint4 load_streaming(const void *p)
     return v;
 }
 
-template <class... P>
-static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid, int block,
-                                        size_t shared_bytes, P... args)
+/* Ask for the line of global memory that p is in; a hint, for data soon to be read. */
+static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
-    if (shared_bytes > 48 * 1024) {
-        cudaError_t error = cudaFuncSetAttribute(
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* ---- clusters: the blocks of a launch_cluster() that run at the same time (9.0 and later) ---- */
+
+static __device__ __forceinline__ int cluster_rank(void)
+{
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return (int)rank;
+}
+
+/* The cluster's barrier, in two halves: what a thread wrote before it arrives (to its own, its
+ * peers' or global memory) is seen by all that have waited. Threads that have returned are not
+ * waited for. All lanes of a warp together. */
+static __device__ __forceinline__ void cluster_arrive(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
+}
+
+static __device__ __forceinline__ void cluster_wait(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
+}
+
+static __device__ __forceinline__ void cluster_sync(void)
+{
+    cluster_arrive();
+    cluster_wait();
+}
+
+/* The same place in the dynamic shared memory of block `rank` of the cluster, for plain loads
+ * and stores. That block must have begun and must not end meanwhile: a cluster_sync before the
+ * first use and one after the last. */
+template <class T> static __device__ __forceinline__ T *cluster_peer(T *shared, int rank)
+{
+#if __CUDA_ARCH__ >= 900
+    uint64_t address;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
+    return reinterpret_cast<T *>(address);
+#else
+    __trap();
+    return shared + 0 * rank;
+#endif
+}
+
+/* cluster: blocks of a cluster, along x; 0: none. */
+template <class... P>
+static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid,
+                                        int cluster, int block, size_t shared_bytes, P... args)
+{
+    enum { PORTABLE = 8 }; /* the largest cluster of every device that has them */
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > 48 * 1024)
+        error = cudaFuncSetAttribute(
             (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
-        if (error != cudaSuccess)
-            return error;
+    if (error == cudaSuccess && cluster > PORTABLE)
+        error = cudaFuncSetAttribute((const void *)kernel,
+                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess)
+        return error;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned n = 0;
+    if (q->pdl) {
+        attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[n++].val.programmaticStreamSerializationAllowed = 1;
     }
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    if (cluster) {
+        attributes[n].id = cudaLaunchAttributeClusterDimension;
+        attributes[n++].val.clusterDim = {(unsigned)cluster, 1, 1};
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)block);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = q->stream;
-    config.attrs = &attribute;
-    config.numAttrs = q->pdl ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = n;
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
