@@ -132,25 +132,187 @@ static __global__ void early_write(float *x)
     pdl_wait();
 }
 
+static __global__ void prefetch_shared(float *)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    prefetch_l2(shared);
+}
+
+/* In clusters of two. */
+static __global__ void arrive_twice(float *)
+{
+    pdl_wait();
+    cluster_arrive();
+    cluster_arrive();
+    cluster_wait();
+}
+
+static __global__ void wait_only(float *)
+{
+    pdl_wait();
+    cluster_sync();
+    cluster_wait();
+}
+
+static __global__ void arrive_apart(float *)
+{
+    pdl_wait();
+    if (threadIdx.x % 2)
+        cluster_arrive();
+    else
+        cluster_arrive();
+    cluster_wait();
+}
+
+static __global__ void wait_apart(float *)
+{
+    pdl_wait();
+    cluster_arrive();
+    if (threadIdx.x % 2)
+        cluster_wait();
+    else
+        cluster_wait();
+}
+
+static __global__ void warp_missing(float *)
+{
+    pdl_wait();
+    if (cluster_rank() == 0 || threadIdx.x < 32)
+        cluster_sync();
+    else
+        __syncthreads();
+}
+
+static __global__ void block_missing(float *)
+{
+    pdl_wait();
+    if (cluster_rank() == 0)
+        cluster_arrive();
+    __syncthreads();
+    if (threadIdx.x < 32)
+        cluster_wait();
+}
+
+static __global__ void peer_not_begun(float *)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    cluster_peer(shared, cluster_rank() ^ 1)[threadIdx.x] = 0;
+    cluster_sync();
+}
+
+static __global__ void peer_ended(float *x)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    shared[threadIdx.x] = 0;
+    cluster_sync();
+    x[threadIdx.x] = cluster_peer(shared, cluster_rank() ^ 1)[threadIdx.x];
+}
+
+static __global__ void write_ended(float *)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    cluster_sync();
+    cluster_peer(shared, cluster_rank() ^ 1)[threadIdx.x] = 0;
+}
+
+static __global__ void write_beyond_peer(float *)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    cluster_sync();
+    if (cluster_rank())
+        cluster_peer(shared, 0)[threadIdx.x] = 0;
+    cluster_sync();
+}
+
+static __global__ void read_far_beyond_peer(float *x)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    cluster_sync();
+    x[threadIdx.x] = cluster_peer(shared, cluster_rank() ^ 1)[threadIdx.x + 4096];
+    cluster_sync();
+}
+
+static __global__ void peer_of_global(float *x)
+{
+    pdl_wait();
+    cluster_peer(x, 0);
+}
+
+static __global__ void foreign_rank(float *)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    cluster_peer(shared, 2);
+}
+
+static __global__ void copy_to_peer(float *x)
+{
+    DYNAMIC_SHARED(float4, shared);
+    pdl_wait();
+    cluster_sync();
+    copy_async_16(cluster_peer(shared, cluster_rank() ^ 1), x);
+}
+
+static __global__ void row_of_peer(float *)
+{
+    DYNAMIC_SHARED(float4, shared);
+    uint32_t matrix[2];
+    pdl_wait();
+    cluster_sync();
+    ldmatrix_x2(matrix, cluster_peer(shared, cluster_rank() ^ 1));
+}
+
+static __global__ void early_write_of_one(float *x)
+{
+    if (cluster_rank() == 1)
+        x[threadIdx.x] = 0;
+    pdl_wait();
+}
+
 static const struct {
     const char *name;
     void (*kernel)(float *);
     size_t shared_bytes;
     const char *says;
+    int cluster;
 } mistakes[] = {
-    {"different_barriers", different_barriers, 0, "meets another"},
-    {"lane_missing", lane_missing, 0, "lanes 7fffffff wait"},
-    {"lane_returned", lane_returned, 0, "00000020, which have returned"},
-    {"foreign_mask", foreign_mask, 0, "is not in its own mask"},
-    {"lane_without_value", lane_without_value, 0, "from lane 20, which is not in mask"},
-    {"different_operations", different_operations, 0, "meets another warp operation"},
-    {"write_beyond", write_beyond, (N - 1) * sizeof(float), "written at offset 252"},
-    {"read_far_beyond", read_far_beyond, N * sizeof(float), "offset 16"},
-    {"odd_row", odd_row, 256, "not aligned to 16"},
-    {"copy_from_nowhere", copy_from_nowhere, 256, "not aligned to 16"},
-    {"copy_to_global", copy_to_global, 256, "is not shared memory"},
-    {"no_wait", no_wait, 0, "called pdl_wait"},
-    {"early_write", early_write, 0, "written before pdl_wait"},
+    {"different_barriers", different_barriers, 0, "meets another", 0},
+    {"lane_missing", lane_missing, 0, "lanes 7fffffff wait", 0},
+    {"lane_returned", lane_returned, 0, "00000020, which have returned", 0},
+    {"foreign_mask", foreign_mask, 0, "is not in its own mask", 0},
+    {"lane_without_value", lane_without_value, 0, "from lane 20, which is not in mask", 0},
+    {"different_operations", different_operations, 0, "meets another warp operation", 0},
+    {"write_beyond", write_beyond, (N - 1) * sizeof(float), "written at offset 252", 0},
+    {"read_far_beyond", read_far_beyond, N * sizeof(float), "offset 16", 0},
+    {"odd_row", odd_row, 256, "not aligned to 16", 0},
+    {"copy_from_nowhere", copy_from_nowhere, 256, "not aligned to 16", 0},
+    {"copy_to_global", copy_to_global, 256, "is not shared memory", 0},
+    {"no_wait", no_wait, 0, "called pdl_wait", 0},
+    {"early_write", early_write, 0, "written before pdl_wait", 0},
+    {"prefetch_shared", prefetch_shared, 256, "is not global memory", 0},
+    {"without a cluster", arrive_twice, 0, "launched without clusters", 0},
+    {"arrive_twice", arrive_twice, 0, "twice without waiting", 2},
+    {"wait_only", wait_only, 0, "without having arrived", 2},
+    {"arrive_apart", arrive_apart, 0, "another lane of the warp arrives", 2},
+    {"wait_apart", wait_apart, 0, "another lane of the warp waits", 2},
+    {"warp_missing", warp_missing, 0, "for the cluster", 2},
+    {"block_missing", block_missing, 0, "without having arrived", 2},
+    {"peer_not_begun", peer_not_begun, 256, "which has not begun", 2},
+    {"peer_ended", peer_ended, 256, "which has ended", 2},
+    {"write_ended", write_ended, 256, "which has ended", 2},
+    {"write_beyond_peer", write_beyond_peer, 252, "written at offset 252", 2},
+    {"read_far_beyond_peer", read_far_beyond_peer, 256, "which runs", 2},
+    {"peer_of_global", peer_of_global, 256, "is not dynamic shared memory", 2},
+    {"foreign_rank", foreign_rank, 256, "block 2 of a cluster of 2", 2},
+    {"copy_to_peer", copy_to_peer, 256, "is not shared memory", 2},
+    {"row_of_peer", row_of_peer, 256, "is not shared memory", 2},
+    {"early_write_of_one", early_write_of_one, 0, "written before pdl_wait", 2},
 };
 
 static __global__ void put(float *x, float value)
@@ -172,7 +334,9 @@ static int run_apart(size_t i, char *said, size_t n)
         setenv("LATTE_EMULATE_PDL", "1", 1);
         q.pdl = true;
         launch(&q, "put", put, dim3(1), N, 0, out, 1.f); /* somebody to wait for */
-        launch(&q, mistakes[i].name, mistakes[i].kernel, dim3(1), N, mistakes[i].shared_bytes, out);
+        const int cluster = mistakes[i].cluster;
+        q.error = launch_kernel(&q, mistakes[i].kernel, dim3(cluster ? cluster : 1), cluster, N,
+                                mistakes[i].shared_bytes, out);
         run_and_get();
         _exit(0);
     }
@@ -286,6 +450,65 @@ static void test_orders(void **)
     }
 }
 
+/* So do the orders of a cluster's blocks: each must not write before all have read. */
+template <bool BARRIER> static __global__ void next_block(float *x)
+{
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    shared[threadIdx.x] = (float)cluster_rank();
+    cluster_sync();
+    const float next = cluster_peer(shared, (cluster_rank() + 1) % 4)[threadIdx.x];
+    if (BARRIER)
+        cluster_sync();
+    shared[threadIdx.x] = -1;
+    cluster_sync();
+    if (threadIdx.x == 0)
+        x[blockIdx.x] = next;
+}
+
+static void test_orders_of_blocks(void **)
+{
+    for (int barrier = 0; barrier < 2; barrier++) {
+        int n_wrong = 0;
+        for (int round = 0; round < 3; round++) {
+            launch_cluster(&q, "next_block", barrier ? next_block<true> : next_block<false>,
+                           dim3(8), 4, N, N * sizeof(float), out);
+            OK(run_and_get());
+            for (int i = 0; i < 8; i++)
+                n_wrong += host[i] != (float)((i + 1) % 4);
+        }
+        assert_true(barrier ? n_wrong == 0 : n_wrong > 0);
+    }
+}
+
+static __global__ void read_peer_unwritten(float *x)
+{
+    __shared__ float still[2];
+    DYNAMIC_SHARED(float, shared);
+    pdl_wait();
+    if (threadIdx.x == 0 && cluster_rank() == 0)
+        shared[0] = still[0] = 1;
+    cluster_sync();
+    const float theirs = cluster_peer(shared, 1)[0];
+    cluster_sync();
+    if (threadIdx.x == 0) {
+        x[2 * blockIdx.x] = theirs;
+        x[2 * blockIdx.x + 1] = still[0]; /* each block has its own */
+    }
+}
+
+static void test_unwritten_in_clusters(void **)
+{
+    for (int round = 0; round < 3; round++) {
+        launch_cluster(&q, "read", read_peer_unwritten, dim3(4), 2, N, 16, out);
+        OK(run_and_get());
+        for (int b = 0; b < 4; b++) {
+            assert_true(isnan(host[2 * b]));
+            assert_true(b % 2 ? isnan(host[2 * b + 1]) : host[2 * b + 1] == 1);
+        }
+    }
+}
+
 /* ---- the runtime ---- */
 
 /* Reads what the kernel before it wrote, and writes, without waiting for it. */
@@ -314,6 +537,47 @@ static void test_early_reads(void **)
             n_right += host[i] == 2;
         assert_true(early ? n_right < N : n_right == N);
     }
+}
+
+/* One block of the cluster waits. The others may read when they have met it, not before. */
+template <bool MEET> static __global__ void hasty_blocks(float *x, const float *from)
+{
+    if (cluster_rank() == 0)
+        pdl_wait();
+    if (MEET)
+        cluster_sync();
+    const float read = from[threadIdx.x];
+    if (!MEET && cluster_rank())
+        pdl_wait();
+    x[blockIdx.x * N / 4 + threadIdx.x] = read;
+}
+
+static void test_early_reads_of_blocks(void **)
+{
+    float *from;
+    struct queue one = q;
+    one.pdl = true;
+    OK(cudaMalloc((void **)&from, N * sizeof(float)));
+    setenv("LATTE_EMULATE_PDL", "1", 1);
+    for (int meet = 0; meet < 2; meet++) {
+        for (int round = 0; round < 3; round++) {
+            OK(cudaMemset(from, 0, N * sizeof(float)));
+            launch(&one, "put", put, dim3(1), N, 0, from, 5.f); /* follows no kernel */
+            launch(&one, "put", put, dim3(1), N, 0, from, 6.f);
+            launch_cluster(&one, "hasty", meet ? hasty_blocks<true> : hasty_blocks<false>, dim3(4),
+                           4, N / 4, 0, out, (const float *)from);
+            OK(one.error);
+            OK(run_and_get());
+            for (int b = 0; b < 4; b++) {
+                int n_right = 0; /* once one thread has waited the others of its block see all */
+                for (int i = 0; i < N / 4; i++)
+                    n_right += host[b * N / 4 + i] == 6;
+                assert_true(meet || b == 0 ? n_right == N / 4 : n_right < N / 4);
+            }
+        }
+    }
+    unsetenv("LATTE_EMULATE_PDL");
+    OK(cudaFree(from));
 }
 
 static void test_work_is_done_late(void **)
@@ -410,7 +674,10 @@ int main(void)
         cmocka_unit_test(test_unwritten_device_memory),
         cmocka_unit_test(test_copies_not_waited_for),
         cmocka_unit_test(test_orders),
+        cmocka_unit_test(test_orders_of_blocks),
+        cmocka_unit_test(test_unwritten_in_clusters),
         cmocka_unit_test(test_early_reads),
+        cmocka_unit_test(test_early_reads_of_blocks),
         cmocka_unit_test(test_work_is_done_late),
         cmocka_unit_test(test_copies_beyond_the_end),
         cmocka_unit_test(test_capture_forbids),

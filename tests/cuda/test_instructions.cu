@@ -4,6 +4,8 @@
  */
 #include "engine/kernels/cuda/device.cuh"
 
+#include <stdlib.h>
+
 extern "C" {
 #include "tests/unit/unit.h"
 }
@@ -25,7 +27,11 @@ static int open_device(void **)
     int n = 0;
     if (cudaGetDeviceCount(&n) != cudaSuccess || !n)
         return 0; /* each test skips */
+    int major = 0, minor = 0;
+    OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    OK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
     f.q.n_sms = 1;
+    f.q.capability = 10 * major + minor;
     OK(cudaStreamCreate(&f.q.stream));
     OK(cudaMalloc((void **)&f.in, sizeof(f.host)));
     OK(cudaMalloc((void **)&f.out, sizeof(f.host)));
@@ -36,6 +42,15 @@ static void need_device(void)
 {
     if (!f.q.stream) {
         print_message("skipped: no GPU\n");
+        skip();
+    }
+}
+
+static void need_clusters(void)
+{
+    need_device();
+    if (f.q.capability < 90) {
+        print_message("skipped: no clusters\n");
         skip();
     }
 }
@@ -302,6 +317,155 @@ static void test_copies(void **)
                         (row == 3 ? 0 : f.host[row * N * 4 + (i + 4) % (N * 4)]));
 }
 
+static __global__ void prefetches(float *out, const float *in)
+{
+    pdl_trigger();
+    prefetch_l2(in + threadIdx.x);
+    pdl_wait();
+    out[threadIdx.x] = in[threadIdx.x];
+}
+
+static void test_prefetch(void **)
+{
+    need_device();
+    put_random(13);
+    launch(&f.q, "prefetches", prefetches, dim3(1), N, 0, f.out, (const float *)f.in);
+    static float out[N * 16];
+    get(out);
+    for (int i = 0; i < N; i++)
+        assert_true(out[i] == f.host[i]);
+}
+
+/* ---- clusters ---- */
+
+static const int cluster_sizes[] = {1, 2, 8, 16};
+
+/* Each block writes to the next one's memory and reads all peers', from another place of each.
+ * What lies between arrive and wait concerns the block alone. */
+static __global__ void exchange(float *out, const float *in, int n)
+{
+    __shared__ float scratch[32], kept;
+    DYNAMIC_SHARED(float, mine); /* [N] */
+    float *given = mine + N, *line = given + N;
+    const int i = threadIdx.x, rank = cluster_rank();
+    pdl_trigger();
+    if (i == 0)
+        kept = (float)rank;
+    cluster_sync(); /* all have begun */
+    pdl_wait();
+    const float x = in[blockIdx.x * N + i];
+    mine[i] = line[i] = x;
+    cluster_peer(given, (rank + 1) % n)[i] = 2 * x;
+    cluster_arrive();
+    const float sum = block_sum(x, scratch);
+    const float neighbour = line[(i + 1) % N];
+    __syncthreads();
+    line[i] = 0;
+    cluster_wait();
+    float peers = 0;
+    for (int r = 0; r < n; r++) {
+        const float *theirs = mine;
+        peers += cluster_peer(theirs, r)[(i + r) % N];
+    }
+    cluster_sync(); /* nobody ends before */
+    out[blockIdx.x * N + i] = peers + given[i] + 64 * neighbour + 2 * sum + kept + line[i];
+}
+
+static float exchanged(const float *in, int b, int i, int n)
+{
+    const int first = b / n * n, before = first + (b - first + n - 1) % n;
+    float sum = 2 * in[before * N + i] + 64 * in[b * N + (i + 1) % N] + (float)(b - first);
+    for (int j = 0; j < N; j++)
+        sum += 2 * in[b * N + j];
+    for (int r = 0; r < n; r++)
+        sum += in[(first + r) * N + (i + r) % N];
+    return sum;
+}
+
+static void launch_exchange(struct queue *q, float *out, const float *in, int n)
+{
+    launch_cluster(q, "exchange", exchange, dim3(16), n, N, 3 * N * sizeof(float), out, in, n);
+}
+
+static void test_clusters(void **)
+{
+    need_clusters();
+    for (int n : cluster_sizes) {
+        for (int round = 0; round < 3; round++) {
+            static float out[N * 16];
+            put_random(17 + round);
+            launch_exchange(&f.q, f.out, f.in, n);
+            get(out);
+            for (int i = 0; i < N * 16; i++)
+                if (out[i] != exchanged(f.host, i / N, i % N, n))
+                    fail_msg("clusters of %d, block %d, thread %d: %g, expected %g", n, i / N,
+                             i % N, out[i], exchanged(f.host, i / N, i % N, n));
+        }
+    }
+}
+
+/* Rounds of the barrier in a line of blocks along y and z, each thread after its own way: warps
+ * of the first half return early, and the last warp of each block later. */
+static __global__ void rounds(float *out)
+{
+    DYNAMIC_SHARED(int, shared);
+    const int i = threadIdx.x, rank = cluster_rank();
+    const int b = (int)(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+    pdl_trigger();
+    pdl_wait();
+    if (i < N / 2)
+        return;
+    shared[i] = rank;
+    cluster_sync();
+    for (int round = 0; round < 5; round++) {
+        const int x = cluster_peer(shared, rank ^ 1)[i];
+        cluster_sync();
+        shared[i] = x + 1;
+        if (round == 3 && i >= N - WARP)
+            break;
+        cluster_sync();
+    }
+    out[b * N + i] = (float)shared[i];
+}
+
+static void test_cluster_rounds(void **)
+{
+    need_clusters();
+    for (int round = 0; round < 3; round++) {
+        static float out[N * 16];
+        launch_cluster(&f.q, "rounds", rounds, dim3(4, 2, 2), 2, N, N * sizeof(int), f.out);
+        get(out);
+        for (int b = 0; b < 16; b++)
+            for (int i = N / 2; i < N; i++) /* swapped 5 times, or 4 */
+                assert_true(out[b * N + i] == (float)(i < N - WARP ? 5 + (b % 2 ^ 1) : 4 + b % 2));
+    }
+}
+
+/* Kernels that begin while the one before them runs. */
+static void test_clusters_early(void **)
+{
+    need_clusters();
+    struct queue q = f.q;
+    q.pdl = true;
+    setenv("LATTE_EMULATE_PDL", "1", 1); /* for the emulator */
+    for (int n : cluster_sizes) {
+        static float out[N * 16], once[N * 16];
+        for (int i = 0; i < N * 16; i++)
+            f.host[i] = (float)(i * 7 % 3 - 1) / 8;
+        OK(cudaMemcpy(f.in, f.host, sizeof(f.host), cudaMemcpyHostToDevice));
+        launch_exchange(&q, f.out, f.in, n);
+        launch_exchange(&q, f.in, f.out, n);
+        launch(&q, "prefetches", prefetches, dim3(1), N, 0, f.out, (const float *)f.in);
+        OK(q.error);
+        get(out);
+        for (int i = 0; i < N * 16; i++)
+            once[i] = exchanged(f.host, i / N, i % N, n);
+        for (int i = 0; i < N * 16; i++)
+            assert_true(out[i] == (i < N ? exchanged(once, 0, i, n) : once[i]));
+    }
+    unsetenv("LATTE_EMULATE_PDL");
+}
+
 /* ---- graphs and streams ---- */
 
 static __global__ void scale(float *x, float by, int n)
@@ -341,6 +505,28 @@ static void test_graph(void **)
     OK(cudaFreeHost(from));
 }
 
+static void test_graph_of_clusters(void **)
+{
+    need_clusters();
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    OK(cudaStreamBeginCapture(f.q.stream, cudaStreamCaptureModeThreadLocal));
+    launch_exchange(&f.q, f.out, f.in, 8);
+    launch(&f.q, "scale", scale, dim3(1), 128, 0, f.out, -1.f, 100);
+    OK(cudaStreamEndCapture(f.q.stream, &graph));
+    OK(cudaGraphInstantiate(&exec, graph, 0));
+    OK(cudaGraphDestroy(graph));
+    for (int round = 0; round < 3; round++) {
+        static float out[N * 16];
+        put_random(23 + round);
+        OK(cudaGraphLaunch(exec, f.q.stream));
+        get(out);
+        for (int i = 0; i < N * 16; i++)
+            assert_true(out[i] == exchanged(f.host, i / N, i % N, 8) * (i < 100 ? -1 : 1));
+    }
+    OK(cudaGraphExecDestroy(exec));
+}
+
 static void test_limits(void **)
 {
     need_device();
@@ -352,6 +538,13 @@ static void test_limits(void **)
     launch(&q, "scale", scale, dim3(1), 32, 300 * 1024, f.out, 2.f, 1);
     assert_int_not_equal(q.error, cudaSuccess);
     q = f.q;
+    launch_cluster(&q, "scale", scale, dim3(3), 2, 32, 0, f.out, 2.f, 1); /* no multiple */
+    assert_int_not_equal(q.error, cudaSuccess);
+    assert_string_equal(q.where, "scale");
+    q = f.q;
+    launch_cluster(&q, "scale", scale, dim3(34), 17, 32, 0, f.out, 2.f, 1);
+    assert_int_not_equal(q.error, cudaSuccess);
+    q = f.q;
     launch(&q, "scale", scale, dim3(0), 32, 0, f.out, 2.f, 1); /* nothing to do */
     assert_int_equal(q.error, cudaSuccess);
     (void)cudaGetLastError();
@@ -360,9 +553,17 @@ static void test_limits(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_matrices), cmocka_unit_test(test_load_four),
-        cmocka_unit_test(test_shuffles), cmocka_unit_test(test_barriers),
-        cmocka_unit_test(test_copies),   cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_matrices),
+        cmocka_unit_test(test_load_four),
+        cmocka_unit_test(test_shuffles),
+        cmocka_unit_test(test_barriers),
+        cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_prefetch),
+        cmocka_unit_test(test_clusters),
+        cmocka_unit_test(test_cluster_rounds),
+        cmocka_unit_test(test_clusters_early),
+        cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_graph_of_clusters),
         cmocka_unit_test(test_limits),
     };
     return cmocka_run_group_tests(tests, open_device, NULL);

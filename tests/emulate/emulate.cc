@@ -28,6 +28,7 @@ enum {
     MAX_COPIES = 128,         /* in flight, of a thread */
     STACK_BYTES = 256 * 1024, /* taken from the system as it is used */
     GUARD_BYTES = 4096,
+    SHARED_PAGES = (SHARED_LIMIT + 1024 + 4095) / 4096 * 4096,
     BEYOND_BYTES = 256 * 1024, /* behind shared memory, not to be touched */
     POISON = 0xFF,             /* NaN as f32, bf16 and fp8, -1 as an integer */
 };
@@ -55,6 +56,8 @@ struct fiber : thread {
     context registers;
     unsigned char *stack;
     int warp;
+    bool arrived; /* at the cluster's barrier, and has not waited since */
+    unsigned arrived_round;
 };
 
 struct background {          /* a thread's copies */
@@ -64,7 +67,7 @@ struct background {          /* a thread's copies */
 };
 
 struct warp {
-    uint32_t ready, meeting, at_barrier, returned; /* lanes */
+    uint32_t ready, meeting, at_barrier, at_cluster, returned; /* lanes */
 
     /* What each lane waits for, and where. */
     uint32_t mask[32];
@@ -72,6 +75,27 @@ struct warp {
     combine *what[32];
     const char *file[32];
     int line[32];
+
+    /* Where its first lane arrived for that round of the cluster's barrier. */
+    const char *arrive_file;
+    int arrive_line;
+    unsigned arrive_round;
+};
+
+struct block {
+    fiber fibers[MAX_THREADS];
+    background backgrounds[MAX_THREADS];
+    warp warps[MAX_WARPS];
+    uint32_t ready_warps;
+    int n_live, n_arrived, n_true;
+    int barrier_true, barrier_live; /* of the barrier passed last */
+    const char *barrier_file;
+    int barrier_line;
+    uint3 index;
+    bool has_begun, has_waited;           /* has_waited: in pdl_wait */
+    bool is_closed;                       /* nobody may touch its dynamic shared memory */
+    unsigned char *shared, *shared_end;   /* dynamic; the end of its pages */
+    std::vector<unsigned char> variables; /* its __shared__ ones while other blocks run */
 };
 
 thread *self;
@@ -79,17 +103,15 @@ uint3 block_index;
 dim3 block_dim, grid_dim;
 unsigned char *dynamic_shared;
 
-static fiber fibers[MAX_THREADS];
-static background backgrounds[MAX_THREADS];
-static warp warps[MAX_WARPS];
+static block blocks[MAX_CLUSTER];         /* of the cluster that runs; without clusters the first */
+static block *now = blocks;               /* the one that runs */
+static int n_blocks, n_warps;             /* of the cluster; of each block */
+static int cluster_live, cluster_arrived; /* threads */
+static unsigned cluster_round;            /* how often its barrier has opened */
+static bool cluster_hides;
 static context host;
 static const kernel_run *running;
 static std::vector<unsigned char> host_variables; /* see static_shared */
-static int n_warps, n_live, n_arrived, n_true;
-static int barrier_true, barrier_live; /* of the barrier passed last */
-static const char *barrier_file;
-static int barrier_line;
-static uint32_t ready_warps;
 static bool any_waited;
 static long order;
 static uint32_t random_state;
@@ -166,7 +188,7 @@ static void start(fiber *f)
     /* As emulate_switch leaves it: six registers, where to return to, and a word that makes
      * the stack aligned as after a call. Not at one place in all stacks, or they would share
      * the same lines of the processor's cache. */
-    const size_t aside = (size_t)(f - fibers) * 5 % 64 * 64;
+    const size_t aside = (size_t)(f - now->fibers + (now - blocks)) * 5 % 64 * 64;
     void **top = (void **)(f->stack + STACK_BYTES - aside) - 8;
     memset(top, 0, 8 * sizeof(*top));
     top[6] = (void *)fiber_main;
@@ -177,7 +199,7 @@ static void start(fiber *f)
     f->registers.registers.uc_stack.ss_size = STACK_BYTES;
     makecontext(&f->registers.registers, fiber_main, 0);
 #endif
-    background *b = &backgrounds[f - fibers];
+    background *b = &now->backgrounds[f - now->fibers];
     b->n_copies = b->n_groups = 0;
 }
 
@@ -208,6 +230,8 @@ static void print_where(void)
     print_name(running->kernel);
     fprintf(stderr, "  grid %u %u %u, block of %d, %zu bytes of dynamic shared memory\n",
             grid_dim.x, grid_dim.y, grid_dim.z, running->block, running->shared_bytes);
+    if (running->cluster)
+        fprintf(stderr, "  clusters of %d blocks\n", running->cluster);
     fprintf(stderr, "  in block %u %u %u, order %ld\n", block_index.x, block_index.y, block_index.z,
             order);
 }
@@ -228,6 +252,16 @@ void mistake(const char *file, int line, const char *format, ...)
     abort();
 }
 
+/* The block whose dynamic shared memory, or what lies behind it, has the address; else none. */
+static const block *owner_of(const unsigned char *address)
+{
+    for (int i = 0; i < n_blocks; i++)
+        if (address >= blocks[i].shared_end - SHARED_PAGES &&
+            address < blocks[i].shared_end + BEYOND_BYTES)
+            return &blocks[i];
+    return nullptr;
+}
+
 /* An access outside all memory. The test framework would catch the signal and go on. */
 static void segmentation(int, siginfo_t *info, void *)
 {
@@ -235,8 +269,15 @@ static void segmentation(int, siginfo_t *info, void *)
     const fiber *f = static_cast<fiber *>(self);
     if (f && address >= f->stack - GUARD_BYTES && address < f->stack)
         mistake("emulate", 0, "the thread's %d bytes of stack are used up", STACK_BYTES);
-    mistake("emulate", 0, "access to %p, offset %td in dynamic shared memory (at %p)",
-            (const void *)address, address - dynamic_shared, (void *)dynamic_shared);
+    const block *owner = owner_of(address);
+    if (!owner || owner == now)
+        mistake("emulate", 0, "access to %p, offset %td in dynamic shared memory (at %p)",
+                (const void *)address, address - dynamic_shared, (void *)dynamic_shared);
+    const char *state = !owner->has_begun ? "has not begun" : owner->n_live ? "runs" : "has ended";
+    mistake("emulate", 0,
+            "access to %p, offset %td in dynamic shared memory of block %td of the "
+            "cluster, which %s",
+            (const void *)address, address - owner->shared, owner - blocks, state);
 }
 
 static void catch_signals(bool begin)
@@ -257,35 +298,50 @@ static void catch_signals(bool begin)
 }
 
 /* Where the threads of each warp stand, a line for each different place. */
-[[noreturn]] static void deadlock(void)
+static void print_warps(const block *b)
 {
-    restore_host_variables();
-    fflush(stdout);
-    fprintf(stderr, "emulate: deadlock\n");
-    print_where();
     for (int w = 0; w < n_warps; w++) {
-        uint32_t left = ~warps[w].returned;
+        const warp *in = &b->warps[w];
+        uint32_t left = ~in->returned;
         if (w == n_warps - 1 && running->block % 32)
             left &= (1u << running->block % 32) - 1;
-        if (warps[w].returned)
-            fprintf(stderr, "  warp %d: lanes %08x have returned\n", w, warps[w].returned);
+        if (in->returned)
+            fprintf(stderr, "  warp %d: lanes %08x have returned\n", w, in->returned);
         while (left) {
-            const warp *in = &warps[w];
             const int lane = __builtin_ctz(left);
             const bool at_barrier = in->at_barrier >> lane & 1;
+            const bool at_cluster = in->at_cluster >> lane & 1;
             uint32_t same = 0;
             for (int i = lane; i < 32; i++)
                 if (left >> i & 1 && in->file[i] == in->file[lane] &&
-                    in->line[i] == in->line[lane] && (at_barrier || in->mask[i] == in->mask[lane]))
+                    in->line[i] == in->line[lane] &&
+                    (at_barrier || at_cluster || in->mask[i] == in->mask[lane]))
                     same |= 1u << i;
             left &= ~same;
             fprintf(stderr, "  warp %d: lanes %08x wait at %s:%d ", w, same, in->file[lane],
                     in->line[lane]);
             if (at_barrier)
                 fprintf(stderr, "for the block\n");
+            else if (at_cluster)
+                fprintf(stderr, "for the cluster\n");
             else
                 fprintf(stderr, "for lanes %08x\n", in->mask[lane]);
         }
+    }
+}
+
+[[noreturn]] static void deadlock(void)
+{
+    restore_host_variables();
+    fflush(stdout);
+    fprintf(stderr, "emulate: deadlock\n");
+    print_where();
+    for (const block *b = blocks; b < blocks + n_blocks; b++) {
+        if (n_blocks > 1)
+            fprintf(stderr, "  block %u %u %u%s\n", b->index.x, b->index.y, b->index.z,
+                    b->n_live ? ":" : " has ended");
+        if (b->n_live)
+            print_warps(b);
     }
     abort();
 }
@@ -311,25 +367,28 @@ static int pick(uint32_t set)
     return (int)((unsigned)__builtin_ctz(turned) + from) & 31;
 }
 
-static void make_ready(int w, uint32_t lanes)
+static void make_ready(block *b, int w, uint32_t lanes)
 {
-    warps[w].ready |= lanes;
-    if (warps[w].ready)
-        ready_warps |= 1u << w;
+    b->warps[w].ready |= lanes;
+    if (b->warps[w].ready)
+        b->ready_warps |= 1u << w;
 }
+
+static void change_block(void);
 
 static fiber *take_next(int w)
 {
-    if (!warps[w].ready) {
-        if (!ready_warps)
-            deadlock();
-        w = pick(ready_warps);
+    if (!now->warps[w].ready) {
+        if (!now->ready_warps)
+            change_block();
+        w = pick(now->ready_warps);
     }
-    const int lane = pick(warps[w].ready);
-    warps[w].ready &= ~(1u << lane);
-    if (!warps[w].ready)
-        ready_warps &= ~(1u << w);
-    return &fibers[w * 32 + lane];
+    warp *from = &now->warps[w];
+    const int lane = pick(from->ready);
+    from->ready &= ~(1u << lane);
+    if (!from->ready)
+        now->ready_warps &= ~(1u << w);
+    return &now->fibers[w * 32 + lane];
 }
 
 /* Let others run until something makes this one ready again. */
@@ -345,37 +404,43 @@ static void rest(void)
 
 static void open_barrier(void)
 {
-    barrier_true = n_true;
-    barrier_live = n_live;
-    n_true = n_arrived = 0;
-    barrier_file = nullptr;
+    now->barrier_true = now->n_true;
+    now->barrier_live = now->n_live;
+    now->n_true = now->n_arrived = 0;
+    now->barrier_file = nullptr;
     for (int w = 0; w < n_warps; w++) {
-        uint32_t lanes = warps[w].at_barrier;
-        warps[w].at_barrier = 0;
-        make_ready(w, lanes);
+        uint32_t lanes = now->warps[w].at_barrier;
+        now->warps[w].at_barrier = 0;
+        make_ready(now, w, lanes);
     }
+}
+
+static bool is_place(const char *file, int line, const char *other_file, int other_line)
+{
+    return line == other_line && (file == other_file || !strcmp(file, other_file));
 }
 
 int barrier(bool predicate, int *n_threads, const char *file, int line)
 {
     fiber *me = current();
-    if (!barrier_file) {
-        barrier_file = file;
-        barrier_line = line;
+    if (!now->barrier_file) {
+        now->barrier_file = file;
+        now->barrier_line = line;
     }
-    if (line != barrier_line || (file != barrier_file && strcmp(file, barrier_file)))
-        mistake(file, line, "this barrier meets another one, of %s:%d", barrier_file, barrier_line);
-    warp *w = &warps[me->warp];
+    if (!is_place(file, line, now->barrier_file, now->barrier_line))
+        mistake(file, line, "this barrier meets another one, of %s:%d", now->barrier_file,
+                now->barrier_line);
+    warp *w = &now->warps[me->warp];
     w->file[me->lane] = file;
     w->line[me->lane] = line;
     w->at_barrier |= 1u << me->lane;
-    n_true += predicate;
-    if (++n_arrived == n_live)
+    now->n_true += predicate;
+    if (++now->n_arrived == now->n_live)
         open_barrier();
     rest();
     if (n_threads)
-        *n_threads = barrier_live;
-    return barrier_true;
+        *n_threads = now->barrier_live;
+    return now->barrier_true;
 }
 
 /* Are all lanes of the lane's mask here for the same? */
@@ -403,7 +468,7 @@ void meet(uint32_t mask, void *arguments, combine *what, const char *file, int l
 {
     const fiber *me = current();
     const int lane = me->lane;
-    warp *w = &warps[me->warp];
+    warp *w = &now->warps[me->warp];
     if (!(mask >> lane & 1))
         mistake(file, line, "lane %d is not in its own mask %08x", lane, mask);
     w->mask[lane] = mask;
@@ -415,9 +480,110 @@ void meet(uint32_t mask, void *arguments, combine *what, const char *file, int l
     if (all_met(w, lane)) {
         what(w->arguments, mask);
         w->meeting &= ~mask;
-        make_ready(me->warp, mask);
+        make_ready(now, me->warp, mask);
     }
     rest();
+}
+
+/* ---- clusters ---- */
+
+static void show(void);
+
+static void need_cluster(const char *file, int line)
+{
+    if (!running->cluster)
+        mistake(file, line, "the kernel was launched without clusters");
+}
+
+int rank_in_cluster(const char *file, int line)
+{
+    need_cluster(file, line);
+    return (int)(now - blocks);
+}
+
+void *peer(const void *shared, int rank, const char *file, int line)
+{
+    need_cluster(file, line);
+    const ptrdiff_t offset = (const unsigned char *)shared - dynamic_shared;
+    if (offset < 0 || (size_t)offset > running->shared_bytes)
+        mistake(file, line, "cluster_peer of %p, which is not dynamic shared memory (at %p)",
+                shared, (void *)dynamic_shared);
+    if (rank < 0 || rank >= n_blocks)
+        mistake(file, line, "cluster_peer in block %d of a cluster of %d", rank, n_blocks);
+    return blocks[rank].shared + offset;
+}
+
+static void open_cluster_barrier(void)
+{
+    cluster_round++;
+    cluster_arrived = 0;
+    bool has_waited = false;
+    for (block *b = blocks; b < blocks + n_blocks; b++) {
+        has_waited |= b->has_waited;
+        for (int w = 0; w < n_warps; w++) {
+            uint32_t lanes = b->warps[w].at_cluster;
+            b->warps[w].at_cluster = 0;
+            make_ready(b, w, lanes);
+        }
+    }
+    if (!has_waited)
+        return;
+    for (block *b = blocks; b < blocks + n_blocks; b++)
+        b->has_waited = true; /* for the one that did */
+    show();
+}
+
+void arrive_in_cluster(const char *file, int line)
+{
+    need_cluster(file, line);
+    fiber *me = current();
+    warp *w = &now->warps[me->warp];
+    if (me->arrived)
+        mistake(file, line, "arrives at the cluster's barrier twice without waiting");
+    if (!w->arrive_file || w->arrive_round != cluster_round) {
+        w->arrive_file = file;
+        w->arrive_line = line;
+        w->arrive_round = cluster_round;
+    }
+    if (!is_place(file, line, w->arrive_file, w->arrive_line))
+        mistake(file, line, "another lane of the warp arrives for the same at %s:%d",
+                w->arrive_file, w->arrive_line);
+    me->arrived = true;
+    me->arrived_round = cluster_round;
+    if (++cluster_arrived == cluster_live)
+        open_cluster_barrier();
+}
+
+void wait_in_cluster(const char *file, int line)
+{
+    need_cluster(file, line);
+    fiber *me = current();
+    warp *w = &now->warps[me->warp];
+    if (!me->arrived)
+        mistake(file, line, "waits for the cluster without having arrived");
+    if (me->arrived_round == cluster_round) {
+        if (w->at_cluster) {
+            const int other = __builtin_ctz(w->at_cluster);
+            if (!is_place(file, line, w->file[other], w->line[other]))
+                mistake(file, line, "another lane of the warp waits for the same at %s:%d",
+                        w->file[other], w->line[other]);
+        }
+        w->file[me->lane] = file;
+        w->line[me->lane] = line;
+        w->at_cluster |= 1u << me->lane;
+        rest();
+    }
+    me->arrived = false;
+}
+
+/* Threads that have returned are not waited for, whether they had arrived or not. */
+static void leave_cluster(const fiber *me)
+{
+    cluster_live--;
+    if (me->arrived && me->arrived_round == cluster_round)
+        cluster_arrived--;
+    if (cluster_arrived && cluster_arrived == cluster_live)
+        open_cluster_barrier();
 }
 
 /* ---- shared memory ---- */
@@ -450,28 +616,36 @@ static void restore_host_variables(void)
     host_variables.clear();
 }
 
-static unsigned char *shared_end; /* of the pages for dynamic shared memory */
-
 static size_t round_up(size_t n, size_t to)
 {
     return (n + to - 1) / to * to;
 }
 
 /* Dynamic shared memory ends where a page that cannot be touched begins. */
-static void place_shared(size_t n_bytes)
+static void place_shared(block *b, size_t n_bytes)
 {
-    const size_t pages = round_up(SHARED_LIMIT + 1024, 4096);
-    if (!shared_end) {
+    if (!b->shared_end) {
         unsigned char *p =
-            (unsigned char *)mmap(nullptr, pages + BEYOND_BYTES, PROT_READ | PROT_WRITE,
+            (unsigned char *)mmap(nullptr, SHARED_PAGES + BEYOND_BYTES, PROT_READ | PROT_WRITE,
                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED || mprotect(p + pages, BEYOND_BYTES, PROT_NONE)) {
+        if (p == MAP_FAILED || mprotect(p + SHARED_PAGES, BEYOND_BYTES, PROT_NONE)) {
             perror("emulate: shared memory");
             abort();
         }
-        shared_end = p + pages;
+        b->shared_end = p + SHARED_PAGES;
     }
-    dynamic_shared = shared_end - round_up(n_bytes, 128);
+    b->shared = b->shared_end - round_up(n_bytes, 128);
+}
+
+/* Peers must not touch the memory of a block before it has begun and after it has ended. */
+static void close_shared(block *b, bool closed)
+{
+    if (b->is_closed != closed && mprotect(b->shared_end - SHARED_PAGES, SHARED_PAGES,
+                                           closed ? PROT_NONE : PROT_READ | PROT_WRITE)) {
+        perror("emulate: shared memory");
+        abort();
+    }
+    b->is_closed = closed;
 }
 
 static void poison_shared(void)
@@ -479,7 +653,7 @@ static void poison_shared(void)
     const size_t n = running->shared_bytes;
     memset(dynamic_shared - 128, POISON, 128);
     memset(dynamic_shared, POISON, n);
-    memset(dynamic_shared + n, POISON, (size_t)(shared_end - dynamic_shared) - n);
+    memset(dynamic_shared + n, POISON, (size_t)(now->shared_end - dynamic_shared) - n);
     memset(static_shared.start, POISON, static_shared.n_bytes);
 }
 
@@ -488,7 +662,7 @@ static void check_shared(void)
 {
     const unsigned char *end = dynamic_shared + running->shared_bytes;
     self = nullptr;
-    for (const unsigned char *p = end; p < shared_end; p++)
+    for (const unsigned char *p = end; p < now->shared_end; p++)
         if (*p != POISON)
             mistake("emulate", 0, "dynamic shared memory was written at offset %zu",
                     (size_t)(p - dynamic_shared));
@@ -509,7 +683,7 @@ bool is_shared(const void *pointer, size_t n)
 
 static background *copies_of_thread(void)
 {
-    return &backgrounds[current() - fibers];
+    return &now->backgrounds[current() - now->fibers];
 }
 
 void copy_16(void *shared, const void *global, bool valid, const char *file, int line)
@@ -589,7 +763,7 @@ static void show(void)
 
 void waited(void)
 {
-    any_waited = true;
+    any_waited = now->has_waited = true;
     show();
 }
 
@@ -674,6 +848,8 @@ void ldmatrix(uint32_t *out, const void *row, int n, bool transposed, const char
 
 /* ---- blocks ---- */
 
+static void end_block(void);
+
 static void fiber_main(void)
 {
 #if defined(__SANITIZE_ADDRESS__)
@@ -681,11 +857,14 @@ static void fiber_main(void)
 #endif
     running->body();
     fiber *me = current();
-    warps[me->warp].returned |= 1u << me->lane;
-    n_live--;
-    if (n_live && n_arrived == n_live)
+    now->warps[me->warp].returned |= 1u << me->lane;
+    now->n_live--;
+    leave_cluster(me);
+    if (now->n_live && now->n_arrived == now->n_live)
         open_barrier();
-    if (!n_live)
+    if (!now->n_live)
+        end_block();
+    if (!cluster_live)
         change(&me->registers, &host, true);
     fiber *next = take_next(me->warp);
     self = next;
@@ -696,35 +875,86 @@ static void fiber_main(void)
 static void start_fibers(void)
 {
     const int n = running->block;
-    n_live = n;
-    n_arrived = n_true = 0;
-    barrier_file = nullptr;
-    n_warps = (n + 31) / 32;
+    now->n_arrived = now->n_true = 0;
+    now->barrier_file = nullptr;
     for (int i = 0; i < n; i++) {
-        fiber *f = &fibers[i];
+        fiber *f = &now->fibers[i];
         f->index = {(unsigned)i, 0, 0};
         f->lane = i % 32;
         f->warp = i / 32;
+        f->arrived = false;
         start(f);
     }
-    for (int w = 0; w < n_warps; w++) {
-        const int n_lanes = n - w * 32;
-        warps[w].ready = warps[w].meeting = warps[w].at_barrier = warps[w].returned = 0;
-        make_ready(w, n_lanes >= 32 ? 0xffffffffu : (1u << n_lanes) - 1);
+    for (int i = 0; i < n_warps; i++) {
+        const int n_lanes = n - i * 32;
+        warp *w = &now->warps[i];
+        w->ready = w->meeting = w->at_barrier = w->at_cluster = w->returned = 0;
+        w->arrive_file = nullptr;
+        make_ready(now, i, n_lanes >= 32 ? 0xffffffffu : (1u << n_lanes) - 1);
     }
 }
 
-static void run_block(bool hides)
+static void enter_block(block *b)
 {
-    poison_shared();
-    if (hides)
+    now = b;
+    dynamic_shared = b->shared;
+    block_index = b->index;
+    if (b->has_begun) {
+        memcpy(static_shared.start, b->variables.data(), static_shared.n_bytes);
+    } else {
+        b->has_begun = true;
+        close_shared(b, false);
+        poison_shared();
+        start_fibers();
+    }
+    if (cluster_hides && !b->has_waited)
         hide();
-    start_fibers();
-    fiber *first = take_next(order == 1 ? n_warps - 1 : 0);
-    self = first;
-    change(&host, &first->registers, false);
+}
+
+static void end_block(void)
+{
     check_shared();
     show();
+    if (n_blocks > 1)
+        close_shared(now, true);
+}
+
+/* No thread of this block can run: one of the cluster that can takes over. */
+static void change_block(void)
+{
+    uint32_t ready = 0;
+    for (int i = 0; i < n_blocks; i++)
+        if (!blocks[i].has_begun || blocks[i].ready_warps)
+            ready |= 1u << i;
+    if (!ready)
+        deadlock();
+    show();
+    if (now->n_live)
+        now->variables.assign(static_shared.start, static_shared.start + static_shared.n_bytes);
+    enter_block(&blocks[pick(ready)]);
+}
+
+/* `first` is the number of its first block in the grid. */
+static void run_cluster(uint64_t first, bool hides)
+{
+    for (int i = 0; i < n_blocks; i++) {
+        const uint64_t number = first + (unsigned)i;
+        block *b = &blocks[i];
+        b->index.x = (unsigned)(number % grid_dim.x);
+        b->index.y = (unsigned)(number / grid_dim.x % grid_dim.y);
+        b->index.z = (unsigned)(number / grid_dim.x / grid_dim.y);
+        b->has_begun = b->has_waited = false;
+        b->ready_warps = 0;
+        b->n_live = running->block;
+        close_shared(b, n_blocks > 1);
+    }
+    cluster_live = n_blocks * running->block;
+    cluster_arrived = 0;
+    cluster_hides = hides;
+    enter_block(&blocks[n_blocks > 1 ? pick((1u << n_blocks) - 1) : 0]);
+    fiber *next = take_next(order == 1 ? n_warps - 1 : 0);
+    self = next;
+    change(&host, &next->registers, false);
 }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -766,16 +996,17 @@ void run(const kernel_run &launch, long number, const std::vector<range> &ranges
     static_shared = {};
     dl_iterate_phdr(find_area, &static_shared);
     host_variables.assign(static_shared.start, static_shared.start + static_shared.n_bytes);
-    place_shared(launch.shared_bytes);
+    n_warps = (launch.block + 31) / 32;
+    n_blocks = launch.cluster ? launch.cluster : 1;
+    for (int i = 0; i < n_blocks; i++)
+        place_shared(&blocks[i], launch.shared_bytes);
     catch_signals(true);
 
-    const uint64_t n_blocks = (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z;
-    for (uint64_t i = 0; i < n_blocks; i++) {
-        const uint64_t b = order == 1 ? n_blocks - 1 - i : i;
-        block_index.x = (unsigned)(b % launch.grid.x);
-        block_index.y = (unsigned)(b / launch.grid.x % launch.grid.y);
-        block_index.z = (unsigned)(b / launch.grid.x / launch.grid.y);
-        run_block(i % (n_blocks / 4 + 1) == 0); /* the same code in all */
+    /* Clusters are along x, of which grid.x has a whole number. */
+    const uint64_t n = (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z / (unsigned)n_blocks;
+    for (uint64_t i = 0; i < n; i++) {
+        const uint64_t c = order == 1 ? n - 1 - i : i;
+        run_cluster(c * (unsigned)n_blocks, i % (n / 4 + 1) == 0); /* the same code in all */
     }
     catch_signals(false);
     restore_host_variables();
