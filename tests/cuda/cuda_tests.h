@@ -7,6 +7,8 @@
 #ifndef LATTE_TESTS_CUDA_TESTS_H
 #define LATTE_TESTS_CUDA_TESTS_H
 
+#include <string.h>
+
 #include "tests/unit/model_files.h"
 #include "tests/unit/model_run.h"
 
@@ -38,6 +40,14 @@ static const struct test_model wide_models[] = {
      WIDE_SIZES "\"vocab_size\":256,\"hidden_size\":128,\"intermediate_size\":192,"
                 "\"norm\":\"layernorm\",\"mlp\":\"plain\",\"hidden_act\":\"gelu\","
                 "\"num_latents\":32,\"layer_type\":\"latte\",\"latent_input\":\"conv\"}"},
+    /* the reference model of weights/README.md but for its depth: a shape of cluster.cuh */
+    {"wide-clusters",
+     "{\"model_type\":\"latte\",\"architectures\":[\"LatteForCausalLM\"],"
+     "\"num_hidden_layers\":2,\"num_attention_heads\":8,\"eos_token_id\":0,"
+     "\"tie_word_embeddings\":true,\"vocab_size\":509,\"hidden_size\":768,"
+     "\"intermediate_size\":3072,\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"num_latents\":128,"
+     "\"layer_type\":\"macchiato\",\"sliding_window\":40,"
+     "\"latent_input\":\"rglru\",\"rglru_blocks\":8}"},
 };
 enum { N_WIDE_MODELS = sizeof(wide_models) / sizeof(*wide_models) };
 
@@ -48,6 +58,12 @@ static inline void wide_model_make(int i, char *dir, size_t n)
     if (test_dir_make(dir, n) ||
         model_files_write(dir, wide_models[i].config_json, 90 + (uint64_t)i, &files))
         fail_msg("%s: the model could not be written", wide_models[i].name);
+}
+
+/* The largest is too slow for an emulated device, but for what only it can show. */
+static inline bool wide_model_is_slow(int i)
+{
+    return run_emulated() && !strcmp(wide_models[i].name, "wide-clusters");
 }
 
 static inline void test_no_device(void **state)

@@ -268,6 +268,26 @@ static __global__ void row_of_peer(float *)
     ldmatrix_x2(matrix, cluster_peer(shared, cluster_rank() ^ 1));
 }
 
+static __global__ void odd_bulk(float *x)
+{
+    DYNAMIC_SHARED(uint64_t, shared);
+    pdl_wait();
+    if (threadIdx.x == 0)
+        bulk_copy(shared + 2, x, 24, shared);
+}
+
+static __global__ void bulk_of_fewer_bytes(float *x)
+{
+    DYNAMIC_SHARED(uint64_t, shared);
+    pdl_wait();
+    if (threadIdx.x == 0) {
+        bulk_begin(shared, 64);
+        bulk_copy(shared + 2, x, 32, shared);
+    }
+    __syncthreads();
+    bulk_wait(shared);
+}
+
 static __global__ void early_write_of_one(float *x)
 {
     if (cluster_rank() == 1)
@@ -293,6 +313,8 @@ static const struct {
     {"odd_row", odd_row, 256, "not aligned to 16", 0},
     {"copy_from_nowhere", copy_from_nowhere, 256, "not aligned to 16", 0},
     {"copy_to_global", copy_to_global, 256, "is not shared memory", 0},
+    {"odd_bulk", odd_bulk, 256, "not multiples of 16", 0},
+    {"bulk_of_fewer_bytes", bulk_of_fewer_bytes, 256, "for 64 bytes, of which 32", 0},
     {"no_wait", no_wait, 0, "called pdl_wait", 0},
     {"early_write", early_write, 0, "written before pdl_wait", 0},
     {"prefetch_shared", prefetch_shared, 256, "is not global memory", 0},

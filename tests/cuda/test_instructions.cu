@@ -466,6 +466,41 @@ static void test_clusters_early(void **)
     unsetenv("LATTE_EMULATE_PDL");
 }
 
+/* Rows of 24 floats, in bulk; out: what was there before the wait does not matter. */
+static __global__ void bulk_rows(float *out, const float *in)
+{
+    DYNAMIC_SHARED(float, shared);
+    bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + 8 * 28);
+    pdl_wait();
+    if (threadIdx.x < WARP) {
+        if (threadIdx.x == 0)
+            bulk_begin(fetched, 8 * 24 * sizeof(float));
+        __syncwarp();
+        if (threadIdx.x < 8)
+            bulk_copy(shared + threadIdx.x * 28, in + threadIdx.x * 24, 24 * sizeof(float),
+                      fetched);
+    }
+    __syncthreads();
+    bulk_wait(fetched);
+    if (threadIdx.x < 192)
+        out[threadIdx.x] = shared[threadIdx.x / 24 * 28 + threadIdx.x % 24];
+}
+
+static void test_bulk_copies(void **)
+{
+    need_clusters();
+    static float out[N * 16];
+    for (int i = 0; i < N * 16; i++)
+        f.host[i] = (float)i;
+    OK(cudaMemcpy(f.in, f.host, sizeof(f.host), cudaMemcpyHostToDevice));
+    launch(&f.q, "bulk_rows", bulk_rows, dim3(1), N, 8 * 28 * sizeof(float) + 8, f.out,
+           (const float *)f.in);
+    OK(f.q.error);
+    get(out);
+    for (int i = 0; i < 192; i++)
+        assert_true(out[i] == (float)i);
+}
+
 /* ---- graphs and streams ---- */
 
 static __global__ void scale(float *x, float by, int n)
@@ -553,17 +588,12 @@ static void test_limits(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_matrices),
-        cmocka_unit_test(test_load_four),
-        cmocka_unit_test(test_shuffles),
-        cmocka_unit_test(test_barriers),
-        cmocka_unit_test(test_copies),
-        cmocka_unit_test(test_prefetch),
-        cmocka_unit_test(test_clusters),
-        cmocka_unit_test(test_cluster_rounds),
-        cmocka_unit_test(test_clusters_early),
-        cmocka_unit_test(test_graph),
-        cmocka_unit_test(test_graph_of_clusters),
+        cmocka_unit_test(test_matrices),       cmocka_unit_test(test_load_four),
+        cmocka_unit_test(test_shuffles),       cmocka_unit_test(test_barriers),
+        cmocka_unit_test(test_copies),         cmocka_unit_test(test_prefetch),
+        cmocka_unit_test(test_clusters),       cmocka_unit_test(test_cluster_rounds),
+        cmocka_unit_test(test_clusters_early), cmocka_unit_test(test_bulk_copies),
+        cmocka_unit_test(test_graph),          cmocka_unit_test(test_graph_of_clusters),
         cmocka_unit_test(test_limits),
     };
     return cmocka_run_group_tests(tests, open_device, NULL);

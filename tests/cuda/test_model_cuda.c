@@ -139,14 +139,21 @@ static void for_golden(check_fn *f)
             f(strrchr(models.dirs[i], '/') + 1, models.dirs[i]);
 }
 
-static void for_wide(check_fn *f)
+static void for_wide_models(check_fn *f, bool slow_ones)
 {
     for (int i = 0; i < N_WIDE_MODELS; i++) {
         char dir[200];
+        if (!slow_ones && wide_model_is_slow(i))
+            continue;
         wide_model_make(i, dir, sizeof(dir));
         f(wide_models[i].name, dir);
         test_dir_remove(dir);
     }
+}
+
+static void for_wide(check_fn *f)
+{
+    for_wide_models(f, false);
 }
 
 static void open_cuda(struct run *r, const char *dir, enum dtype dtype, enum dtype window,
@@ -321,7 +328,7 @@ static void compare_batch(struct run *fused, struct run *composed, int batch, st
 static bool is_fused(const char *name)
 {
     return !strcmp(name, "wide-macchiato") || !strcmp(name, "wide-gemma") ||
-           !strcmp(name, "wide-transformer");
+           !strcmp(name, "wide-transformer") || !strcmp(name, "wide-clusters");
 }
 
 static void check_fused(const char *name, const char *dir)
@@ -347,7 +354,7 @@ static void test_fused_equals_composed(void **state)
 {
     (void)state;
     for_golden(check_fused);
-    for_wide(check_fused);
+    for_wide_models(check_fused, true);
 }
 
 /* ---- chunks ---- */
@@ -406,7 +413,10 @@ static void check_chunks_bf16(const char *name, const char *dir)
     struct comparison c = {0};
     if (is_widened(name))
         return;
-    check_chunks_of(dir, DTYPE_BF16, DTYPE_BF16, BF16_TOLERANCE, BF16_STATE_TOLERANCE, &c);
+    /* Sums of the latents of 768 columns are larger than those of 192, and their decode rows are
+     * rounded elsewhere than prompts': before the norm's scale, not after it. */
+    const double factor = strcmp(name, "wide-clusters") ? 1 : 4;
+    check_chunks_of(dir, DTYPE_BF16, DTYPE_BF16, BF16_TOLERANCE, factor * BF16_STATE_TOLERANCE, &c);
     check(name, &c, BF16_TOLERANCE);
 }
 

@@ -82,7 +82,15 @@ struct warp {
     unsigned arrive_round;
 };
 
+struct bulk {
+    unsigned char *to;
+    const void *from;
+    uint32_t n_bytes;
+    const uint64_t *barrier;
+};
+
 struct block {
+    std::vector<bulk> bulks; /* not done */
     fiber fibers[MAX_THREADS];
     background backgrounds[MAX_THREADS];
     warp warps[MAX_WARPS];
@@ -729,6 +737,45 @@ void wait_copies(int n_left)
         me->groups[i] = me->groups[n_groups + i] - n;
 }
 
+enum : uint64_t { BULK_DONE = (uint64_t)1 << 63 }; /* in a barrier; else the bytes to come */
+
+void begin_bulk(uint64_t *barrier, uint32_t n_bytes, const char *file, int line)
+{
+    if ((uintptr_t)barrier % 8 || !is_shared(barrier, 8))
+        mistake(file, line, "bulk_begin of %p, which is not 8 aligned bytes of shared memory",
+                (void *)barrier);
+    *barrier = n_bytes;
+}
+
+void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *barrier,
+               const char *file, int line)
+{
+    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16 || n_bytes % 16)
+        mistake(file, line, "bulk_copy of %u bytes from %p to %p, not multiples of 16", n_bytes,
+                global, shared);
+    if (!is_shared(shared, n_bytes))
+        mistake(file, line, "bulk_copy to %p, which is not shared memory (dynamic: %p)", shared,
+                (void *)dynamic_shared);
+    now->bulks.push_back({(unsigned char *)shared, global, n_bytes, barrier});
+    memset(shared, POISON, n_bytes);
+}
+
+void wait_bulk(uint64_t *barrier, const char *file, int line)
+{
+    if (*barrier == BULK_DONE)
+        return;
+    uint64_t n_bytes = 0;
+    for (const bulk &b : now->bulks)
+        n_bytes += b.barrier == barrier ? b.n_bytes : 0;
+    if (n_bytes != *barrier)
+        mistake(file, line, "bulk_wait for %llu bytes, of which %llu were asked for",
+                (unsigned long long)*barrier, (unsigned long long)n_bytes);
+    for (const bulk &b : now->bulks)
+        if (b.barrier == barrier)
+            memcpy(b.to, b.from, b.n_bytes);
+    *barrier = BULK_DONE;
+}
+
 /* ---- what earlier kernels wrote ---- */
 
 static const std::vector<range> *hidden;
@@ -945,6 +992,7 @@ static void run_cluster(uint64_t first, bool hides)
         b->index.z = (unsigned)(number / grid_dim.x / grid_dim.y);
         b->has_begun = b->has_waited = false;
         b->ready_warps = 0;
+        b->bulks.clear();
         b->n_live = running->block;
         close_shared(b, n_blocks > 1);
     }

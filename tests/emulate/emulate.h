@@ -13,8 +13,9 @@
  *   - use of shared or device memory nobody wrote: both start as NaN
  *   - shared memory written or read beyond its end; misaligned ldmatrix rows, copy_async_16 and
  *     vector accesses (with -fsanitize=alignment)
- *   - data of copy_async_16 used before copy_async_wait, and copies over data still in use: the
- *     target is NaN until then
+ *   - data of copy_async_16 used before copy_async_wait, of bulk_copy before bulk_wait, and copies
+ *     over data still in use: the target is NaN until then; a bulk_wait for other bytes than were
+ *     asked for
  *   - clusters: arriving twice without waiting, waiting without having arrived, lanes of a warp
  *     that arrive or wait at different places, the cluster's functions in a kernel launched
  *     without one, use of a peer's shared memory before the peer has begun or after it has ended
@@ -98,6 +99,10 @@ void meet(uint32_t mask, void *arguments, combine *what, const char *file, int l
 
 void copy_16(void *shared, const void *global, bool valid, const char *file, int line);
 void commit_copies(void);
+void begin_bulk(uint64_t *barrier, uint32_t n_bytes, const char *file, int line);
+void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *barrier,
+               const char *file, int line);
+void wait_bulk(uint64_t *barrier, const char *file, int line);
 void wait_copies(int n_left);
 void waited(void);
 
@@ -364,6 +369,22 @@ template <int N> static inline void copy_async_wait(void)
     emulate::wait_copies(N);
 }
 
+typedef uint64_t bulk_barrier;
+
+static inline void bulk_begin(bulk_barrier *b, uint32_t n_bytes, EMULATE_PLACE)
+{
+    emulate::begin_bulk(b, n_bytes, file, line);
+}
+static inline void bulk_copy(void *shared, const void *global, uint32_t n_bytes, bulk_barrier *b,
+                             EMULATE_PLACE)
+{
+    emulate::copy_bulk(shared, global, n_bytes, b, file, line);
+}
+static inline void bulk_wait(bulk_barrier *b, EMULATE_PLACE)
+{
+    emulate::wait_bulk(b, file, line);
+}
+
 static inline float quick_exp2(float x)
 {
     return exp2f(x);
@@ -396,6 +417,10 @@ static inline int cluster_rank(EMULATE_PLACE)
     return emulate::rank_in_cluster(file, line);
 }
 static inline void cluster_arrive(EMULATE_PLACE)
+{
+    emulate::arrive_in_cluster(file, line);
+}
+static inline void cluster_arrive_relaxed(EMULATE_PLACE)
 {
     emulate::arrive_in_cluster(file, line);
 }

@@ -159,6 +159,16 @@ static __device__ __forceinline__ void cluster_arrive(void)
 #endif
 }
 
+/* The same before a thread has written anything: it waits for no memory. */
+static __device__ __forceinline__ void cluster_arrive_relaxed(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+    __trap();
+#endif
+}
+
 static __device__ __forceinline__ void cluster_wait(void)
 {
 #if __CUDA_ARCH__ >= 900
@@ -186,6 +196,62 @@ template <class T> static __device__ __forceinline__ T *cluster_peer(T *shared, 
 #else
     __trap();
     return shared + 0 * rank;
+#endif
+}
+
+/* ---- bulk copies: whole rows to shared memory, a few instructions a block (9.0 and later) ---- */
+
+/* Counts the bytes of the copies that name it, once in a kernel. In shared memory. */
+typedef uint64_t bulk_barrier;
+
+/* One thread: n_bytes are to come. Before it, nobody may copy; before a barrier of the block that
+ * comes after it, nobody may wait. */
+static __device__ __forceinline__ void bulk_begin(bulk_barrier *b, uint32_t n_bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(b);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
+                 "r"(n_bytes)
+                 : "memory");
+#else
+    (void)b, (void)n_bytes;
+    __trap();
+#endif
+}
+
+/* One thread: copy n_bytes in the background; addresses and sizes are multiples of 16. */
+static __device__ __forceinline__ void bulk_copy(void *shared, const void *global, uint32_t n_bytes,
+                                                 bulk_barrier *b)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
+                 "%2, [%3];" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(n_bytes), "r"((uint32_t)__cvta_generic_to_shared(b))
+                 : "memory");
+#else
+    (void)shared, (void)global, (void)n_bytes, (void)b;
+    __trap();
+#endif
+}
+
+/* Any thread: until all of the bytes are there, for this thread to read. */
+static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
+{
+#if __CUDA_ARCH__ >= 900
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(b);
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(address)
+                     : "memory");
+#else
+    (void)b;
+    __trap();
 #endif
 }
 

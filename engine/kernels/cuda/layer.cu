@@ -4,6 +4,7 @@
  * latents' logits, RG-LRU and all sums are f32. Configurations that these passes do not know
  * (see knows) are composed by model.c from the single ops.
  */
+#include "engine/kernels/cuda/cluster.cuh"
 #include "engine/kernels/cuda/fused.cuh"
 
 extern "C" {
@@ -29,6 +30,12 @@ struct layer_scratch {
     float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
     float *h32, *recurrence32, *input32; /* [R, D]; recurrence32 also for the RG-LRU's products */
     float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
+    /* Layers of few rows, CLUSTER_ROWS at most. */
+    float *x_between; /* [rows, D] the residual stream within the layer */
+    float *shares;    /* [MIX_CLUSTERS, rows, D] what each head adds to it */
+    float *scales;    /* [rows] */
+    void *prepared;   /* [layers] cluster_prepare's */
+    int n_prepared;   /* layers that are */
     size_t n_bytes;
 };
 
@@ -40,7 +47,7 @@ struct scratch_item {
     int rows;
 };
 
-enum { N_ITEMS = 16 };
+enum { N_ITEMS = 20 };
 
 static int64_t padded_columns(int n)
 {
@@ -55,6 +62,11 @@ static bool has_full_attention(const struct model_config *c)
     return false;
 }
 
+static struct cluster_shape cluster_shape_of(const struct model_config *c)
+{
+    return {c->hidden_size, c->n_heads, c->head_dim, c->intermediate_size, c->rglru_blocks};
+}
+
 static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s,
                        const struct backend_options *o)
 {
@@ -66,6 +78,9 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
     const size_t kv = (size_t)c->n_kv_heads * (size_t)c->head_dim;
     const size_t full = has_full_attention(c) ? sizeof(float) : 0;
     const size_t rglru = c->latent_input == LATENT_INPUT_RGLRU ? sizeof(float) : 0;
+    const struct cluster_shape shape = cluster_shape_of(c);
+    const size_t prepared = rglru && cluster_has(&shape) ? cluster_prepared_bytes(&shape) : 0;
+    const int few = rows < CLUSTER_ROWS ? rows : CLUSTER_ROWS;
     const struct scratch_item items[N_ITEMS] = {
         {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
         {(void **)&s->h, rglru ? D * sizeof(bf16) : 0, rows},
@@ -83,6 +98,10 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
         {(void **)&s->recurrence32, D * rglru, rows},
         {(void **)&s->input32, D * rglru, rows},
         {(void **)&s->logits, (size_t)padded_columns(c->vocab_size) * logits, o->max_logit_rows},
+        {(void **)&s->x_between, D * rglru, few},
+        {(void **)&s->shares, MIX_CLUSTERS * D * rglru, few},
+        {(void **)&s->scales, rglru, few},
+        {&s->prepared, prepared, c->n_layers},
     };
     for (int i = 0; i < N_ITEMS; i++)
         out[i] = items[i];
@@ -439,11 +458,141 @@ static void mlp_in(const struct pass *p)
     fused_product(p->c, &q, p->s->wide);
 }
 
+/* ---- few rows ---- */
+
+static bool plain_matrix(const struct linear *l)
+{
+    return l->weight && l->dtype == DTYPE_BF16 && !l->bias;
+}
+
+static bool plain_norm(const struct norm *n)
+{
+    return n->weight && !n->bias && n->type == NORM_RMS;
+}
+
+static bool for_clusters(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    const struct model_config *c = p->config;
+    const struct linear *const matrices[] = {&w->v_proj,    &w->q_proj,   &w->k_proj,
+                                             &w->o_proj,    &w->latent_q, &w->latent_k,
+                                             &w->gate_proj, &w->up_proj,  &w->down_proj};
+    const struct cluster_shape shape = cluster_shape_of(c);
+    if (!p->c->step.decode || p->c->step.rows > CLUSTER_ROWS || p->c->queue.deterministic ||
+        !p->latents || !p->window || c->latent_input != LATENT_INPUT_RGLRU ||
+        !cluster_knows(p->c, &shape))
+        return false;
+    if (w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight || w->post_norm2.weight ||
+        c->n_kv_heads != c->n_heads || config_latents_per_head(c) > CLUSTER_LATENTS ||
+        config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS ||
+        p->state->slabs[STATE_RING_K].dtype != DTYPE_BF16)
+        return false;
+    for (size_t i = 0; i < sizeof(matrices) / sizeof(*matrices); i++)
+        if (!plain_matrix(matrices[i]))
+            return false;
+    return plain_norm(&w->norm1) && plain_norm(&w->norm2) && plain_norm(&w->rglru_norm);
+}
+
+static const bf16 *matrix(const struct linear *l)
+{
+    return (const bf16 *)l->weight->data;
+}
+
+static int64_t share_stride(const struct pass *p)
+{
+    const int most = p->c->options.max_rows;
+    return (int64_t)(most < CLUSTER_ROWS ? most : CLUSTER_ROWS) * p->config->hidden_size;
+}
+
+/* The layer's RG-LRU as the mixing wants it. Weights do not change: once is enough, and the
+ * first step of any form is not one that is recorded. */
+static const void *prepared_gates(const struct pass *p, const struct cluster_shape *shape)
+{
+    const struct layer_weights *w = p->w;
+    struct layer_scratch *s = p->c->layer;
+    void *to = (char *)s->prepared + (size_t)p->layer * cluster_prepared_bytes(shape);
+    const struct cluster_gates g = {floats(w->recurrence_gate), floats(w->recurrence_bias),
+                                    floats(w->input_gate),      floats(w->input_bias),
+                                    floats(w->lambda),          floats(w->rglru_norm.weight)};
+    if (p->layer >= s->n_prepared) {
+        cluster_prepare(p->c, shape, &g, to);
+        s->n_prepared = p->layer + 1;
+    }
+    return to;
+}
+
+static void mix_by_clusters(const struct pass *p, const struct cluster_shape *shape)
+{
+    const struct layer_weights *w = p->w;
+    const struct slab *slabs = p->state->slabs;
+    const struct layer_scratch *s = p->s;
+    struct cluster_mix m = {};
+    const bool overlaps = p->c->queue.pdl; /* with what prepares its weights it must not */
+    p->c->queue.pdl &= p->layer < s->n_prepared;
+    m.x = floats(p->x);
+    m.norm = {floats(w->norm1.weight), w->norm1.eps};
+    m.q = matrix(&w->q_proj);
+    m.k = matrix(&w->k_proj);
+    m.v = matrix(&w->v_proj);
+    m.prepared = prepared_gates(p, shape);
+    m.rglru = float_slab(&slabs[STATE_RGLRU]);
+    m.z = s->z;
+    m.z_eps = w->rglru_norm.eps;
+    m.latent_q = matrix(&w->latent_q);
+    m.latent_k = matrix(&w->latent_k);
+    m.n_latents = config_latents_per_head(p->config);
+    m.m = float_slab(&slabs[STATE_LATENT_M]);
+    m.alpha = float_slab(&slabs[STATE_LATENT_ALPHA]);
+    m.s = float_slab(&slabs[STATE_LATENT_S]);
+    m.frequencies = (const double *)w->rope->data;
+    m.ring_k = (bf16 *)slabs[STATE_RING_K].buffer->data;
+    m.ring_v = (bf16 *)slabs[STATE_RING_V].buffer->data;
+    m.ring_values = slabs[STATE_RING_K].row_values;
+    m.ring_rows = (int)config_ring_rows(p->config, p->layer);
+    m.scale = (float)p->config->attention_scale;
+    m.softcap = (float)p->config->attn_logit_softcapping;
+    m.o = matrix(&w->o_proj);
+    m.partials = s->shares;
+    m.partial_stride = share_stride(p);
+    cluster_mix_launch(p->c, shape, &m);
+    p->c->queue.pdl = overlaps;
+}
+
+static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
+{
+    const struct layer_weights *w = p->w;
+    const struct layer_scratch *s = p->s;
+    struct few_mlp m = {};
+    m.x = floats(p->x);
+    m.partials = s->shares;
+    m.partial_stride = share_stride(p);
+    m.norm = {floats(w->norm2.weight), w->norm2.eps};
+    m.between = s->x_between;
+    m.h = s->h;
+    m.scales = s->scales;
+    m.gate = matrix(&w->gate_proj);
+    m.up = matrix(&w->up_proj);
+    m.down = matrix(&w->down_proj);
+    m.act = p->config->hidden_act;
+    m.middle = s->up;
+    m.z = s->z;
+    m.rglru = float_slab(&p->state->slabs[STATE_RGLRU]);
+    few_mlp_launch(p->c, shape, &m);
+}
+
+/* A layer of few rows: see cluster.cuh. */
+static void layer_by_clusters(const struct pass *p)
+{
+    const struct cluster_shape shape = cluster_shape_of(p->config);
+    mix_by_clusters(p, &shape);
+    mlp_of_few(p, &shape);
+}
+
 bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights *w,
                 const struct layer_state *state, const struct model_config *config, int layer)
 {
     struct cuda *c = cuda_of(b);
-    if (!c->layer || !knows(w, config, layer))
+    if (!c->layer)
         return false;
     struct pass p = {};
     p.c = c;
@@ -457,6 +606,12 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     p.latents = !p.full && config->n_latents > 0;
     p.window = config_ring_rows(config, layer) > 0;
     p.layer = layer;
+    if (for_clusters(&p)) {
+        layer_by_clusters(&p);
+        return true;
+    }
+    if (!knows(w, config, layer))
+        return false;
     if (p.full && c->step.decode) {
         attention_by_splits(&p);
     } else {

@@ -1,0 +1,314 @@
+/* few_mlp.cu - the mlp of a decode layer of few rows, see cluster.cuh: two products, as single
+ * blocks.
+ *
+ * few_mlp_in: a block has 1/128 of the features, their rows of gate and up in shared memory; its
+ * warps are 4 quarters of D times gate and up. few_mlp_out: a block has 8 rows of down, each of its
+ * warps an eighth of F. Sums of the warps meet in shared memory and are added in order. Before
+ * pdl_wait all weights are on their way.
+ * few_mlp_in also puts the RG-LRU's z into the state, as no block of the mixing may.
+ * Bytes: 14 MB of weights at D = 768, F = 3072: floor 4.6 us; up to FEW_ALONE rows 27 KB a row and
+ * block of partial rows, from L2.
+ */
+#include "engine/kernels/cuda/cluster.cuh"
+
+enum { IN_BLOCKS = 128 };
+
+struct mlp_call {
+    struct few_mlp m;
+    struct device_step step;
+};
+
+template <int D, int F> struct in_shape {
+    static constexpr int COLUMNS = D / 16;                               /* of a row, 16 threads' */
+    static constexpr int FEATURES = F / IN_BLOCKS, TILES = FEATURES / 8; /* gate or up, of a warp */
+    static constexpr int GROUPS = CLUSTER_WARPS / 2, K = D / GROUPS;     /* of warps; of a warp */
+    static constexpr int ROW = D + 8, SUM = 2 * FEATURES;                /* strides, in values */
+    static_assert(FEATURES % 8 == 0 && K % 32 == 0 && COLUMNS % 4 == 0 && COLUMNS <= 64 &&
+                      GROUPS * SUM * 4 <= ROW * 2,
+                  "tiles of products");
+
+    static constexpr int weights = 0; /* offsets, in bytes */
+    static constexpr int rows = weights + SUM * ROW * 2;
+    static constexpr int sums = rows; /* in the place of the rows, when they have been used */
+    static constexpr int squares = rows + CLUSTER_ROWS * ROW * 2;
+    static constexpr int scales = squares + SQUARES * 4;
+    static constexpr int fetched = scales + CLUSTER_ROWS * 4;
+    static constexpr int bytes = fetched + sizeof(bulk_barrier);
+};
+
+template <int D, int F> struct out_shape {
+    static constexpr int K = F / CLUSTER_WARPS, PIECES = K / 32; /* of a warp */
+    static constexpr int ROW = F + 32;                           /* spreads 16 bytes of 8 rows */
+    static_assert(D % 8 == 0 && K % 32 == 0, "tiles of products");
+
+    static constexpr int weights = 0;
+    static constexpr int sums = weights + 8 * ROW * 2; /* [warps, 16, 8] */
+    static constexpr int fetched = sums + CLUSTER_WARPS * CLUSTER_ROWS * 8 * 4;
+    static constexpr int bytes = fetched + sizeof(bulk_barrier);
+};
+
+/* ---- x and the heads' shares ---- */
+
+/* Four columns of a row, summed in order. */
+template <int D>
+static __device__ __forceinline__ float4 sum_heads(const struct few_mlp &m, int64_t at)
+{
+    float4 part[MIX_CLUSTERS], x = few_load(m.x + at);
+#pragma unroll
+    for (int c = 0; c < MIX_CLUSTERS; c++)
+        part[c] = few_load(m.partials + c * m.partial_stride + at);
+#pragma unroll
+    for (int c = 0; c < MIX_CLUSTERS; c++) {
+        x.x += part[c].x, x.y += part[c].y;
+        x.z += part[c].z, x.w += part[c].w;
+    }
+    return x;
+}
+
+/* A row by a block: between, h and its scale. The bits of what few_mlp_in does by itself. */
+template <int D>
+static __global__ void __launch_bounds__(CLUSTER_THREADS)
+    few_settle_kernel(const __grid_constant__ struct mlp_call c)
+{
+    constexpr int COLUMNS = D / 16;
+    __shared__ float squares[16];
+    const int group = threadIdx.x / 16, quad = threadIdx.x % 16, row = blockIdx.x;
+    const int column = group * COLUMNS + quad * 4;
+    const bool mine = quad < COLUMNS / 4;
+    const int64_t at = (int64_t)row * D + column;
+    pdl_trigger();
+    float4 weight = make_float4(0, 0, 0, 0), x = weight;
+    if (mine)
+        weight = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+    pdl_wait();
+    if (row >= c.step.sizes->n_rows)
+        return;
+    if (mine)
+        x = sum_heads<D>(c.m, at);
+    const float square = few_square(x);
+    if (quad == 0)
+        squares[group] = square;
+    if (mine) {
+        *reinterpret_cast<float4 *>(c.m.between + at) = x;
+        *reinterpret_cast<uint2 *>(c.m.h + at) = few_weighed(x, weight);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            sum += squares[i];
+        c.m.scales[row] = norm_scale(sum, D, c.m.norm.eps);
+    }
+}
+
+/* ---- gate and up ---- */
+
+/* The rows times the norm's weight, and their scales: few of them from x and the heads' shares, or
+ * as few_settle left them. */
+template <class S, int D>
+static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n_rows, bool alone,
+                                                 unsigned char *shared)
+{
+    bf16 *const rows = reinterpret_cast<bf16 *>(shared + S::rows);
+    float *const squares = reinterpret_cast<float *>(shared + S::squares);
+    float *const scales = reinterpret_cast<float *>(shared + S::scales);
+    if (!alone) {
+        for (int i = threadIdx.x; i < n_rows * (D / 8); i += CLUSTER_THREADS)
+            copy_async_16(rows + i / (D / 8) * S::ROW + i % (D / 8) * 8, c.m.h + 8 * i);
+        copy_async_commit();
+        if ((int)threadIdx.x < n_rows)
+            scales[threadIdx.x] = __ldcg(c.m.scales + threadIdx.x);
+        copy_async_wait<0>();
+        __syncthreads();
+        return;
+    }
+    const int group = threadIdx.x / 16, quad = threadIdx.x % 16;
+    const int column = group * S::COLUMNS + quad * 4;
+    const bool mine = quad < S::COLUMNS / 4;
+    float4 x[FEW_ALONE], weight = make_float4(0, 0, 0, 0);
+    if (mine)
+        weight = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+#pragma unroll
+    for (int i = 0; i < FEW_ALONE; i++) {
+        x[i] = make_float4(0, 0, 0, 0);
+        if (mine && i < n_rows)
+            x[i] = sum_heads<D>(c.m, (int64_t)i * D + column);
+    }
+#pragma unroll
+    for (int i = 0; i < FEW_ALONE; i++) {
+        const float square = few_square(x[i]);
+        if (quad == 0)
+            squares[group * CLUSTER_ROWS + i] = square;
+        if (mine)
+            *reinterpret_cast<uint2 *>(rows + i * S::ROW + column) = few_weighed(x[i], weight);
+        if (mine && i < n_rows && blockIdx.x == 0)
+            *reinterpret_cast<float4 *>(c.m.between + (int64_t)i * D + column) = x[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < FEW_ALONE)
+        scales[threadIdx.x] = few_scale<D>(squares, c.m.norm.eps);
+}
+
+template <int D> static __device__ __forceinline__ void keep_state(const struct mlp_call &c)
+{
+    const int i = blockIdx.x * CLUSTER_THREADS + threadIdx.x, row = i / (D / 4), quad = i % (D / 4);
+    if (row >= c.step.sizes->n_rows)
+        return;
+    float4 *to =
+        reinterpret_cast<float4 *>(c.m.rglru.data + c.step.seq_slot[row] * c.m.rglru.row_values);
+    to[quad] = few_load(c.m.z + (int64_t)row * D + quad * 4);
+}
+
+/* Columns c and c + 1 of a row of the groups' sums, added in order. */
+template <class S>
+static __device__ __forceinline__ float2 take_sums(const float *sums, int row, int column)
+{
+    float2 y = make_float2(0, 0);
+#pragma unroll
+    for (int g = 0; g < S::GROUPS; g++) {
+        const float2 one =
+            *reinterpret_cast<const float2 *>(sums + (g * CLUSTER_ROWS + row) * S::SUM + column);
+        y.x += one.x, y.y += one.y;
+    }
+    return y;
+}
+
+template <int D, int F>
+static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
+    few_mlp_in_kernel(const __grid_constant__ struct mlp_call c)
+{
+    typedef in_shape<D, F> S;
+    DYNAMIC_SHARED(unsigned char, shared);
+    bf16 *const weights = reinterpret_cast<bf16 *>(shared + S::weights);
+    const bf16 *const rows = reinterpret_cast<const bf16 *>(shared + S::rows);
+    float *const sums = reinterpret_cast<float *>(shared + S::sums);
+    const float *const scales = reinterpret_cast<const float *>(shared + S::scales);
+    bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int group = warp / 2, half = warp % 2, feature = blockIdx.x * S::FEATURES;
+    pdl_trigger();
+    if (warp == 0) {
+        if (lane == 0)
+            bulk_begin(fetched, S::SUM * D * (int)sizeof(bf16));
+        __syncwarp();
+        few_fetch<D>(weights, S::ROW, c.m.gate + (int64_t)feature * D, D, S::FEATURES, fetched);
+        few_fetch<D>(weights + S::FEATURES * S::ROW, S::ROW, c.m.up + (int64_t)feature * D, D,
+                     S::FEATURES, fetched);
+    }
+    const int n_rows = c.step.sizes->n_rows;
+    const bool alone = c.step.rows <= FEW_ALONE;
+
+    pdl_wait();
+    take_rows<S, D>(c, n_rows, alone, shared);
+    keep_state<D>(c);
+    bulk_wait(fetched);
+    float sum[S::TILES][4] = {};
+    few_product<S::TILES, S::K>(sum, rows + group * S::K, S::ROW,
+                                weights + half * S::FEATURES * S::ROW + group * S::K, S::ROW,
+                                S::FEATURES - 1);
+    __syncthreads(); /* the sums lie over the rows */
+#pragma unroll
+    for (int n = 0; n < S::TILES; n++) {
+        float *to = sums + (group * CLUSTER_ROWS + g) * S::SUM + half * S::FEATURES + 8 * n + 2 * t;
+        *reinterpret_cast<float2 *>(to) = make_float2(sum[n][0], sum[n][1]);
+        *reinterpret_cast<float2 *>(to + 8 * S::SUM) = make_float2(sum[n][2], sum[n][3]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_rows * S::FEATURES / 2; i += CLUSTER_THREADS) {
+        const int row = i / (S::FEATURES / 2), column = i % (S::FEATURES / 2) * 2;
+        const float2 gate = take_sums<S>(sums, row, column);
+        const float2 up = take_sums<S>(sums, row, S::FEATURES + column);
+        const float scale = scales[row];
+        *reinterpret_cast<__nv_bfloat162 *>(c.m.middle + (int64_t)row * F + feature + column) =
+            __floats2bfloat162_rn(activate_value(gate.x * scale, c.m.act) * (up.x * scale),
+                                  activate_value(gate.y * scale, c.m.act) * (up.y * scale));
+    }
+}
+
+/* ---- down ---- */
+
+/* 16 bytes of a row of middle, zeros where there is none. */
+static __device__ __forceinline__ uint4 middle_piece(const bf16 *from, bool here)
+{
+    return here ? __ldcg(reinterpret_cast<const uint4 *>(from)) : make_uint4(0, 0, 0, 0);
+}
+
+template <int D, int F>
+static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
+    few_mlp_out_kernel(const __grid_constant__ struct mlp_call c)
+{
+    typedef out_shape<D, F> S;
+    DYNAMIC_SHARED(unsigned char, shared);
+    bf16 *const weights = reinterpret_cast<bf16 *>(shared + S::weights);
+    float *const sums = reinterpret_cast<float *>(shared + S::sums);
+    bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int row = threadIdx.x / 8, column = 8 * blockIdx.x + threadIdx.x % 8;
+    pdl_trigger();
+    if (warp == 0) {
+        if (lane == 0)
+            bulk_begin(fetched, 8 * F * (int)sizeof(bf16));
+        __syncwarp();
+        few_fetch<F>(weights, S::ROW, c.m.down + (int64_t)8 * blockIdx.x * F, F, 8, fetched);
+    }
+    const int n_rows = c.step.sizes->n_rows;
+    __syncthreads(); /* bulk_wait: the barrier has begun */
+
+    pdl_wait();
+    const bf16 *const middle = c.m.middle + (int64_t)g * F + warp * S::K + t * 8;
+    uint4 low[S::PIECES], high[S::PIECES];
+#pragma unroll
+    for (int p = 0; p < S::PIECES; p++) {
+        low[p] = middle_piece(middle + p * 32, g < n_rows);
+        high[p] = middle_piece(middle + 8 * F + p * 32, g + 8 < n_rows);
+    }
+    const bool mine = threadIdx.x < 8 * CLUSTER_ROWS && row < n_rows;
+    const float residual = mine ? __ldcg(c.m.between + (int64_t)row * D + column) : 0;
+    bulk_wait(fetched);
+    /* k is permuted: a lane's 16 bytes of a row are what it feeds to the tensor core */
+    const bf16 *const own = weights + g * S::ROW + warp * S::K + t * 8;
+    float sum[2][4] = {};
+#pragma unroll
+    for (int p = 0; p < S::PIECES; p++) {
+        const uint4 w = *reinterpret_cast<const uint4 *>(own + p * 32);
+        const uint32_t a0[4] = {low[p].x, high[p].x, low[p].y, high[p].y};
+        const uint32_t a1[4] = {low[p].z, high[p].z, low[p].w, high[p].w};
+        const uint32_t b0[2] = {w.x, w.y}, b1[2] = {w.z, w.w};
+        mma_bf16(sum[0], a0, b0);
+        mma_bf16(sum[1], a1, b1);
+    }
+    float *to = sums + (warp * CLUSTER_ROWS + g) * 8 + 2 * t;
+    *reinterpret_cast<float2 *>(to) = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
+    *reinterpret_cast<float2 *>(to + 64) =
+        make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
+    __syncthreads();
+    if (!mine)
+        return;
+    float y = residual;
+#pragma unroll
+    for (int w = 0; w < CLUSTER_WARPS; w++)
+        y += sums[w * CLUSTER_ROWS * 8 + threadIdx.x];
+    c.m.x[(int64_t)row * D + column] = y;
+}
+
+/* ---- launching ---- */
+
+template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_call *call)
+{
+    static_assert(CLUSTER_ROWS * D / 4 <= IN_BLOCKS * CLUSTER_THREADS, "few_mlp_in keeps all of z");
+    if (c->step.rows > FEW_ALONE)
+        launch(&c->queue, "few_settle", few_settle_kernel<D>, dim3((unsigned)c->step.rows),
+               CLUSTER_THREADS, 0, *call);
+    launch(&c->queue, "few_mlp_in", few_mlp_in_kernel<D, F>, dim3(IN_BLOCKS), CLUSTER_THREADS,
+           (size_t)in_shape<D, F>::bytes, *call);
+    launch(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), CLUSTER_THREADS,
+           (size_t)out_shape<D, F>::bytes, *call);
+}
+
+void few_mlp_launch(struct cuda *c, const struct cluster_shape *shape, const struct few_mlp *m)
+{
+    const struct mlp_call call = {*m, c->step};
+    CHECK(cluster_knows(c, shape));
+    run_mlp<768, 3072>(c, &call);
+}
