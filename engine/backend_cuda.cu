@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #include "engine/kernels/cuda/gpu.cuh"
+#include "engine/kernels/cuda/stream.cuh"
 
 enum { LEAST_CAPABILITY = 80 };
 
@@ -80,7 +81,8 @@ static struct scratch_sizes scratch_sizes_of(const struct backend_options *o)
         s.piece_values = larger(s.piece_values, (size_t)c->n_latents * (size_t)(c->head_dim + 2));
     else
         s.piece_values *= 64;
-    s.partials = c ? window_partials(o) : (size_t)o->max_seqs * (size_t)o->max_dim * 64;
+    s.partials = c ? larger(window_partials(o), stream_partials(o))
+                   : (size_t)o->max_seqs * (size_t)o->max_dim * 64;
     s.prompt_bytes = c ? prompt_scratch_bytes(o) : 0;
     s.piece_states = (size_t)s.max_pieces * s.piece_values;
     return s;

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 #include "engine/kernels/cuda/fused.cuh"
+#include "engine/kernels/cuda/stream.cuh"
 
 extern "C" {
 #include "tests/unit/unit.h"
@@ -38,6 +39,8 @@ static int open_device(void **)
     OK(cudaStreamCreate(&c.queue.stream));
     OK(cudaMalloc((void **)&c.converted, MAX_ROWS * MAX_DIM * sizeof(bf16)));
     OK(cudaMalloc((void **)&sizes, sizeof(*sizes)));
+    c.partial_values = 4096;
+    OK(cudaMalloc((void **)&c.partials, c.partial_values * sizeof(float)));
     c.step.sizes = sizes;
     struct error err;
     return library_open(&c.library, &c, &err);
@@ -47,6 +50,7 @@ static int close_device(void **)
 {
     library_close(c.library);
     cudaFree(c.converted);
+    cudaFree(c.partials);
     cudaFree(sizes);
     if (c.queue.stream)
         cudaStreamDestroy(c.queue.stream);
@@ -394,6 +398,118 @@ static void test_skinny(void **)
     }
 }
 
+/* ---- products of large matrices ---- */
+
+/* clang-format off */
+static const struct shape streamed[] = {
+    /* name          n_sms rows actual n_out n_in output                norm bias   int8   gather softcap act */
+    {"tiny",             8,  1,  1,   5,   24, OUTPUT_F32,            -1, false, false, false, 0, ACTIVATION_SILU},
+    {"fewer rows",       8,  8,  7,  43,  264, OUTPUT_BF16,           -1, true,  false, false, 0, ACTIVATION_SILU},
+    {"several tiles",    2, 16, 13, 150,  776, OUTPUT_ADD,            -1, true,  false, true,  0, ACTIVATION_SILU},
+    {"a whole slice",    3,  4,  4, 100, 2304, OUTPUT_F32,            -1, false, false, false, 9, ACTIVATION_SILU},
+    {"slices",           4,  9,  9,  33, 3400, OUTPUT_ADD,            -1, true,  false, false, 0, ACTIVATION_SILU},
+    {"gated",            3, 11, 10, 156,   96, OUTPUT_ACTIVATE,       -1, true,  false, false, 0, ACTIVATION_GELU_TANH},
+    {"gated, slices",    5,  3,  2,  26, 2400, OUTPUT_ACTIVATE,       -1, true,  false, false, 0, ACTIVATION_SILU},
+    {"plain",            1,  6,  6,  33,   80, OUTPUT_ACTIVATE_PLAIN, -1, true,  false, false, 0, ACTIVATION_GELU},
+};
+/* clang-format on */
+
+static void test_stream(void **)
+{
+    need_device();
+    for (size_t i = 0; i < COUNT_OF(streamed); i++) {
+        struct operands o;
+        make(&o, &streamed[i]);
+        c.queue.n_sms = streamed[i].n_sms;
+        assert_true(stream_product(&c, &o.p));
+        void *out = from_device(o.p.out, o.out_bytes);
+        check(&o, &streamed[i], out, false);
+        free(out);
+        release(&o);
+    }
+}
+
+/* A row alone and in a batch has the same bits. */
+static void test_stream_batches(void **)
+{
+    need_device();
+    for (size_t i = 0; i < COUNT_OF(streamed); i++) {
+        struct shape s = streamed[i];
+        struct operands o;
+        void *first = nullptr;
+        const size_t n_bytes = width_of(&s) * (is_float(s.output) ? 4 : 2);
+        s.gather = false;
+        c.queue.n_sms = s.n_sms;
+        for (s.rows = 1; s.rows <= STREAM_ROWS; s.rows += 5) {
+            s.actual = s.rows;
+            make(&o, &s);
+            assert_true(stream_product(&c, &o.p));
+            void *out = from_device(o.p.out, n_bytes);
+            if (first && memcmp(first, out, n_bytes))
+                fail_msg("%s: row 0 differs in a batch of %d", s.name, s.rows);
+            if (first)
+                free(out);
+            else
+                first = out;
+            release(&o);
+        }
+        free(first);
+    }
+}
+
+/* ---- the end of a sublayer ---- */
+
+static void normed_row(double *y, const double *x, const float *w, int n)
+{
+    double square = 0;
+    for (int i = 0; i < n; i++)
+        square += x[i] * x[i] / n;
+    for (int i = 0; i < n; i++)
+        y[i] = x[i] / sqrt(square + 1e-5) * w[i];
+}
+
+static void test_residual(void **)
+{
+    enum { ROWS = 3, ACTUAL = 2, DIM = 1188, PARTS = 3, N = ROWS * DIM };
+    need_device();
+    seed = 7;
+    float *x = random_values(N, false), *y = random_values(PARTS * N, false);
+    float *post = random_values(DIM, false), *next = random_values(DIM, false);
+    bf16 *none = (bf16 *)calloc(N, sizeof(*none));
+    const struct step_sizes actual = {ACTUAL, 0, 0, 0, 0, 0};
+    OK(cudaMemcpy(sizes, &actual, sizeof(actual), cudaMemcpyHostToDevice));
+    struct residual r = {on_device(x, N),    on_device(y, PARTS * N), N, PARTS, DIM, {}, {},
+                         on_device(none, N), &sizes->n_rows};
+    r.post = {on_device(post, DIM), nullptr, NORM_RMS, 1e-5f};
+    r.next = {on_device(next, DIM), nullptr, NORM_RMS, 1e-5f};
+    c.step.rows = ROWS;
+    residual_norm(&c, &r);
+    float *x_after = (float *)from_device(r.x, N * sizeof(*x_after));
+    bf16 *h = (bf16 *)from_device(r.h, N * sizeof(*h));
+    double sum[DIM], z[DIM];
+    for (int row = 0; row < ROWS; row++) {
+        for (int i = 0; i < DIM; i++)
+            sum[i] = (double)y[row * DIM + i] + y[N + row * DIM + i] + y[2 * N + row * DIM + i];
+        normed_row(z, sum, post, DIM);
+        for (int i = 0; i < DIM; i++)
+            sum[i] = x[row * DIM + i] + (row < ACTUAL ? z[i] : 0);
+        normed_row(z, sum, next, DIM);
+        for (int i = 0; i < DIM; i++) {
+            const double got = __bfloat162float(h[row * DIM + i]), want = row < ACTUAL ? z[i] : 0;
+            if (!(fabs(x_after[row * DIM + i] - sum[i]) <= 1e-5) ||
+                !(fabs(got - want) <= 0x1p-8 * fabs(want) + 1e-5))
+                fail_msg("row %d column %d: %g, %g, not %g, %g", row, i, x_after[row * DIM + i],
+                         got, sum[i], want);
+        }
+    }
+    const void *device[] = {r.x, r.y, r.post.weight, r.next.weight, r.h};
+    for (size_t i = 0; i < COUNT_OF(device); i++)
+        cudaFree((void *)device[i]);
+    void *host[] = {x, y, post, next, none, x_after, h};
+    for (size_t i = 0; i < COUNT_OF(host); i++)
+        free(host[i]);
+}
+
 static void library_case(const struct shape *s)
 {
     struct operands o;
@@ -653,11 +769,10 @@ static void test_upload(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_skinny),
-        cmocka_unit_test(test_batches),
-        cmocka_unit_test(test_small_devices),
-        cmocka_unit_test(test_library),
-        cmocka_unit_test(test_op),
+        cmocka_unit_test(test_skinny),         cmocka_unit_test(test_batches),
+        cmocka_unit_test(test_small_devices),  cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_stream_batches), cmocka_unit_test(test_residual),
+        cmocka_unit_test(test_library),        cmocka_unit_test(test_op),
         cmocka_unit_test(test_upload),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);

@@ -6,6 +6,7 @@
  */
 #include "engine/kernels/cuda/cluster.cuh"
 #include "engine/kernels/cuda/fused.cuh"
+#include "engine/kernels/cuda/stream.cuh"
 
 extern "C" {
 #include "engine/state.h"
@@ -19,7 +20,8 @@ enum {
 /* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
 struct layer_scratch {
     bf16 *vqk;    /* [R, (H + 2 KV) d] v, q and k of a row side by side */
-    bf16 *h;      /* [R, D] norm1(x), where both the RG-LRU and v, q, k want it */
+    bf16 *h;      /* [R, D] norm1(x), where both the RG-LRU and v, q, k want it; norm1 or norm2
+                   * of x behind a post norm */
     float *z;     /* [R, D] the RG-LRU's output */
     float *gates; /* [R, columns of g + L] g, then theta */
     bf16 *mixed;  /* [R, H d] */
@@ -37,6 +39,7 @@ struct layer_scratch {
     void *prepared;   /* [layers] cluster_prepare's */
     int n_prepared;   /* layers that are */
     size_t n_bytes;
+    int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */
 };
 
 /* ---- scratch ---- */
@@ -83,7 +86,7 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
     const int few = rows < CLUSTER_ROWS ? rows : CLUSTER_ROWS;
     const struct scratch_item items[N_ITEMS] = {
         {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
-        {(void **)&s->h, rglru ? D * sizeof(bf16) : 0, rows},
+        {(void **)&s->h, rglru || c->post_norms ? D * sizeof(bf16) : 0, rows},
         {(void **)&s->z, D * rglru, rows},
         {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float), rows},
         {(void **)&s->mixed, q * sizeof(bf16), rows},
@@ -125,6 +128,7 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
     if (!s)
         return fail(err, STATUS_NOMEM, "fused layers: out of memory");
     c->layer = s;
+    s->h_layer = -1;
     list_items(items, s, &c->options);
     for (int i = 0; i < N_ITEMS; i++) {
         const size_t n_bytes = items[i].row_bytes * (size_t)items[i].rows;
@@ -215,12 +219,14 @@ static bool knows(const struct layer_weights *w, const struct model_config *conf
 struct pass {
     struct cuda *c;
     struct backend *b;
-    const struct layer_scratch *s;
-    const struct layer_weights *w;
+    struct layer_scratch *s;
+    const struct layer_weights *w; /* an element of the model's array of layers */
     const struct layer_state *state;
     const struct model_config *config;
     struct buffer *x;
     bool full, latents, window;
+    bool chained; /* each sublayer ends with the norm that the next one begins with */
+    bool normed;  /* h is norm1(x) already */
     int layer;
 };
 
@@ -291,7 +297,7 @@ static void front(const struct pass *p)
                                            p->s->vqk, vqk_stride(p), OUTPUT_BF16),
                                 p, &w->norm1);
     const bool rglru = !p->full && p->config->latent_input == LATENT_INPUT_RGLRU;
-    const bool small = p->c->step.decode && p->c->step.rows <= FRONT_ROWS;
+    const bool small = p->c->step.decode && p->c->step.rows <= FRONT_ROWS && !p->chained;
     struct rglru_front f = {};
     if (rglru) {
         f.products = p->s->recurrence32;
@@ -309,8 +315,9 @@ static void front(const struct pass *p)
     }
     if (rglru && is_stacked && small && fused_front(p->c, &vqk, &f))
         return;
-    if (rglru && !small) {
+    if (rglru && !small && !p->normed)
         norm_to_bf16(p->c, p->s->h, f.x, f.norm, f.dim, NULL, vqk.rows, vqk.n_rows);
+    if (p->normed || (rglru && !small)) {
         vqk.in = f.h = p->s->h;
         vqk.norm = {};
     }
@@ -430,15 +437,40 @@ static void attention_by_splits(const struct pass *p)
                  p->c->step.rows, &p->c->step.sizes->n_rows);
 }
 
+/* The same where a norm follows: next, of the sublayer that comes, if that is known. */
+static void chained_product(const struct pass *p, struct product q, const struct norm *post_norm,
+                            const struct norm *next)
+{
+    const int n_parts = stream_partial_sums(p->c, &q), D = p->config->hidden_size;
+    if (!n_parts)
+        fused_product(p->c, &q, p->s->wide);
+    struct residual r = {};
+    r.x = floats(p->x);
+    r.y = n_parts ? p->c->partials : p->s->y;
+    r.n_parts = n_parts ? n_parts : 1;
+    r.part_values = (int64_t)q.rows * D;
+    r.dim = D;
+    r.post = norm_of(post_norm);
+    if (next)
+        r.next = norm_of(next);
+    r.h = p->s->h;
+    r.n_rows = q.n_rows;
+    residual_norm(p->c, &r);
+}
+
 /* Passes 3 and 5: x += W in, through the post norm where there is one. */
 static void add_product(const struct pass *p, const struct linear *l, const bf16 *in,
-                        const struct norm *post_norm)
+                        const struct norm *post_norm, const struct norm *next)
 {
     const bool post = post_norm->weight != NULL;
     const int D = p->config->hidden_size;
     struct product q = product_of(p, weight_of(l), post ? p->s->y : floats(p->x), D,
                                   post ? OUTPUT_F32 : OUTPUT_ADD);
     q.in = in;
+    if (p->chained) {
+        chained_product(p, q, post_norm, next);
+        return;
+    }
     fused_product(p->c, &q, p->s->wide);
     if (post)
         norm_add(p->c, floats(p->x), p->s->y, norm_of(post_norm), D);
@@ -452,9 +484,13 @@ static void mlp_in(const struct pass *p)
     struct product_weight w = weight_of(&p->w->up_proj);
     if (gated)
         CHECK(stack(&w, gate_up, 2));
-    const struct product q = normed(product_of(p, w, p->s->up, p->w->up_proj.n_out,
-                                               gated ? OUTPUT_ACTIVATE : OUTPUT_ACTIVATE_PLAIN),
-                                    p, &p->w->norm2);
+    struct product q = normed(product_of(p, w, p->s->up, p->w->up_proj.n_out,
+                                         gated ? OUTPUT_ACTIVATE : OUTPUT_ACTIVATE_PLAIN),
+                              p, &p->w->norm2);
+    if (p->chained) {
+        q.in = p->s->h;
+        q.norm = {};
+    }
     fused_product(p->c, &q, p->s->wide);
 }
 
@@ -588,6 +624,13 @@ static void layer_by_clusters(const struct pass *p)
     mlp_of_few(p, &shape);
 }
 
+static bool is_chained(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    return p->s->h && w->norm1.weight && w->norm2.weight && w->post_norm1.weight &&
+           w->post_norm2.weight && residual_possible(p->config->hidden_size);
+}
+
 bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights *w,
                 const struct layer_state *state, const struct model_config *config, int layer)
 {
@@ -612,15 +655,19 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     }
     if (!knows(w, config, layer))
         return false;
+    p.chained = is_chained(&p);
+    p.normed = p.chained && layer > 0 && p.s->h_layer == layer;
+    const bool is_last = layer + 1 >= config->n_layers;
+    p.s->h_layer = p.chained && !is_last && w[1].norm1.weight ? layer + 1 : -1;
     if (p.full && c->step.decode) {
         attention_by_splits(&p);
     } else {
         front(&p);
         mix(&p);
     }
-    add_product(&p, &w->o_proj, p.s->mixed, &w->post_norm1);
+    add_product(&p, &w->o_proj, p.s->mixed, &w->post_norm1, &w->norm2);
     mlp_in(&p);
-    add_product(&p, &w->down_proj, p.s->up, &w->post_norm2);
+    add_product(&p, &w->down_proj, p.s->up, &w->post_norm2, is_last ? NULL : &w[1].norm1);
     return true;
 }
 

@@ -2,6 +2,7 @@
  * way to the device.
  */
 #include "engine/kernels/cuda/skinny.cuh"
+#include "engine/kernels/cuda/stream.cuh"
 
 /* ---- f32 weights: exact products, for tests and comparisons ---- */
 
@@ -84,6 +85,8 @@ static void linear_f32(struct cuda *c, float *out, const float *in, const struct
 
 void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
 {
+    if (stream_large(c, p))
+        return;
     if (c->queue.deterministic || p->rows <= SKINNY_ROWS)
         skinny_product(c, p);
     else
