@@ -26,6 +26,7 @@ enum {
     MAX_THREADS = 1024,
     MAX_WARPS = MAX_THREADS / 32,
     MAX_COPIES = 128,         /* in flight, of a thread */
+    MAX_BULKS = 1024,         /* in flight, of a block */
     STACK_BYTES = 256 * 1024, /* taken from the system as it is used */
     GUARD_BYTES = 4096,
     SHARED_PAGES = (SHARED_LIMIT + 1024 + 4095) / 4096 * 4096,
@@ -756,6 +757,8 @@ void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *bar
     if (!is_shared(shared, n_bytes))
         mistake(file, line, "bulk_copy to %p, which is not shared memory (dynamic: %p)", shared,
                 (void *)dynamic_shared);
+    if (now->bulks.size() == MAX_BULKS)
+        mistake(file, line, "more than %d bulk copies in flight", MAX_BULKS);
     now->bulks.push_back({(unsigned char *)shared, global, n_bytes, barrier});
     memset(shared, POISON, n_bytes);
 }
@@ -773,6 +776,11 @@ void wait_bulk(uint64_t *barrier, const char *file, int line)
     for (const bulk &b : now->bulks)
         if (b.barrier == barrier)
             memcpy(b.to, b.from, b.n_bytes);
+    size_t n_left = 0;
+    for (const bulk &b : now->bulks)
+        if (b.barrier != barrier)
+            now->bulks[n_left++] = b;
+    now->bulks.resize(n_left);
     *barrier = BULK_DONE;
 }
 
@@ -1044,6 +1052,10 @@ void run(const kernel_run &launch, long number, const std::vector<range> &ranges
     static_shared = {};
     dl_iterate_phdr(find_area, &static_shared);
     host_variables.assign(static_shared.start, static_shared.start + static_shared.n_bytes);
+    for (int i = 0; i < MAX_CLUSTER; i++) { /* later malloc's own variables may be poisoned */
+        blocks[i].variables.reserve(static_shared.n_bytes);
+        blocks[i].bulks.reserve(MAX_BULKS);
+    }
     n_warps = (launch.block + 31) / 32;
     n_blocks = launch.cluster ? launch.cluster : 1;
     for (int i = 0; i < n_blocks; i++)
