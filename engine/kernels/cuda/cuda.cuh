@@ -13,6 +13,8 @@
  *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones
  *   mix.cu         one row of a layer's mixing, fused
  *   layer.cu       the fused layer and head
+ *   cluster_mix.cu, few_mlp.cu  a layer of few rows, by clusters
+ *   stream.cu, residual.cu      products of large matrices; what follows them
  *   draw.cu        sampling
  *
  * Threads: the engine thread. Memory: device memory is taken in backend_cuda_open and

@@ -6,7 +6,8 @@
  *   3 output   x += W_o mixed                             (fused_product)
  *   4 mlp in   up = act(gate(norm2(x))) * up(norm2(x))    (fused_product)
  *   5 mlp out  x += W_down up                             (fused_product)
- * Above FRONT_ROWS rows the first is three: norm_to_bf16, fused_rglru, fused_product.
+ * Above FRONT_ROWS rows the first is three: norm_to_bf16, fused_rglru, fused_product. Some shapes
+ * have a form of their own for few rows: cluster.cuh; large matrices: stream.cuh.
  * Each prefetches its weights before pdl_wait, so that memory stays busy while the one before
  * it drains. Weights are read once, whatever the batch, up to SKINNY_ROWS rows.
  *
