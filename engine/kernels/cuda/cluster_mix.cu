@@ -311,6 +311,7 @@ static __device__ __forceinline__ void gather_rows(const struct mix_call &c, int
             if (quad < QUADS_HERE)
                 *reinterpret_cast<uint2 *>(rows + i * S::ROW + column) = few_weighed(x[i], weight);
         }
+        copy_async_wait<0>(); /* the last warp's weights */
         __syncthreads();
         return;
     }
