@@ -416,9 +416,10 @@ static void check_chunks_bf16(const char *name, const char *dir)
     struct comparison c = {0};
     if (is_widened(name))
         return;
-    /* Sums of the latents of 768 columns are larger than those of 192, and their decode rows are
-     * rounded elsewhere than prompts': before the norm's scale, not after it. */
-    const double factor = strcmp(name, "wide-clusters") ? 1 : 4;
+    /* After 200 tokens a latent of this model is a sum of 50 to 100 values of deviation 1, whose
+     * errors add up while the values cancel: in layer 1 decoding by single ops and prompts, neither
+     * of them by clusters, are 3 tolerances apart, clusters and prompts 4 to 7. */
+    const double factor = strcmp(name, "wide-clusters") ? 1 : 10;
     check_chunks_of(dir, DTYPE_BF16, DTYPE_BF16, BF16_TOLERANCE, factor * BF16_STATE_TOLERANCE, &c);
     check(name, &c, BF16_TOLERANCE);
 }
