@@ -60,7 +60,7 @@ static inline void wide_model_make(int i, char *dir, size_t n)
         fail_msg("%s: the model could not be written", wide_models[i].name);
 }
 
-/* The largest is too slow for an emulated device, but for what only it can show. */
+/* The largest is too slow for an emulated device, but for test_model_clusters.c. */
 static inline bool wide_model_is_slow(int i)
 {
     return run_emulated() && !strcmp(wide_models[i].name, "wide-clusters");

@@ -139,21 +139,16 @@ static void for_golden(check_fn *f)
             f(strrchr(models.dirs[i], '/') + 1, models.dirs[i]);
 }
 
-static void for_wide_models(check_fn *f, bool slow_ones)
+static void for_wide(check_fn *f)
 {
     for (int i = 0; i < N_WIDE_MODELS; i++) {
         char dir[200];
-        if (!slow_ones && wide_model_is_slow(i))
+        if (wide_model_is_slow(i))
             continue;
         wide_model_make(i, dir, sizeof(dir));
         f(wide_models[i].name, dir);
         test_dir_remove(dir);
     }
-}
-
-static void for_wide(check_fn *f)
-{
-    for_wide_models(f, false);
 }
 
 static void open_cuda(struct run *r, const char *dir, enum dtype dtype, enum dtype window,
@@ -302,8 +297,7 @@ static void check_states(struct run *a, struct run *b, int slot, double toleranc
     free(expected);
 }
 
-static void compare_batch(struct run *fused, struct run *composed, int batch, size_t n_steps,
-                          struct comparison *c)
+static void compare_batch(struct run *fused, struct run *composed, int batch, struct comparison *c)
 {
     static const int steps[] = {2, 1, 1, 1, 1}; /* a prompt, then decoding, recorded on the way */
     enum { STRIDE = 6 };
@@ -313,7 +307,7 @@ static void compare_batch(struct run *fused, struct run *composed, int batch, si
         model_reset(fused->model, q);
         model_reset(composed->model, q);
     }
-    for (size_t s = 0, at = 0; s < n_steps && s < COUNT_OF(steps); at += (size_t)steps[s++]) {
+    for (size_t s = 0, at = 0; s < COUNT_OF(steps); at += (size_t)steps[s++]) {
         step_batch(fused, batch, tokens, STRIDE, (int)at, steps[s], found);
         step_batch(composed, batch, tokens, STRIDE, (int)at, steps[s], expected);
         compare(c, found, expected, batch, fused->vocab_size);
@@ -334,18 +328,16 @@ static bool is_fused(const char *name)
 
 static void check_fused(const char *name, const char *dir)
 {
-    static const int all[] = {1, 2, 5, 17, 40, 70, MAX_SEQS}, few[] = {2, 5};
-    const bool slow = run_emulated() && !strcmp(name, "wide-clusters");
-    const int *batches = slow ? few : all, most = run_quick() ? 17 : MAX_SEQS;
-    const size_t n_batches = slow ? COUNT_OF(few) : COUNT_OF(all), n_steps = slow ? 3 : SIZE_MAX;
+    static const int batches[] = {1, 2, 5, 17, 40, 70, MAX_SEQS};
+    const int most = run_quick() ? 17 : MAX_SEQS;
     struct run fused, composed;
     struct comparison c = {0};
     if (is_widened(name))
         return;
     open_cuda(&fused, dir, DTYPE_BF16, DTYPE_BF16, false);
     open_cuda(&composed, dir, DTYPE_BF16, DTYPE_BF16, true);
-    for (size_t i = 0; i < n_batches && batches[i] <= most; i++)
-        compare_batch(&fused, &composed, batches[i], n_steps, &c);
+    for (size_t i = 0; i < COUNT_OF(batches) && batches[i] <= most; i++)
+        compare_batch(&fused, &composed, batches[i], &c);
     check(name, &c, BF16_TOLERANCE);
     if (is_fused(name) && c.worst == 0)
         fail_msg("%s: not the least difference: was it fused at all?", name);
@@ -357,7 +349,7 @@ static void test_fused_equals_composed(void **state)
 {
     (void)state;
     for_golden(check_fused);
-    for_wide_models(check_fused, true);
+    for_wide(check_fused);
 }
 
 /* ---- chunks ---- */

@@ -1,0 +1,94 @@
+/* test_model_clusters.c - a model of a shape that has layers of few rows by clusters (cluster.cuh),
+ * against the same device without fused layers: two rows, which every block gathers for itself, and
+ * five, which are exchanged. On an emulated device this model takes a minute, so there is little
+ * else here; test_model_cuda.c has more on a GPU, and explains the tolerances.
+ */
+#include "tests/unit/unit.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/cuda/cuda_tests.h"
+
+#define LOGIT_TOLERANCE 0.2
+#define STATE_TOLERANCE 0.1
+
+enum { MAX_BATCH = 16, PROMPT = 2, N_STEPS = 3, VOCAB = 509 };
+
+static void open_model(struct run *r, const char *dir, bool composed)
+{
+    const struct run_form form = {.window_dtype = DTYPE_BF16,
+                                  .max_rows = MAX_BATCH * PROMPT,
+                                  .max_logit_rows = MAX_BATCH,
+                                  .composed = composed};
+    run_open_as(r, dir, &(struct run_options){"cuda", 1, DTYPE_BF16, MAX_BATCH}, &form);
+    assert_int_equal(r->vocab_size, VOCAB);
+}
+
+/* Step s of sessions 0 .. batch - 1: a prompt, then a token each. */
+static void feed(struct run *r, int batch, int s, float *out)
+{
+    const int n = s ? 1 : PROMPT;
+    int32_t tokens[MAX_BATCH * PROMPT];
+    struct model_seq seqs[MAX_BATCH];
+    const float *logits = NULL;
+    struct error err;
+    for (int q = 0; q < batch; q++) {
+        if (!s)
+            model_reset(r->model, q);
+        seqs[q] = (struct model_seq){q, n, LOGITS_LAST};
+        for (int i = 0; i < n; i++)
+            tokens[q * n + i] = (q * 131 + s * 57 + i * 29 + 3) % VOCAB;
+    }
+    if (model_step(r->model, tokens, seqs, batch, &logits, &err))
+        fail_msg("%s: %s", r->label, err.text);
+    memcpy(out, logits, (size_t)batch * VOCAB * sizeof(*out));
+}
+
+static void check_batch(struct run *fused, struct run *composed, int batch)
+{
+    static float found[MAX_BATCH * VOCAB], expected[MAX_BATCH * VOCAB];
+    double worst = 0;
+    size_t n;
+    for (int s = 0; s < N_STEPS; s++) {
+        feed(fused, batch, s, found);
+        feed(composed, batch, s, expected);
+        worst = fmax(worst, run_difference(found, expected, (size_t)batch * VOCAB));
+    }
+    print_message("%d rows: logits differ by %g\n", batch, worst);
+    if (!(worst <= LOGIT_TOLERANCE) || worst == 0) /* 0: were they fused at all? */
+        fail_msg("%d rows: logits differ by %g", batch, worst);
+    float *a = run_state(fused, batch - 1, &n), *b = run_state(composed, batch - 1, &n);
+    const double excess = run_state_excess(fused, a, b, STATE_TOLERANCE);
+    free(a);
+    free(b);
+    if (!(excess <= 1))
+        fail_msg("%d rows: the last session's state is off by %g tolerances", batch, excess);
+}
+
+static void test_few_rows(void **state)
+{
+    static const int few[] = {2, 5}, all[] = {1, 2, 3, 5, 8, 16};
+    const bool emulated = run_emulated();
+    const int *const batches = emulated ? few : all;
+    const size_t n = emulated ? COUNT_OF(few) : COUNT_OF(all);
+    struct run fused, composed;
+    char dir[200];
+    (void)state;
+    assert_string_equal(wide_models[N_WIDE_MODELS - 1].name, "wide-clusters");
+    wide_model_make(N_WIDE_MODELS - 1, dir, sizeof(dir));
+    open_model(&fused, dir, false);
+    open_model(&composed, dir, true);
+    for (size_t i = 0; i < n; i++)
+        check_batch(&fused, &composed, batches[i]);
+    run_close(&fused);
+    run_close(&composed);
+    test_dir_remove(dir);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_few_rows)};
+    RUN_CUDA_TESTS(tests);
+}
