@@ -369,6 +369,11 @@ template <int N> static inline void copy_async_wait(void)
     emulate::wait_copies(N);
 }
 
+static inline bool cluster_fits(const void *, int, int, size_t)
+{
+    return true;
+}
+
 typedef uint64_t bulk_barrier;
 
 static inline void bulk_begin(bulk_barrier *b, uint32_t n_bytes, EMULATE_PLACE)

@@ -747,7 +747,9 @@ bool cluster_has(const struct cluster_shape *s)
 bool cluster_knows(const struct cuda *c, const struct cluster_shape *s)
 {
     const int capability = c->queue.capability;
-    return (capability == 90 || capability == 100 || capability == 103) && cluster_has(s);
+    return (capability == 90 || capability == 100 || capability == 103) && cluster_has(s) &&
+           cluster_fits((const void *)cluster_mix_kernel<768, 96, 96>, CLUSTER_BLOCKS,
+                        CLUSTER_THREADS, (size_t)mix_shape<768, 96, 96>::bytes);
 }
 
 /* Lane (g, t) of a warp with channels 8 tile on: weights of row g, columns 16 k + 8 i + 2 t, + 1.

@@ -255,6 +255,31 @@ static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
 #endif
 }
 
+/* Whether the device has room for one such cluster: how large they may be depends on how many
+ * processors its parts have left. */
+static inline bool cluster_fits(const void *kernel, int cluster, int block, size_t shared_bytes)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {(unsigned)cluster, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)cluster);
+    config.blockDim = dim3((unsigned)block);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int n = 0;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             (int)shared_bytes);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveClusters(&n, kernel, &config);
+    if (error != cudaSuccess)
+        (void)cudaGetLastError(); /* an answer, not a failure */
+    return error == cudaSuccess && n > 0;
+}
+
 /* cluster: blocks of a cluster, along x; 0: none. */
 template <class... P>
 static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid,
