@@ -5,6 +5,7 @@
 #   CUDA=0|1             without or with the GPU backend (default: 1 where there is nvcc)
 #   CUDA_HOME=dir        the CUDA toolkit (default: nvcc's, or /usr/local/cuda)
 #   CUARCH="80 90"       GPU architectures: machine code for each, PTX of the last
+#   CUOPT=flags          nvcc's optimisation flags (default: -O3)
 #   V=1                  print whole commands
 #   BUILD=dir            build somewhere else than in build/<variant>/
 #
@@ -18,6 +19,7 @@ ARGS   ?=
 NVCC_ON_PATH := $(shell command -v nvcc)
 CUDA_HOME ?= $(or $(NVCC_ON_PATH:%/bin/nvcc=%),/usr/local/cuda)
 CUARCH  ?= 80 90
+CUOPT   ?= -O3
 NVCC    := $(wildcard $(CUDA_HOME)/bin/nvcc)
 CUDA    ?= $(if $(NVCC),1,0)
 
@@ -64,7 +66,7 @@ CUDA_LIBS := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -Wl,--as-needed 
              -lcublasLt -lrt -ldl -lstdc++
 PROGRAM_LIBS := $(LIBS) $(if $(HAS_CUDA),$(CUDA_LIBS) -lcudart_static)
 GPU_TEST_LIBS := -Wl,--as-needed -Wl,-rpath,'$$ORIGIN/../../lib' $(LIBS) -lcmocka $(CUDA_LIBS) -lcudart
-NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -Xcompiler -fPIC,-Wall,-Wextra -I. \
+NVCCFLAGS := -std=c++17 $(CUOPT) -lineinfo --threads 0 -Xcompiler -fPIC,-Wall,-Wextra -I. \
              $(foreach a,$(CUARCH),-gencode arch=compute_$a,code=sm_$a) \
              -gencode arch=compute_$(lastword $(CUARCH)),code=compute_$(lastword $(CUARCH))
 # Kernels read memory as what it is not (16 bytes at once), as CUDA allows. ThreadSanitizer does

@@ -60,10 +60,17 @@ static inline void wide_model_make(int i, char *dir, size_t n)
         fail_msg("%s: the model could not be written", wide_models[i].name);
 }
 
-/* The largest is too slow for an emulated device, but for test_model_clusters.c. */
-static inline bool wide_model_is_slow(int i)
+/* Call f with each of them; on an emulated device, which takes minutes for them all, with the
+ * first n_emulated alone. */
+static inline void wide_models_each(int n_emulated, void (*f)(const char *name, const char *dir))
 {
-    return run_emulated() && !strcmp(wide_models[i].name, "wide-clusters");
+    const int n = run_emulated() ? n_emulated : N_WIDE_MODELS;
+    for (int i = 0; i < n; i++) {
+        char dir[200];
+        wide_model_make(i, dir, sizeof(dir));
+        f(wide_models[i].name, dir);
+        test_dir_remove(dir);
+    }
 }
 
 static inline void test_no_device(void **state)

@@ -141,14 +141,7 @@ static void for_golden(check_fn *f)
 
 static void for_wide(check_fn *f)
 {
-    for (int i = 0; i < N_WIDE_MODELS; i++) {
-        char dir[200];
-        if (wide_model_is_slow(i))
-            continue;
-        wide_model_make(i, dir, sizeof(dir));
-        f(wide_models[i].name, dir);
-        test_dir_remove(dir);
-    }
+    wide_models_each(2, f);
 }
 
 static void open_cuda(struct run *r, const char *dir, enum dtype dtype, enum dtype window,

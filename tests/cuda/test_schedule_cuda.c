@@ -213,14 +213,7 @@ static double order_difference(const char *dir, enum dtype dtype, bool determini
 
 static void for_wide(void (*f)(const char *name, const char *dir))
 {
-    for (int i = 0; i < N_WIDE_MODELS; i++) {
-        char dir[200];
-        if (wide_model_is_slow(i))
-            continue;
-        wide_model_make(i, dir, sizeof(dir));
-        f(wide_models[i].name, dir);
-        test_dir_remove(dir);
-    }
+    wide_models_each(1, f);
 }
 
 static void check_one_bucket(const char *name, const char *dir)
