@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "engine/devices.h"
+#include "engine/image.h"
 #include "engine/model.h"
 #include "engine/pool.h"
 #include "engine/scheduler.h"
@@ -115,7 +116,7 @@ static enum status feed_warm_up(struct stepper *stepper, int n_rows, struct erro
     struct sampling_params params;
     const struct sampled *results;
     sampling_params_init(&params);
-    enum status st = stepper_admit(stepper, 0, &params, err);
+    enum status st = stepper_admit(stepper, 0, &params, true, err);
     for (size_t i = 0; i < sizeof(steps) / sizeof(*steps) && !st; i++) {
         st = stepper_queue(stepper, &steps[i], 1, err);
         if (!st)
@@ -206,6 +207,7 @@ static void describe(struct engine *e, const struct checkpoint *c)
     e->info.n_parameters = c->n_parameters;
     e->info.weight_bytes = model_weight_bytes(model);
     e->info.state_bytes = model_state_bytes(model);
+    e->info.n_state_values = image_values_of(model);
     e->info.max_position = model_max_position(model);
 }
 
@@ -339,6 +341,8 @@ void engine_stats(const struct engine *e, struct engine_stats *out)
         sum.n_output_tokens += stats.n_output_tokens;
         sum.n_dropped_tokens += stats.n_dropped_tokens;
         sum.step_ns += stats.step_ns;
+        sum.n_state_loads += stats.n_state_loads;
+        sum.n_state_hits += stats.n_state_hits;
         sum.n_running += stats.n_running;
         sum.n_waiting += stats.n_waiting;
         sum.n_slots += stats.n_slots;

@@ -91,6 +91,7 @@ struct engine_info {
     int64_t n_parameters;
     size_t weight_bytes;  /* resident, on each device */
     size_t state_bytes;   /* of one session */
+    size_t n_state_values; /* of one image, see image.h */
     int64_t max_position; /* tokens a session may reach, 0: no limit */
 };
 void engine_info(const struct engine *e, struct engine_info *out);
@@ -112,6 +113,8 @@ void engine_device_head(char *out, size_t n);
 struct engine_stats {
     uint64_t n_steps, n_prompt_tokens, n_output_tokens;
     uint64_t n_dropped_tokens; /* drawn ahead for jobs that had ended by then */
+    uint64_t n_state_loads;    /* jobs whose state was copied into a slot */
+    uint64_t n_state_hits;     /* jobs whose state was there still */
     uint64_t step_ns;          /* time in which steps ran, each device's */
     int n_running, n_waiting, n_slots;
     bool failed; /* a device is gone */

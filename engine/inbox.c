@@ -219,6 +219,8 @@ void inbox_count(struct inbox *in, const struct engine_stats *more)
     in->stats.n_prompt_tokens += more->n_prompt_tokens;
     in->stats.n_output_tokens += more->n_output_tokens;
     in->stats.n_dropped_tokens += more->n_dropped_tokens;
+    in->stats.n_state_loads += more->n_state_loads;
+    in->stats.n_state_hits += more->n_state_hits;
     in->stats.step_ns += more->step_ns;
     pthread_mutex_unlock(&in->lock);
 }

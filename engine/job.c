@@ -84,6 +84,8 @@ static void *copy_of(const void *source, size_t count, size_t size)
 static void free_job(struct job *job)
 {
     prompt_release(job->request.shared);
+    image_release(job->request.from);
+    image_release(job->request.into);
     free(job->bias);
     free(job->ring);
     free(job);
@@ -111,6 +113,10 @@ enum status job_new(struct job **out, const struct job_request *request, struct 
     const struct sampling_params *sampling = &request->sampling;
     job->request = *request;
     job->request.shared = NULL;
+    if (request->from)
+        image_hold(request->from);
+    if (request->into)
+        image_hold(request->into);
     job->ring_size = ring_size(request);
     job->bias = copy_of(sampling->logit_bias, (size_t)sampling->n_logit_bias, sizeof(*job->bias));
     job->ring = calloc(job->ring_size, sizeof(*job->ring));

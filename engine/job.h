@@ -22,6 +22,7 @@
 #include <stdint.h>
 
 #include "engine/base/error.h"
+#include "engine/image.h"
 #include "engine/prompt.h"
 #include "engine/sampler.h"
 
@@ -35,6 +36,10 @@ struct job_request {
     int64_t deadline_ms;   /* from submission; 0 for none */
     int prompt_logprobs;   /* -1: none; k: score each prompt token, with the top k */
     struct sampling_params sampling; /* copied, logit_bias too */
+    struct image *from;              /* the state that the prompt continues, its pending tokens
+                                      * first; NULL: that before any token. Held by the job */
+    struct image *into;              /* new: filled with the state that the job leaves when it
+                                      * ends with STOP or LENGTH. Held by the job; NULL: none */
     void *user;                      /* the reader's own pointer, see job_user */
 };
 

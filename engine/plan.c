@@ -79,14 +79,17 @@ static int64_t max_draws(const struct planner *p, const struct job_request *requ
     int64_t max_position = p->limits.max_position;
     if (!max_position)
         return request->max_tokens;
-    int64_t left = max_position - (int64_t)request->n_prompt;
+    int64_t seen = request->from ? (int64_t)request->from->position : 0;
+    int64_t left = max_position - seen - (int64_t)request->n_prompt;
     left = left > 0 ? left : 0;
     return request->max_tokens < left ? request->max_tokens : left;
 }
 
-struct slot *planner_enter(struct planner *p, struct job *job)
+struct slot *planner_enter(struct planner *p, struct job *job, int wanted)
 {
     struct slot *slot = p->free.first;
+    if (wanted >= 0 && p->slots[wanted].list == &p->free)
+        slot = &p->slots[wanted];
     if (!slot)
         return NULL;
     unlink_slot(slot);
@@ -95,18 +98,22 @@ struct slot *planner_enter(struct planner *p, struct job *job)
                           .request = request,
                           .deadline_ns = job_deadline_ns(job),
                           .generation = slot->generation + 1,
+                          .n_before = request->from ? request->from->position : 0,
                           .max_draws = max_draws(p, request)};
     line_up(p, slot);
     return slot;
 }
 
 /* To the front: its memory is warm. */
-void planner_leave(struct planner *p, struct slot *slot)
+void planner_leave(struct planner *p, struct slot *slot, bool keeps_state)
 {
     CHECK(slot->job);
     unlink_slot(slot);
     *slot = (struct slot){.generation = slot->generation + 1};
-    move_to_front(&p->free, slot);
+    if (keeps_state)
+        move_to(&p->free, slot);
+    else
+        move_to_front(&p->free, slot);
 }
 
 struct slot *planner_slot(const struct planner *p, int i)
@@ -169,7 +176,7 @@ static struct stepper_seq seq_of(const struct planner *p, const struct slot *slo
     return (struct stepper_seq){
         .slot = planner_index(p, slot),
         .n_rows = 1,
-        .draw_position = slot->request->n_prompt + (uint64_t)slot->n_draws,
+        .draw_position = slot->n_before + slot->request->n_prompt + (uint64_t)slot->n_draws,
         .n_output = slot->n_draws,
         .n_top = -1,
     };

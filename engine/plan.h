@@ -41,6 +41,7 @@ struct slot {
     const struct job_request *request;
     int64_t deadline_ns; /* of the job, 0 for none */
     uint32_t generation; /* a new one for each job */
+    uint64_t n_before;   /* tokens the slot's state had seen before the prompt */
     size_t n_fed;        /* prompt tokens queued */
     int64_t n_draws;     /* output tokens queued to be drawn */
     int64_t max_draws;   /* output tokens it may have: max_tokens, or less at the position limit */
@@ -82,10 +83,12 @@ void planner_close(struct planner *p); /* accepts NULL */
 enum status plan_open(struct plan *plan, const struct plan_limits *limits, struct error *err);
 void plan_close(struct plan *plan); /* accepts a zeroed or half-built one */
 
-/* Put a job, with the caller's reference, in a free slot: NULL when there is none. */
-struct slot *planner_enter(struct planner *p, struct job *job);
-/* The slot's job is over: it is free. The reference is the caller's again. */
-void planner_leave(struct planner *p, struct slot *slot);
+/* Put a job, with the caller's reference, in a free slot, `wanted` if that is one: NULL when
+ * there is none. */
+struct slot *planner_enter(struct planner *p, struct job *job, int wanted);
+/* The slot's job is over: it is free. The reference is the caller's again. keeps_state: what
+ * the slot holds may be wanted again, so it is the last to be taken by another. */
+void planner_leave(struct planner *p, struct slot *slot, bool keeps_state);
 
 /* Slot i, free or not; and back. */
 struct slot *planner_slot(const struct planner *p, int i);

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/image.h"
 #include "engine/inbox.h"
 #include "engine/plan.h"
 #include "engine/stepper.h"
@@ -17,6 +18,7 @@ struct scheduler {
     struct scheduler_options options;
     const struct model_config *config; /* the model's */
     int64_t max_position;
+    size_t n_state_values;
     int depth;
 
     pthread_t thread;
@@ -24,6 +26,8 @@ struct scheduler {
     atomic_bool stopping;
 
     /* The engine thread's own. */
+    struct model *model; /* borrowed */
+    uint64_t *resident;  /* [n_slots] id of the image whose state a slot holds, 0: none */
     struct stepper *stepper;
     struct planner *planner;
     struct plan plans[MAX_DEPTH]; /* of queued steps, and the next one */
@@ -62,7 +66,8 @@ static void end_slot(struct scheduler *s, struct slot *slot, enum job_finish how
                      const struct error *err)
 {
     struct job *job = slot->job;
-    planner_leave(s->planner, slot);
+    bool keeps_state = s->resident[planner_index(s->planner, slot)] != 0;
+    planner_leave(s->planner, slot, keeps_state);
     inbox_leave(&s->inbox);
     end_job(s, job, how, err);
 }
@@ -139,19 +144,67 @@ static void fail_device(struct scheduler *s, const struct error *cause)
     end_all(s, &err);
 }
 
+/* The end of a job in good order, with its state where the request wants it. A step that is
+ * queued may have fed the last token already: then nothing is pending. */
+static void complete_slot(struct scheduler *s, struct slot *slot, enum job_finish how,
+                          int32_t last_token)
+{
+    struct image *into = slot->request->into;
+    int index = planner_index(s->planner, slot);
+    struct error err;
+    if (into && image_save(s->model, index, into, &err)) {
+        fail_device(s, &err);
+        return;
+    }
+    if (into) {
+        uint64_t length =
+            slot->n_before + slot->request->n_prompt + (uint64_t)slot->n_output;
+        CHECK(into->position <= length && length - into->position <= IMAGE_MAX_PENDING);
+        into->n_pending = (int)(length - into->position);
+        into->pending[0] = last_token;
+        s->resident[index] = into->id;
+    }
+    end_slot(s, slot, how, NULL);
+}
+
 /* ---- Queueing a step ---- */
+
+/* The slot that holds the state already, or -1. */
+static int resident_slot(const struct scheduler *s, const struct image *image)
+{
+    for (int i = 0; image && i < s->options.n_slots; i++)
+        if (s->resident[i] == image->id)
+            return i;
+    return -1;
+}
+
+/* Parameters and state of a new job; the state only if it is not there already. */
+static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct error *err)
+{
+    const struct job_request *request = slot->request;
+    int index = planner_index(s->planner, slot);
+    bool is_there = request->from && s->resident[index] == request->from->id;
+    s->resident[index] = 0;
+    enum status st = stepper_admit(s->stepper, index, &request->sampling, !is_there, err);
+    if (!st && request->from && !is_there)
+        st = image_load(s->model, index, request->from, err);
+    if (request->from)
+        inbox_count(&s->inbox, &(struct engine_stats){.n_state_hits = is_there,
+                                                      .n_state_loads = !is_there});
+    return st;
+}
 
 static void admit(struct scheduler *s)
 {
     struct job *job;
     struct error err;
     while (planner_has_room(s->planner) && (job = inbox_admit(&s->inbox))) {
-        struct slot *slot = planner_enter(s->planner, job);
+        struct slot *slot =
+            planner_enter(s->planner, job, resident_slot(s, job_request(job)->from));
         job_mark_admitted(job);
         if (slot->deadline_ns)
             s->slots_wake_ns = earlier(s->slots_wake_ns, slot->deadline_ns);
-        if (stepper_admit(s->stepper, planner_index(s->planner, slot), &slot->request->sampling,
-                          &err)) {
+        if (prepare_slot(s, slot, &err)) {
             fail_device(s, &err);
             return;
         }
@@ -198,9 +251,9 @@ static void put_draw(struct scheduler *s, struct slot *slot, const struct sample
     put(s, slot, sampled, false);
     if (sampling_is_stop(&slot->request->sampling, config->eos_token_id, config->n_eos,
                          sampled->token))
-        end_slot(s, slot, FINISH_STOP, NULL);
+        complete_slot(s, slot, FINISH_STOP, sampled->token);
     else if (slot->n_output >= slot->max_draws)
-        end_slot(s, slot, FINISH_LENGTH, NULL);
+        complete_slot(s, slot, FINISH_LENGTH, sampled->token);
 }
 
 /* results: the share's scores of the tokens after its rows, then its draw. */
@@ -219,7 +272,7 @@ static void use_share(struct scheduler *s, struct slot *slot, const struct share
     if (share->draws)
         put_draw(s, slot, &results[share->n_scores]);
     else if (end == request->n_prompt)
-        end_slot(s, slot, FINISH_LENGTH, NULL);
+        complete_slot(s, slot, FINISH_LENGTH, 0);
 }
 
 /* Tokens are counted before readers can see them, so that the counters never lag behind. What a
@@ -321,6 +374,10 @@ static enum status take_memory(struct scheduler *s, struct model *model, struct 
                                       .max_rows = limits.max_rows,
                                       .max_logit_rows = limits.max_logit_rows,
                                       .depth = s->options.depth};
+    s->model = model;
+    s->resident = calloc((size_t)limits.n_slots, sizeof(*s->resident));
+    if (!s->resident)
+        return fail(err, STATUS_NOMEM, "scheduler of %d slots: out of memory", limits.n_slots);
     enum status st = stepper_open(&s->stepper, model, &options, err);
     if (!st)
         st = planner_open(&s->planner, &limits, err);
@@ -337,6 +394,7 @@ static void free_memory(struct scheduler *s)
     for (int i = 0; i < MAX_DEPTH; i++)
         plan_close(&s->plans[i]);
     inbox_free(&s->inbox);
+    free(s->resident);
     free(s);
 }
 
@@ -350,6 +408,7 @@ enum status scheduler_open(struct scheduler **out, struct model *model,
     s->options = *options;
     s->config = model_config(model);
     s->max_position = model_max_position(model);
+    s->n_state_values = image_values_of(model);
     s->queue_wake_ns = s->slots_wake_ns = INT64_MAX;
     inbox_init(&s->inbox, options->n_slots, options->max_queue);
 
@@ -386,10 +445,14 @@ static enum status check_prompt(const struct scheduler *s, const struct job_requ
         return fail_field(err, STATUS_TOO_LARGE, "prompt",
                           "the prompt has %zu tokens; this server takes at most %zu", r->n_prompt,
                           limit);
-    if (s->max_position && r->n_prompt > (uint64_t)s->max_position)
+    uint64_t seen = r->from ? r->from->position : 0;
+    if (s->max_position && r->n_prompt + seen > (uint64_t)s->max_position)
         return fail_field(err, STATUS_TOO_LARGE, "prompt",
-                          "the prompt has %zu tokens; this model's context holds %lld", r->n_prompt,
-                          (long long)s->max_position);
+                          "the prompt has %zu tokens after %llu; this model's context holds %lld",
+                          r->n_prompt, (unsigned long long)seen, (long long)s->max_position);
+    if (r->from && r->from->store->n_values != s->n_state_values)
+        return fail(err, STATUS_INVALID, "the state has %zu values; this model's has %zu",
+                    r->from->store->n_values, s->n_state_values);
     for (size_t i = 0; i < r->n_prompt; i++)
         if (r->prompt[i] < 0 || r->prompt[i] >= s->config->vocab_size)
             return fail_field(err, STATUS_INVALID, "prompt",

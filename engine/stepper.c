@@ -188,10 +188,11 @@ int stepper_depth(const struct stepper *s)
 }
 
 enum status stepper_admit(struct stepper *s, int slot, const struct sampling_params *params,
-                          struct error *err)
+                          bool empty, struct error *err)
 {
     CHECK(slot >= 0 && slot < s->options.n_slots);
-    model_reset(s->model, slot);
+    if (empty)
+        model_reset(s->model, slot);
     if (s->on_device)
         return model_admit(s->model, slot, params, err);
     admit_on_host(s, slot, params);

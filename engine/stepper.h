@@ -45,9 +45,10 @@ void stepper_close(struct stepper *s); /* accepts NULL */
 /* Steps that may be queued and not yet collected: 1 or 2. */
 int stepper_depth(const struct stepper *s);
 
-/* A new request in a slot: an empty state and these parameters (copied). */
+/* A new request in a slot: these parameters (copied) and, with `empty`, the state before any
+ * token; without, what the slot holds. */
 enum status stepper_admit(struct stepper *s, int slot, const struct sampling_params *params,
-                          struct error *err);
+                          bool empty, struct error *err);
 
 /* Queue a step of n_seqs sequences, each slot at most once. */
 enum status stepper_queue(struct stepper *s, const struct stepper_seq *seqs, int n_seqs,

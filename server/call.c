@@ -33,9 +33,11 @@ static void prepare_on_worker(struct work_item *item)
 
 static void call_free(struct call *c)
 {
+    session_abandon(c->routes->sessions, &c->turn);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     stream_close(c->generation);
+    image_release(c->into);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
@@ -203,6 +205,45 @@ static void fill_reply(const struct call *c, struct codec_reply *reply)
              (unsigned)random_u64());
 }
 
+/* How an assistant's turn ended, for the rendering of the next one (call_prepare.c). */
+static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
+{
+    const char *texts[4];
+    if (c->api != CODEC_CHAT)
+        return CALL_TAIL_NONE;
+    int n = by_token ? chat_template_stops(c->model->chat_template, texts) : 0;
+    for (int i = 0; i < n; i++)
+        if (tokenizer_find(c->model->tokenizer, texts[i], strlen(texts[i])) == last)
+            return CALL_TAIL_CLOSED;
+    return CALL_TAIL_OPEN;
+}
+
+static void commit_turn(void *context, struct image *image, int32_t last, bool by_token,
+                        struct codec_session *out)
+{
+    struct call *c = context;
+    struct session_info info;
+    image->tail = tail_of(c, last, by_token);
+    session_commit(c->routes->sessions, &c->turn, image, &info);
+    *out = (struct codec_session){.position = info.position, .version = info.version};
+    memcpy(out->id, info.id, sizeof(info.id));
+}
+
+static enum status open_turn(struct call *c, struct stream_setup *setup, struct error *err)
+{
+    if (!c->turn.active)
+        return STATUS_OK;
+    enum status st = image_new(&c->into, &c->routes->images, err);
+    if (st)
+        return st;
+    c->stream_turn = (struct stream_turn){.from = c->turn.from,
+                                          .into = c->into,
+                                          .commit = commit_turn,
+                                          .commit_context = c};
+    setup->turn = &c->stream_turn;
+    return STATUS_OK;
+}
+
 static enum status open_generation(struct call *c, struct error *err)
 {
     const struct model_config *config = c->routes->info.config;
@@ -223,6 +264,8 @@ static enum status open_generation(struct call *c, struct error *err)
     };
     fill_reply(c, &setup.reply);
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
+    if (!st)
+        st = open_turn(c, &setup, err);
     return st ? st : stream_open(&c->generation, &setup, err);
 }
 
@@ -308,6 +351,26 @@ static bool keep_body(struct call *c)
     return c->own_body != NULL;
 }
 
+/* "7", 7 or *: the version of a session. */
+enum status call_if_match(struct http_request *http, int64_t *version, struct error *err)
+{
+    const char *text = http_header(http, "If-Match");
+    *version = SESSION_ANY_VERSION;
+    if (!text || !strcmp(text, "*"))
+        return STATUS_OK;
+    char digits[24];
+    size_t n = strlen(text);
+    bool quoted = n > 2 && text[0] == '"' && text[n - 1] == '"';
+    snprintf(digits, sizeof(digits), "%.*s", (int)(quoted ? n - 2 : n), text + quoted);
+    if (!*digits || strlen(digits) > 18 || digits[strspn(digits, "0123456789")])
+        return fail_field(err, STATUS_INVALID, "If-Match",
+                          "If-Match: expected the version of a session as its ETag gives it, such "
+                          "as \"7\", found '%.40s'",
+                          text);
+    *version = strtoll(digits, NULL, 10);
+    return STATUS_OK;
+}
+
 const struct served_model *call_model(struct http_request *http, struct routes *r)
 {
     const struct served_model *model = atomic_load_explicit(&r->model, memory_order_acquire);
@@ -331,11 +394,18 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
         call_refuse(http, STATUS_NOMEM, "out of memory for a request");
         return;
     }
-    *c = (struct call){.routes = r, .http = http, .model = model, .api = api};
+    *c = (struct call){.routes = r,
+                       .http = http,
+                       .model = model,
+                       .api = api,
+                       .owner = http_key_index(http)};
     c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
     c->body = http_body(http, &c->n_body);
     http_on_close(http, on_close, c);
-    if (!keep_body(c)) {
+    struct error err;
+    if (call_if_match(http, &c->version, &err)) {
+        http_fail(http, &err, NULL);
+    } else if (!keep_body(c)) {
         call_refuse(http, STATUS_NOMEM, "out of memory for the body of a request");
     } else if (c->n_body > INLINE_BYTES) {
         c->working = true;

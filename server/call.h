@@ -13,6 +13,7 @@
 
 #include <stdatomic.h>
 
+#include "engine/session.h"
 #include "server/codec.h"
 #include "server/output.h"
 #include "server/routes.h"
@@ -27,6 +28,8 @@ struct routes {
     struct workers *workers;
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
+    struct sessions *sessions;
+    struct image_store images; /* set before `model` is published */
     struct call *woken;    /* calls with news, to be looked at once each */
 
     /* Written before `model` is published, constant afterwards. */
@@ -58,6 +61,11 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
+    struct session_turn turn; /* of a request with session_id, while it is under way */
+    struct image *into;       /* the state after it, owned */
+    struct stream_turn stream_turn;
+    int owner;       /* http_key_index */
+    int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */
     struct stop_rules rules;
     struct bytes reply;
     struct generation *generation;
@@ -66,6 +74,16 @@ struct call {
     struct call *woken_next;      /* in routes->woken, when is_woken */
     bool is_woken;
 };
+
+/* What an image's tail says of the turn before. */
+enum call_tail {
+    CALL_TAIL_NONE,   /* nothing of a chat is open */
+    CALL_TAIL_OPEN,   /* an assistant's message, without the template's end */
+    CALL_TAIL_CLOSED, /* the template's end of a message is the session's last token */
+};
+
+/* The version that If-Match asks a session to have; SESSION_ANY_VERSION without the header. */
+enum status call_if_match(struct http_request *http, int64_t *version, struct error *err);
 
 /* The model, or NULL with a 503 sent: it is loading. */
 const struct served_model *call_model(struct http_request *http, struct routes *r);

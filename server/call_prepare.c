@@ -2,6 +2,7 @@
 #include "server/call.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char *input_field(const struct call *c)
@@ -48,7 +49,30 @@ static enum status take_prompts(struct call *c, size_t n)
     return STATUS_OK;
 }
 
-/* The one copy of a prompt that all its choices read. */
+/* A prompt in memory that all its choices read. What the session's state has not seen yet goes
+ * first. */
+static enum status keep_prompt(struct stream_prompt *p, const struct image *from,
+                               const int32_t *ids, size_t n, struct error *err)
+{
+    size_t n_carried = from ? (size_t)from->n_pending : 0;
+    int32_t *all = n_carried ? malloc((n_carried + n) * sizeof(*all)) : NULL;
+    if (n_carried && !all)
+        return fail(err, STATUS_NOMEM, "out of memory for the prompt of a request");
+    if (all) {
+        memcpy(all, from->pending, n_carried * sizeof(*all));
+        memcpy(all + n_carried, ids, n * sizeof(*all));
+    }
+    enum status st = prompt_new(&p->shared, all ? all : ids, n_carried + n, err);
+    free(all);
+    if (st)
+        return st;
+    p->ids = prompt_ids(p->shared);
+    p->n = n_carried + n;
+    p->n_carried = n_carried;
+    return STATUS_OK;
+}
+
+/* Refuse a prompt that is empty or too long, and keep the others. */
 static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size_t n)
 {
     int64_t limit = prompt_limit(c->routes);
@@ -60,13 +84,7 @@ static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size
     }
     if (n > (size_t)limit)
         return too_long(c, limit, (int64_t)n);
-    struct stream_prompt *p = &c->prompts[i];
-    enum status st = prompt_new(&p->shared, ids, n, &c->error);
-    if (st)
-        return st;
-    p->ids = prompt_ids(p->shared);
-    p->n = n;
-    return STATUS_OK;
+    return keep_prompt(&c->prompts[i], c->turn.from, ids, n, &c->error);
 }
 
 /* What echo gives back: the text as it was sent, or what the ids decode to. */
@@ -94,7 +112,9 @@ static enum status prepare_prompt(struct call *c, size_t i)
     const struct codec_prompt *p = &c->request.prompts[i];
     enum status st = STATUS_OK;
     if (p->text.data) {
-        unsigned flags = c->request.add_special_tokens ? TOKENIZER_ADD_SPECIAL : 0;
+        bool begins = !image_length(c->turn.from);
+        unsigned flags =
+            c->request.add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         struct token_list list = {0};
         st = encode(c, p->text, flags, &list);
         if (!st)
@@ -116,6 +136,49 @@ static enum status prepare_completion(struct call *c)
     return st;
 }
 
+/* Cannot be part of a template, and is no message that anybody sends. */
+static const char answer_before[] = "74c1aa2e-answer-before";
+
+/* What follows the answer before in a conversation that goes on with these messages: the end of
+ * its message, if the session has not seen it, and then what is new. So nothing that a
+ * template writes at the beginning comes again. */
+static enum status render_turn(struct call *c, unsigned flags, struct bytes *text)
+{
+    const struct codec_request *q = &c->request;
+    size_t n = q->n_messages + 2;
+    struct chat_message *all = calloc(n, sizeof(*all));
+    struct bytes whole = {0};
+    if (!all)
+        return fail(&c->error, STATUS_NOMEM, "out of memory for the messages of a request");
+    all[0] = (struct chat_message){CHAT_ROLE_USER, "?", 1};
+    all[1] = (struct chat_message){CHAT_ROLE_ASSISTANT, answer_before, strlen(answer_before)};
+    memcpy(all + 2, q->messages, q->n_messages * sizeof(*all));
+    enum status st =
+        chat_template_render(c->model->chat_template, all, n, flags, &whole, &c->error);
+    free(all);
+    const char *at = !st && !whole.failed ? strstr(whole.data, answer_before) : NULL;
+    if (at) {
+        const char *stops[4];
+        at += strlen(answer_before);
+        bool ended = c->turn.from->tail != CALL_TAIL_OPEN;
+        int n_stops = ended ? chat_template_stops(c->model->chat_template, stops) : 0;
+        for (int i = 0; i < n_stops; i++) {
+            size_t length = strlen(stops[i]);
+            if (strncmp(at, stops[i], length) || stops[i][0] == '\n')
+                continue;
+            at += length;
+            break;
+        }
+        bytes_text(text, at);
+    } else if (!st) {
+        st = whole.failed ? fail(&c->error, STATUS_NOMEM, "out of memory for a conversation")
+                          : fail(&c->error, STATUS_INVALID,
+                                 "The model's chat template does not let a session go on.");
+    }
+    bytes_free(&whole);
+    return st;
+}
+
 /* Render the messages and tokenize the text. What the template refuses is the request's
  * fault, and so is chat with a model that has no template. */
 static enum status encode_chat(struct call *c, struct token_list *list)
@@ -124,8 +187,10 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     unsigned flags = (q->add_generation_prompt ? CHAT_ADD_GENERATION_PROMPT : 0) |
                      (q->continue_final_message ? CHAT_CONTINUE_FINAL_MESSAGE : 0);
     struct bytes text = {0};
-    enum status st = chat_template_render(c->model->chat_template, q->messages, q->n_messages,
-                                          flags, &text, &c->error);
+    enum status st = image_length(c->turn.from)
+                         ? render_turn(c, flags, &text)
+                         : chat_template_render(c->model->chat_template, q->messages,
+                                                q->n_messages, flags, &text, &c->error);
     if (st == STATUS_UNSUPPORTED || st == STATUS_INVALID) {
         snprintf(c->error.field, sizeof(c->error.field), "messages");
         st = c->error.status = STATUS_INVALID;
@@ -133,7 +198,8 @@ static enum status encode_chat(struct call *c, struct token_list *list)
         st = fail(&c->error, STATUS_NOMEM, "out of memory for the text of a conversation");
     }
     if (!st) {
-        unsigned special = q->add_special_tokens ? TOKENIZER_ADD_SPECIAL : 0;
+        bool begins = !image_length(c->turn.from);
+        unsigned special = q->add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         st = encode(c, (struct codec_text){text.n ? text.data : "", text.n}, special, list);
     }
     bytes_free(&text);
@@ -246,6 +312,9 @@ void call_prepare(struct call *c)
     c->code = q->code;
     if (!st)
         st = check_model(c);
+    if (!st && q->session_id)
+        st = session_begin(c->routes->sessions, q->session_id, c->owner, c->version, &c->turn,
+                           &c->error);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)

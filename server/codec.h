@@ -72,6 +72,7 @@ struct codec_request {
     size_t n_messages;
     bool add_generation_prompt, continue_final_message;
     bool add_special_tokens; /* of the tokenizer's post-processor, for text prompts */
+    const char *session_id;  /* NULL: none. The prompt is what is new in that session */
     bool parse_special;      /* tokenize: text of special tokens becomes those tokens */
 
     /* Output. */
@@ -119,6 +120,12 @@ struct codec_text codec_clip(const char *text);
 
 /* ---- replies ---------------------------------------------------------------------------- */
 
+/* The "session" object of a reply. */
+struct codec_session {
+    char id[48];
+    uint64_t position, version;
+};
+
 /* What every chunk of a reply repeats. */
 struct codec_reply {
     enum codec_api api; /* COMPLETIONS or CHAT */
@@ -127,9 +134,10 @@ struct codec_reply {
     int64_t created;    /* Unix time, seconds */
     const char *model, *fingerprint;
     bool usage_field; /* chunks carry "usage": null until the last */
+    struct codec_session session; /* where it is after the turn; no id: not known, or none */
 };
 
-struct codec_usage {
+struct codec_usage { /* of this request: a session's earlier tokens do not count */
     int64_t prompt_tokens, completion_tokens;
 };
 

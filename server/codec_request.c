@@ -45,6 +45,23 @@ static enum status check_choices(struct reader *r)
     return STATUS_OK;
 }
 
+/* A session goes one way. */
+static enum status check_session(struct reader *r)
+{
+    struct codec_request *q = r->q;
+    if (!q->session_id)
+        return STATUS_OK;
+    const char *field = q->best_of > q->n ? "best_of" : q->n > 1 ? "n" : "prompt";
+    if (q->best_of > 1 || q->n_prompts > 1)
+        return codec_wrong(r, field, "invalid_parameter_combination",
+                           "A request with 'session_id' has one prompt and one choice; fork the "
+                           "session for more.");
+    if (q->echo)
+        return codec_wrong(r, "echo", "invalid_parameter_combination",
+                           "'echo' cannot be used with 'session_id'.");
+    return STATUS_OK;
+}
+
 static enum status check_max_tokens(struct reader *r)
 {
     struct codec_request *q = r->q;
@@ -88,6 +105,8 @@ static enum status finish_completion(struct reader *r)
         return codec_missing(r, "prompt");
     enum status st = check_choices(r);
     if (!st)
+        st = check_session(r);
+    if (!st)
         st = check_stream(r);
     return st ? st : check_max_tokens(r);
 }
@@ -104,6 +123,8 @@ static enum status finish_chat(struct reader *r)
     if (q->chat_logprobs)
         q->n_logprobs = q->top_logprobs > 0 ? q->top_logprobs : 0;
     enum status st = check_choices(r);
+    if (!st)
+        st = check_session(r);
     if (!st)
         st = check_stream(r);
     if (!st)
@@ -196,7 +217,7 @@ void codec_request_free(struct codec_request *q)
 {
     cJSON_Delete(q->tree);
     q->tree = NULL;
-    q->model = NULL;
+    q->model = q->session_id = NULL;
     q->prompts = NULL;
     q->messages = NULL;
     q->n_prompts = q->n_messages = 0;

@@ -310,6 +310,10 @@ void codec_write_tail(struct bytes *out, const struct codec_reply *r,
                      (long long)(usage->prompt_tokens + usage->completion_tokens));
     else if (r->usage_field)
         bytes_text(out, ",\"usage\":null");
+    if (*r->session.id)
+        bytes_format(out, ",\"session\":{\"id\":\"%s\",\"position\":%llu,\"version\":%llu}",
+                     r->session.id, (unsigned long long)r->session.position,
+                     (unsigned long long)r->session.version);
     bytes_char(out, '}');
 }
 

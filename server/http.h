@@ -45,10 +45,11 @@ enum http_route_flags {
     HTTP_ROUTE_OPEN = 1, /* needs no API key */
     HTTP_ROUTE_JSON =
         2, /* POST with a JSON body: 415 on another Content-Type, 411 without length */
+    HTTP_ROUTE_SLASHES = 4, /* the parameter is the rest of the path, slashes too */
 };
 
-/* A path may have one parameter as its last segment: "/v1/models/{id}" (which then matches the
- * rest of the path, slashes too, percent-decoded). GET routes answer HEAD as well. */
+/* A path may have one parameter, a segment of it, percent-decoded: "/v1/sessions/{id}/fork".
+ * GET routes answer HEAD as well. */
 struct http_route {
     const char *method; /* "GET", "POST" */
     const char *path;

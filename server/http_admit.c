@@ -130,8 +130,11 @@ void request_admit(struct http_request *r)
     const struct http_config *config = &r->server->config;
     struct route_match found = route_find(config->routes, config->n_routes, r->method, r->path);
     r->route = found.route;
-    r->param = found.param;
     char message[160];
+    if (found.param && !(r->param = arena_copy(&r->arena, found.param, found.n_param))) {
+        request_refuse(r, 503, "out of memory for a request");
+        return;
+    }
     if (!found.path_exists) {
         snprintf(message, sizeof(message), "Invalid URL (%.32s %.96s)", r->method, r->path);
         request_refuse(r, 404, message);

@@ -146,7 +146,8 @@ void socket_describe(const struct sockaddr_storage *address, char out[CLIENT_BYT
 /* http_route.c */
 struct route_match {
     const struct http_route *route; /* NULL: see path_exists */
-    const char *param;              /* inside the path given, or NULL */
+    const char *param;              /* [n_param] inside the path given, or NULL */
+    size_t n_param;
     bool path_exists;               /* with other methods: 405, not 404 */
 };
 struct route_match route_find(const struct http_route *routes, size_t n, const char *method,

@@ -98,7 +98,7 @@ static void reply_error(struct http_request *r, int http_code, const char *messa
 {
     struct bytes json = {0};
     http_error_json(&json, http_code, message, param, code ? code : http_error_code(http_code));
-    if (http_code == 429 || http_code == 503)
+    if (http_code == 429 || http_code == 503 || http_code == 409)
         http_set_header(r, "Retry-After", "1");
     if (json.failed) {
         bytes_free(&json);

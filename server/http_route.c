@@ -1,16 +1,25 @@
 /* http_route.c - which route a request is for; see http.h on patterns. */
+#include <stdbool.h>
 #include <string.h>
 
 #include "server/http_private.h"
 
-/* The parameter inside path when the pattern matches, "" for a pattern without one, else NULL. */
-static const char *match(const char *pattern, const char *path)
+/* Whether a path is the route's; *param is then inside the path, or NULL. */
+static bool match(const struct http_route *route, const char *path, const char **param,
+                  size_t *n_param)
 {
-    const char *brace = strchr(pattern, '{');
+    const char *brace = strchr(route->path, '{');
+    *param = NULL;
+    *n_param = 0;
     if (!brace)
-        return strcmp(pattern, path) ? NULL : "";
-    size_t n = (size_t)(brace - pattern);
-    return !strncmp(pattern, path, n) && path[n] ? path + n : NULL;
+        return !strcmp(route->path, path);
+    size_t before = (size_t)(brace - route->path);
+    if (strncmp(route->path, path, before))
+        return false;
+    const char *rest = strchr(brace, '}') + 1;
+    *param = path + before;
+    *n_param = route->flags & HTTP_ROUTE_SLASHES ? strlen(*param) : strcspn(*param, "/");
+    return *n_param && !strcmp(rest, *param + *n_param);
 }
 
 struct route_match route_find(const struct http_route *routes, size_t n, const char *method,
@@ -20,14 +29,16 @@ struct route_match route_find(const struct http_route *routes, size_t n, const c
     if (!strcmp(method, "HEAD"))
         method = "GET";
     for (size_t i = 0; i < n; i++) {
-        const char *param = match(routes[i].path, path);
-        if (!param)
+        const char *param;
+        size_t n_param;
+        if (!match(&routes[i], path, &param, &n_param))
             continue;
         found.path_exists = true;
         if (strcmp(routes[i].method, method))
             continue;
         found.route = &routes[i];
-        found.param = *param ? param : NULL;
+        found.param = param;
+        found.n_param = n_param;
         return found;
     }
     return found;
@@ -36,7 +47,9 @@ struct route_match route_find(const struct http_route *routes, size_t n, const c
 void route_allow(const struct http_route *routes, size_t n, const char *path, struct bytes *out)
 {
     for (size_t i = 0; i < n; i++) {
-        if (!match(routes[i].path, path))
+        const char *param;
+        size_t n_param;
+        if (!match(&routes[i], path, &param, &n_param))
             continue;
         bytes_text(out, routes[i].method);
         bytes_text(out, strcmp(routes[i].method, "GET") ? ", " : ", HEAD, ");

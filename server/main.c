@@ -3,7 +3,7 @@
  * HTTP is up at once, so that /health/live answers while the model loads in a thread of its
  * own; main itself only waits: for that thread and for signals, through an eventfd. Stop: refuse
  * new work, let running requests finish within --drain-timeout (a second signal ends the wait),
- * stop HTTP, then the workers, then the engine; the HTTP object goes last, because the other
+ * stop HTTP, then the engine, then the workers; the HTTP object goes last, because the other
  * threads may notify it to their end.
  */
 #include <errno.h>
@@ -319,8 +319,8 @@ static void stop(struct program *p)
 {
     if (p->http)
         http_stop(p->http);
+    engine_close(p->engine); /* before the routes: its jobs hold states that are theirs */
     routes_close(p->routes);
-    engine_close(p->engine);
     http_close(p->http);
     tokenizer_close(p->tokenizer);
     chat_template_close(p->chat_template);

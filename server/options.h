@@ -50,6 +50,11 @@
       "rows of one engine step at most; 0: 256 on a CPU, 8192 on a GPU")                           \
     X(chunk_tokens, INT, "chunk-tokens", "0", 0, 65536, "N",                                       \
       "prompt tokens of one request processed in a step at most; 0: 128 on a CPU, 4096 on a GPU")  \
+    X(max_sessions, INT, "max-sessions", "10000", 1, 10000000, "N", "sessions held at once")       \
+    X(session_idle_ttl, INT, "session-idle-ttl", "0", 0, 31536000, "SECONDS",                      \
+      "a session unused so long is forgotten, unless it says otherwise; 0: never")                 \
+    X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
+      "memory of all sessions' and snapshots' states; beyond it requests get 429")                 \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
       "longest prompt accepted")                                                                   \
     X(default_max_tokens, INT, "default-max-tokens", "4096", 1, 1000000000, "N",                   \

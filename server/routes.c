@@ -10,6 +10,7 @@
 #include "server/call.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
+#include "server/routes_sessions.h"
 
 enum { MAX_OPENAPI_BYTES = 4 << 20 };
 
@@ -140,7 +141,17 @@ static const struct http_route table[] = {
     {"POST", "/v1/completions", HTTP_ROUTE_JSON, post_completions},
     {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON, post_chat},
     {"GET", "/v1/models", 0, get_models},
-    {"GET", "/v1/models/{id}", 0, get_one_model},
+    {"GET", "/v1/models/{id}", HTTP_ROUTE_SLASHES, get_one_model},
+    {"POST", "/v1/sessions", HTTP_ROUTE_JSON, sessions_post},
+    {"GET", "/v1/sessions", 0, sessions_list},
+    {"GET", "/v1/sessions/{id}", 0, session_get},
+    {"DELETE", "/v1/sessions/{id}", 0, session_remove},
+    {"POST", "/v1/sessions/{id}/fork", HTTP_ROUTE_JSON, session_post_fork},
+    {"POST", "/v1/sessions/{id}/snapshots", HTTP_ROUTE_JSON, session_post_snapshot},
+    {"GET", "/v1/sessions/{id}/snapshots", 0, session_get_snapshots},
+    {"POST", "/v1/sessions/{id}/rollback", HTTP_ROUTE_JSON, session_post_rollback},
+    {"GET", "/v1/sessions/{id}/state", 0, session_get_state},
+    {"PUT", "/v1/sessions/{id}/state", 0, session_put_state},
     {"POST", "/tokenize", HTTP_ROUTE_JSON, post_tokenize},
     {"POST", "/detokenize", HTTP_ROUTE_JSON, post_detokenize},
     {"GET", "/version", 0, get_version},
@@ -176,7 +187,9 @@ void routes_on_notify(void *context)
 
 void routes_on_tick(void *context)
 {
-    call_begin_late(context);
+    struct routes *r = context;
+    call_begin_late(r);
+    sessions_expire(r->sessions);
 }
 
 /* ---- life -------------------------------------------------------------------------------------
@@ -215,10 +228,15 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     r->options = options;
     atomic_init(&r->model, NULL);
     atomic_init(&r->draining, false);
+    const struct session_options sessions = {.max_sessions = (int)options->max_sessions,
+                                             .idle_s = options->session_idle_ttl};
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
+    if (!st)
+        st = sessions_open(&r->sessions, &sessions, err);
     if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
+        sessions_close(r->sessions);
         bytes_free(&r->openapi);
         free(r);
         return st;
@@ -232,6 +250,7 @@ void routes_close(struct routes *r)
     if (!r)
         return;
     workers_close(r->workers);
+    sessions_close(r->sessions);
     bytes_free(&r->openapi);
     free(r);
 }
@@ -271,6 +290,9 @@ void routes_publish(struct routes *r, const struct served_model *model)
 {
     engine_info(model->engine, &r->info);
     fill_context(r);
+    image_store_init(&r->images, r->info.fingerprint, r->info.n_state_values,
+                     r->info.config->vocab_size, r->info.max_position,
+                     (size_t)r->options->host_state_mb << 20);
     /* What decides a seed's outcome: the model, the program, and how it computes. */
     snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,
              latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);

@@ -45,6 +45,8 @@ static enum status start_job(struct generation *g, struct sequence *s, uint32_t 
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
         .shared = s->prompt->shared,
+        .from = g->setup.turn ? g->setup.turn->from : NULL,
+        .into = g->setup.turn ? g->setup.turn->into : NULL,
         .max_tokens = q->max_tokens,
         .deadline_ms = g->setup.deadline_ms,
         .prompt_logprobs = q->echo ? (int)q->n_logprobs : -1,
@@ -105,21 +107,24 @@ static void observe(const struct generation *g, const struct sequence *s,
     metrics_count_finish(s->finish);
 }
 
-/* A sequence has come to its end in good order. */
-static void finish_sequence(struct generation *g, struct sequence *s, const char *reason)
-{
-    struct job_snapshot snapshot;
-    job_snapshot(s->job, &snapshot);
-    s->finish = reason;
-    observe(g, s, &snapshot);
-    drop_job(g, s);
-}
-
 static void end_with_error(struct generation *g, const struct error *err)
 {
     g->error = *err;
     g->failed = true;
     drop_jobs(g, "error");
+}
+
+/* A sequence has come to its end in good order. */
+static void finish_sequence(struct generation *g, struct sequence *s, const char *reason)
+{
+    struct job_snapshot snapshot;
+    struct error err;
+    job_snapshot(s->job, &snapshot);
+    s->finish = reason;
+    observe(g, s, &snapshot);
+    drop_job(g, s);
+    if (g->setup.turn && stream_turn_settle(g, s, snapshot.finish, &err))
+        end_with_error(g, &err);
 }
 
 static enum status fail_too_large(const struct stream_setup *setup, struct error *err)
@@ -163,6 +168,8 @@ static void push_tokens(struct generation *g, struct sequence *s, const struct j
             output_push_prompt(&s->output, &tokens[i]);
         else
             output_push(&s->output, &tokens[i]);
+        if (g->setup.turn && !tokens[i].is_prompt)
+            stream_turn_note(g, s, tokens[i].token);
     }
     int64_t n_new = s->output.n_tokens - before;
     g->usage.completion_tokens += n_new;
@@ -221,6 +228,12 @@ static bool advance_all(struct generation *g)
     for (size_t i = 0; i < g->n_sequences && !g->failed; i++)
         if (g->sequences[i].job)
             any |= advance_sequence(g, &g->sequences[i]);
+    struct error err;
+    if (g->turn.replay && !g->failed) {
+        any |= stream_turn_advance(g, &err);
+        if (g->turn.failed)
+            end_with_error(g, &err);
+    }
     if (g->failed || !g->setup.request->stream)
         return any;
     for (size_t i = 0; i < g->n_sequences; i++)
@@ -235,7 +248,7 @@ static bool park_all(struct generation *g)
     for (size_t i = 0; i < g->n_sequences; i++)
         if (g->sequences[i].job && !job_park(g->sequences[i].job))
             return false;
-    return true;
+    return !g->turn.replay || job_park(g->turn.replay);
 }
 
 /* Go on until there are events, the end, a failure, or nothing to do but wait. */
@@ -336,7 +349,7 @@ static struct generation *new_generation(const struct stream_setup *setup)
     for (size_t i = 0; i < n; i++)
         init_sequence(g, i);
     for (size_t i = 0; i < setup->n_prompts; i++)
-        g->usage.prompt_tokens += (int64_t)setup->prompts[i].n;
+        g->usage.prompt_tokens += (int64_t)(setup->prompts[i].n - setup->prompts[i].n_carried);
     return g;
 }
 
@@ -372,6 +385,7 @@ void stream_close(struct generation *g)
         drop_job(g, &g->sequences[i]);
         output_free(&g->sequences[i].output);
     }
+    stream_turn_free(g);
     bytes_free(&g->events);
     free(g->sequences);
     free(g);

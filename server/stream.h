@@ -21,6 +21,7 @@
 
 #include "engine/base/bytes.h"
 #include "engine/base/error.h"
+#include "engine/image.h"
 #include "engine/job.h"
 #include "server/codec.h"
 #include "server/output.h"
@@ -31,8 +32,21 @@ struct generation;
 struct stream_prompt {
     const int32_t *ids; /* [n], at least one */
     size_t n;
+    size_t n_carried;       /* ids at the front that are an earlier turn's */
     struct prompt *shared;  /* the holder of ids, for the jobs; NULL: each copies them */
     struct codec_text echo; /* its text, when the request wants it back */
+};
+
+/* A turn of a session: one prompt, one choice. Before the reply ends the turn is committed, with
+ * the state after exactly what the client was given. */
+struct stream_turn {
+    struct image *from; /* NULL: a session without tokens; borrowed */
+    struct image *into; /* new, for the state after the turn; borrowed */
+    /* The turn is complete: its image, the last token, and whether that ended it as a stop token.
+     * Says where the session is now. */
+    void (*commit)(void *context, struct image *image, int32_t last, bool by_token,
+                   struct codec_session *out);
+    void *commit_context;
 };
 
 struct stream_setup {
@@ -41,6 +55,7 @@ struct stream_setup {
     const struct stop_rules *rules;
     const struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
+    const struct stream_turn *turn; /* NULL: none */
     struct codec_reply reply;
     size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */

@@ -1,6 +1,7 @@
 /* stream_private.h - what the files of a generation share; for no one else.
  *
  *   stream.c        jobs, their progress, the life of a generation
+ *   stream_turn.c   the end of a session's turn
  *   stream_reply.c  what its choices have to say, as events or as a whole
  *
  * Threads, memory, errors: as stream.h says.
@@ -22,11 +23,24 @@ struct sequence {
     bool role_sent, prompt_sent, finish_sent;
 };
 
+/* What a session's turn has given so far, and how it is brought to an end. */
+struct turn {
+    struct job *replay; /* computes the state after what was given, where the engine went further */
+    struct image *into; /* its image, owned */
+    bool settled;       /* committed: the reply may end */
+    int32_t *ids;       /* [n] output tokens */
+    int64_t *ends;      /* [n] bytes of the choice's text after each */
+    size_t n, cap;
+    struct bytes text; /* of the choice */
+    bool failed;       /* memory ran out */
+};
+
 struct generation {
     struct stream_setup setup;
     struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
     size_t n_sequences, n_running;
     size_t n_bytes; /* held by all outputs */
+    struct turn turn; /* of a session, when setup.turn is not NULL */
     struct codec_usage usage;
     struct bytes events; /* framed, not sent yet */
     size_t n_sent;       /* bytes of events that were read */
@@ -37,6 +51,18 @@ struct generation {
 
 /* Bring the count of the bytes that a sequence's output holds up to date. */
 void stream_count_bytes(struct generation *g, struct sequence *s);
+
+/* Note the token that the sequence's output was given last. */
+void stream_turn_note(struct generation *g, const struct sequence *s, int32_t id);
+/* The sequence has come to its end: commit what the engine left, or begin a replay, which counts
+ * as running. ended: how its job did, NONE when it was cut short. */
+enum status stream_turn_settle(struct generation *g, const struct sequence *s,
+                               enum job_finish ended, struct error *err);
+/* See whether the replay is over, which commits it. True when anything happened. */
+bool stream_turn_advance(struct generation *g, struct error *err);
+/* May the end of the reply be told. */
+bool stream_turn_is_settled(const struct generation *g);
+void stream_turn_free(struct generation *g);
 
 /* Frame what a choice has to say, if anything; the end of all, with the usage when it was asked
  * for; the generation's error, as the last event. */

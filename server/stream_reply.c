@@ -17,16 +17,17 @@ static void write_event(struct generation *g, struct sequence *s, struct codec_c
     bool ids_now = q->return_token_ids && !s->prompt_sent;
     bool chat = q->api == CODEC_CHAT;
     if (ids_now && !chat) {
-        c->prompt_ids = s->prompt->ids;
-        c->n_prompt_ids = s->prompt->n;
+        c->prompt_ids = s->prompt->ids + s->prompt->n_carried;
+        c->n_prompt_ids = s->prompt->n - s->prompt->n_carried;
     }
     c->index = s->index;
     c->lists = &s->output.lists;
     c->logprobs = q->n_logprobs >= 0 && !c->role;
     c->ids = q->return_token_ids;
     bytes_text(&g->events, "data: ");
-    codec_write_head(&g->events, &g->setup.reply, ids_now && chat ? s->prompt->ids : NULL,
-                     s->prompt->n);
+    codec_write_head(&g->events, &g->setup.reply,
+                     ids_now && chat ? s->prompt->ids + s->prompt->n_carried : NULL,
+                     s->prompt->n - s->prompt->n_carried);
     codec_write_choice(&g->events, &g->setup.reply, c, true);
     codec_write_tail(&g->events, &g->setup.reply,
                      q->include_usage && q->continuous_usage ? &g->usage : NULL);
@@ -45,7 +46,7 @@ void stream_reply_events(struct generation *g, struct sequence *s)
 {
     bool chat = g->setup.request->api == CODEC_CHAT;
     struct output *o = &s->output;
-    bool end = s->finish && !s->finish_sent;
+    bool end = s->finish && !s->finish_sent && stream_turn_is_settled(g);
     bool any = o->ready || (s->finish ? list_bytes(o) > 0 : list_bytes(o) > LIST_BYTES);
     if (!end && !(any && s->begun))
         return;
@@ -55,7 +56,7 @@ void stream_reply_events(struct generation *g, struct sequence *s)
     }
     if (any || !chat) {
         struct codec_choice c = {.text = {o->text.data, o->ready}};
-        c.finish = chat ? NULL : s->finish;
+        c.finish = chat || !end ? NULL : s->finish;
         write_event(g, s, &c);
         output_take(o);
         stream_count_bytes(g, s);
@@ -118,8 +119,8 @@ static void write_whole_choice(struct generation *g, struct sequence *s, int64_t
         .finish = s->finish,
     };
     if (q->return_token_ids && q->api == CODEC_COMPLETIONS) {
-        c.prompt_ids = s->prompt->ids;
-        c.n_prompt_ids = s->prompt->n;
+        c.prompt_ids = s->prompt->ids + s->prompt->n_carried;
+        c.n_prompt_ids = s->prompt->n - s->prompt->n_carried;
     }
     codec_write_choice(out, &g->setup.reply, &c, index == 0);
 }
@@ -130,7 +131,8 @@ void stream_write(struct generation *g, struct bytes *out)
     size_t best_of = (size_t)q->best_of, n = (size_t)q->n;
     bool ids = q->return_token_ids && q->api == CODEC_CHAT;
     const struct stream_prompt *first = g->setup.prompts;
-    codec_write_head(out, &g->setup.reply, ids ? first->ids : NULL, first->n);
+    codec_write_head(out, &g->setup.reply, ids ? first->ids + first->n_carried : NULL,
+                     first->n - first->n_carried);
     for (size_t p = 0; p < g->setup.n_prompts; p++) {
         struct sequence *of_prompt = g->sequences + p * best_of;
         if (best_of > n)

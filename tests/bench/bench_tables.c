@@ -88,7 +88,7 @@ static bool admit(struct bench *b, int first, int n, int top_k)
         return false;
     for (int slot = first; slot < first + n; slot++) {
         params.seed = (uint64_t)slot;
-        if (stepper_admit(b->stepper, slot, &params, &err))
+        if (stepper_admit(b->stepper, slot, &params, true, &err))
             return complain(&err);
         b->n_output[slot] = 0;
     }

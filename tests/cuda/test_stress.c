@@ -1,6 +1,6 @@
 /* test_stress.c - the whole engine on a GPU under random load: jobs of every kind come and go,
- * are cancelled, run out of time, wait for slow readers. For LATTE_STRESS_S seconds (5; 1 on an
- * emulated device, which then takes a minute for what is under way).
+ * are cancelled, run out of time, wait for slow readers. For LATTE_STRESS_S seconds (5; 2 on an
+ * emulated device, with a smaller model and fewer jobs).
  *
  * Every job must end as its own record says it may, with every token it counts; the engine's
  * counters must add up; and a sample of jobs, run again alone on the then idle engine, must give
@@ -21,7 +21,9 @@ enum {
     N_LIVE = 64, /* jobs under way at most: more than slots and queue hold, so some are refused */
     MAX_PROMPT = 90,
     MAX_OUTPUT = 60,
+    N_LIVE_EMULATED = 12,
     N_KEPT = 24, /* ended jobs that are run again */
+    N_KEPT_EMULATED = 6,
     LONGEST_WAIT_S = 120,
 };
 
@@ -243,9 +245,10 @@ static void stress(struct engine *e, double seconds, int32_t vocab_size, struct 
 {
     static struct record records[N_LIVE];
     const double until = now() + seconds;
+    const int most = run_emulated() ? N_LIVE_EMULATED : N_LIVE;
     while (now() < until || n_live(records)) {
         unpark(e);
-        for (int i = 0; i < N_LIVE; i++) {
+        for (int i = 0; i < most; i++) {
             if (records[i].job)
                 visit(&records[i], t);
             else if (now() < until && random_below(40) == 0)
@@ -321,18 +324,18 @@ static void test_random_load(void **state)
 {
     (void)state;
     const char *asked = getenv("LATTE_STRESS_S");
-    const double seconds = asked ? atof(asked) : run_emulated() ? 1 : 5;
-    const int most = run_emulated() ? 6 : N_KEPT;
+    const double seconds = asked ? atof(asked) : run_emulated() ? 2 : 5;
     char dir[200];
     struct engine *e = NULL;
     struct engine_info info;
     struct totals totals = {0};
-    wide_model_make(0, dir, sizeof(dir));
+    cuda_model_make(busy_model(), 90, dir, sizeof(dir));
     open_engine(&e, dir);
     engine_info(e, &info);
     stress(e, seconds, info.config->vocab_size, &totals);
     check_totals(e, &totals);
     assert_true(n_ended > 0);
+    const int most = run_emulated() ? N_KEPT_EMULATED : N_KEPT;
     const int n = n_ended < most ? n_ended : most;
     for (int i = 0; i < n; i++)
         if (kept[i].n_read)

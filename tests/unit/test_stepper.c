@@ -262,7 +262,7 @@ static int run_work(struct stepper *stepper, struct sampled *out)
             struct sampling_params params = s->params; /* it and its biases are copied */
             struct logit_bias bias = s->bias;
             params.logit_bias = &bias;
-            assert_int_equal(stepper_admit(stepper, seqs[k].slot, &params, NULL), STATUS_OK);
+            assert_int_equal(stepper_admit(stepper, seqs[k].slot, &params, true, NULL), STATUS_OK);
             bias.bias = 1000;
             params.seed++;
         }

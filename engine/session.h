@@ -1,0 +1,116 @@
+/* session.h - the sessions of a server: who they belong to, and which state each has reached.
+ *
+ * A session is a name for an image (image.h), and moves from one to the next by turns. A turn is
+ * begun, which nobody else can meanwhile; it is committed with the image it leads to, or it is
+ * abandoned and the session stays as it was. Every commit, rollback and import makes a new
+ * version. Snapshots and forks are references to images and cost no copy. The state before the
+ * last turn is kept as well, for a rollback without a name ("regenerate").
+ *
+ * Owners: a session is seen by the owner that made it (an API key's index, -1 where the API is
+ * open); for everybody else it is not there.
+ *
+ * Threads: any; one lock around everything. Nothing in here waits or copies a state.
+ * Memory:  bounded by max_sessions, SESSION_MAX_SNAPSHOTS each, and the image store's limit.
+ * Errors:  NOT_FOUND; CONFLICT for a session that is in a turn; BUSY at the limits, naming them;
+ *          PRECONDITION when the version is not the expected one; NOMEM.
+ */
+#ifndef LATTE_ENGINE_SESSION_H
+#define LATTE_ENGINE_SESSION_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine/base/error.h"
+#include "engine/image.h"
+
+struct sessions;
+
+enum {
+    SESSION_ID_BYTES = 38, /* "sess_", 32 hex digits, the terminator */
+    SESSION_MAX_SNAPSHOTS = 64,
+    SESSION_NAME_BYTES = 65, /* of a snapshot's name, with the terminator */
+    SESSION_ANY_VERSION = -1,
+};
+
+/* A copy of what there is to tell. Times are Unix seconds. */
+struct session_info {
+    char id[SESSION_ID_BYTES];
+    uint64_t position; /* tokens of the session */
+    uint64_t version;  /* 0 for a new one, one more with each change */
+    int64_t created, used;
+    int64_t expires; /* 0: never */
+    bool in_turn;
+    int n_snapshots;
+    char *metadata; /* a JSON object, "{}" at least; the copy's own */
+};
+void session_info_free(struct session_info *info);
+
+struct session_snapshot {
+    char name[SESSION_NAME_BYTES];
+    uint64_t position;
+    int64_t created;
+};
+
+struct session_options {
+    int max_sessions;
+    int64_t idle_s; /* a session unused so long is forgotten; 0: never */
+};
+
+enum status sessions_open(struct sessions **out, const struct session_options *options,
+                          struct error *err);
+void sessions_close(struct sessions *t); /* accepts NULL; no turn may be under way */
+
+struct session_request {
+    int owner;
+    struct image *from;   /* the state it begins with, held by the session; NULL: an empty one */
+    const char *metadata; /* copied; a JSON object or NULL */
+    int64_t idle_s;       /* 0: as the options say */
+};
+enum status session_create(struct sessions *t, const struct session_request *request,
+                           struct session_info *out, struct error *err);
+enum status session_show(struct sessions *t, const char *id, int owner, struct session_info *out,
+                         struct error *err);
+enum status session_delete(struct sessions *t, const char *id, int owner, struct error *err);
+
+/* Up to max of the owner's sessions, newest first, those after the one named `after` (NULL: from
+ * the first). has_more: there are others. */
+enum status session_list(struct sessions *t, int owner, const char *after, struct session_info *out,
+                         int max, int *n, bool *has_more, struct error *err);
+
+/* A turn. from: a reference of the caller's, NULL for a session without tokens. */
+struct session_turn {
+    char id[SESSION_ID_BYTES];
+    struct image *from;
+    bool active;
+};
+enum status session_begin(struct sessions *t, const char *id, int owner, int64_t version,
+                          struct session_turn *out, struct error *err);
+/* The session goes on from this image; info tells where it is then. The turn is over. */
+void session_commit(struct sessions *t, struct session_turn *turn, struct image *image,
+                    struct session_info *info);
+/* The session stays as it was. Accepts a turn that is over. */
+void session_abandon(struct sessions *t, struct session_turn *turn);
+
+/* The session's image, with a reference; *out NULL for one without tokens. */
+enum status session_image(struct sessions *t, const char *id, int owner, struct image **out,
+                          struct session_info *info, struct error *err);
+/* Put another image in its place, not as a turn: an import. */
+enum status session_replace(struct sessions *t, const char *id, int owner, int64_t version,
+                            struct image *image, struct session_info *info, struct error *err);
+
+enum status session_keep(struct sessions *t, const char *id, int owner, const char *name,
+                         struct session_snapshot *out, struct error *err);
+/* name NULL: to where the last turn began. */
+enum status session_rollback(struct sessions *t, const char *id, int owner, const char *name,
+                             struct session_info *info, struct error *err);
+enum status session_snapshots(struct sessions *t, const char *id, int owner,
+                              struct session_snapshot out[SESSION_MAX_SNAPSHOTS], int *n,
+                              struct error *err);
+
+/* Forget what is overdue; returns how many. About once a second. */
+int sessions_expire(struct sessions *t);
+
+int sessions_count(struct sessions *t);
+
+#endif
