@@ -338,7 +338,8 @@ static int start_all(void **state)
     server_start(&tight, (const char *const[]){"--request-timeout", "1", "--max-tokens-limit",
                                                "1000000000", NULL});
     server_start(&small, (const char *const[]){"--max-body-mb", "1", NULL});
-    server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "2", NULL});
+    server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "2",
+                                              "--max-sessions", "1", NULL});
     fill_up(&full);
     start_keyed();
     struct reply reply;
@@ -472,7 +473,10 @@ static char *example_body(yaml_node_t *operation)
     yaml_node_t *body = member(operation, "requestBody");
     if (!body)
         return NULL;
-    yaml_node_t *examples = member(member(member(body, "content"), "application/json"), "examples");
+    yaml_node_t *media = member(member(body, "content"), "application/json");
+    if (!media)
+        return NULL;
+    yaml_node_t *examples = member(media, "examples");
     yaml_node_t *first = at(examples->data.mapping.pairs.start->value);
     cJSON *v = to_json(child(first, "value"));
     char *text = cJSON_PrintUnformatted(v);
@@ -480,11 +484,138 @@ static char *example_body(yaml_node_t *operation)
     return text;
 }
 
+/* A session with a turn behind it and a snapshot "taken"; of a server that has no room, none. */
+static void make_session(const struct server *s, char id[64])
+{
+    struct reply reply;
+    char body[200];
+    client_post(s, "/v1/sessions", "{}", &reply);
+    cJSON *v = cJSON_ParseWithLength(reply.body.data, reply.body.n);
+    const cJSON *found = cJSON_GetObjectItemCaseSensitive(v, "id");
+    snprintf(id, 64, "%s", found ? found->valuestring : "sess_none");
+    cJSON_Delete(v);
+    reply_free(&reply);
+    if (s != &plain)
+        return;
+    snprintf(body, sizeof(body), "{\"session_id\":\"%s\",\"prompt\":[5],\"max_tokens\":1}", id);
+    client_post(s, "/v1/completions", body, &reply);
+    assert_int_equal(reply.code, 200);
+    reply_free(&reply);
+    snprintf(body, sizeof(body), "/v1/sessions/%s/snapshots", id);
+    client_post(s, body, "{\"name\":\"taken\"}", &reply);
+    assert_int_equal(reply.code, 200);
+    reply_free(&reply);
+}
+
+/* Begin a turn of the session that ends when the connection does. */
+static int hold_turn(const struct server *s, const char *id)
+{
+    char text[500], body[200];
+    struct bytes out = {0};
+    snprintf(body, sizeof(body),
+             "{\"session_id\":\"%s\",\"prompt\":\"x\",\"max_tokens\":1000000,\"ignore_eos\":true,"
+             "\"stream\":true}",
+             id);
+    int n = snprintf(text, sizeof(text),
+                     "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                     "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                     strlen(body), body);
+    int fd = raw_connect(s);
+    raw_write(fd, text, (size_t)n);
+    assert_true(raw_await(fd, &out, "data:", 30000));
+    bytes_free(&out);
+    return fd;
+}
+
+static void turn_body(char *out, size_t n, const char *path, const char *id)
+{
+    const char *input = strstr(path, "chat") ? "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
+                                             : "\"prompt\":\"x\"";
+    snprintf(out, n, "{\"session_id\":\"%s\",%s}", id, input);
+}
+
+/* The same for what is about a session, and for turns that are refused because of it. */
+static void provoke_session(const char *path, const char *method, int status, const char *example,
+                            struct reply *reply)
+{
+    char id[64], real_path[200], body[300], upper[16];
+    static const char *const xml[] = {"Content-Type: text/xml", NULL},
+                            *const stale[] = {"If-Match: \"99\"", NULL};
+    const struct server *s = status == 401   ? &keyed
+                             : status == 413 ? &small
+                             : status == 429 ? &full
+                                             : &plain;
+    bool turn = !strstr(path, "sessions"), import = !strcmp(method, "put");
+    struct reply exported = {0};
+    char *big = NULL;
+    int held = -1;
+    snprintf(id, sizeof(id), "sess_none");
+    if (status != 404 && status != 401 && status != 503)
+        make_session(s, id);
+    const char *brace = strchr(path, '{');
+    snprintf(real_path, sizeof(real_path), "%.*s%s%s", brace ? (int)(brace - path) : 100, path,
+             brace ? id : "", brace ? strchr(path, '}') + 1 : "");
+    for (size_t i = 0; i <= strlen(method); i++)
+        upper[i] = method[i] ? (char)(method[i] & ~32) : '\0';
+    struct client_request q = {.method = upper, .path = real_path, .body = example};
+    if (import) {
+        char state_path[200];
+        snprintf(state_path, sizeof(state_path), "/v1/sessions/%s/state", id);
+        client_get(&plain, state_path, &exported);
+        q.body = exported.body.data ? exported.body.data : "x";
+        q.n_body = exported.body.n;
+    }
+    if (turn) {
+        turn_body(body, sizeof(body), path, id);
+        q.body = body;
+    }
+    if (status == 400 && example)
+        q.body = "{";
+    if (status == 400 && import)
+        q.body = "x", q.n_body = 1;
+    if (status == 400 && !strcmp(upper, "GET"))
+        strcat(real_path, "?limit=0");
+    if (status == 409 && strstr(path, "snapshots"))
+        q.body = "{\"name\":\"taken\"}";
+    else if (status == 409)
+        held = hold_turn(s, id);
+    if (status == 412)
+        q.headers = stale;
+    if (status == 415)
+        q.headers = xml;
+    if (status == 413) {
+        big = malloc(3 << 20);
+        memset(big, ' ', 3 << 20);
+        q.body = big;
+        q.n_body = 3 << 20;
+    }
+    if (status == 429 && brace) { /* its one session is there: a fork is too many */
+        struct reply list;
+        client_get(s, "/v1/sessions", &list);
+        const char *found = strstr(list.body.data, "sess_");
+        assert_non_null(found);
+        snprintf(real_path, sizeof(real_path), "/v1/sessions/%.37s/fork", found);
+        reply_free(&list);
+    }
+    if (status == 503)
+        ask_while_loading(&q, reply);
+    else
+        client_send(s, &q, reply);
+    if (held >= 0)
+        close(held);
+    reply_free(&exported);
+    free(big);
+}
+
 /* Send what makes an operation answer with a status; false when nothing here can. */
 static bool provoke(const char *path, const char *method, int status, const char *example,
                     struct reply *reply)
 {
     bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
+    if (strstr(path, "/sessions") || status == 409 || status == 412) {
+        provoke_session(path, method, status, example, reply);
+        return true;
+    }
     char real_path[300], *big = NULL;
     static const char *const xml[] = {"Content-Type: text/xml", NULL};
     struct client_request q = {.path = path, .body = get ? NULL : example};
