@@ -89,10 +89,10 @@ struct engine_info {
     int n_threads, n_devices;
     int n_slots; /* of all devices */
     int64_t n_parameters;
-    size_t weight_bytes;  /* resident, on each device */
-    size_t state_bytes;   /* of one session */
+    size_t weight_bytes;   /* resident, on each device */
+    size_t state_bytes;    /* of one session */
     size_t n_state_values; /* of one image, see image.h */
-    int64_t max_position; /* tokens a session may reach, 0: no limit */
+    int64_t max_position;  /* tokens a session may reach, 0: no limit */
 };
 void engine_info(const struct engine *e, struct engine_info *out);
 

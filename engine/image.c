@@ -194,9 +194,8 @@ static enum status check_file(const struct image_store *store, const char *data,
                     "with LATTEIMG, found %zu bytes",
                     IMAGE_HEAD_BYTES, n);
     if (get_u32(data + 8) != FORMAT_VERSION)
-        return fail(err, STATUS_INVALID,
-                    "format version of the state: expected %d, found %" PRIu32, FORMAT_VERSION,
-                    get_u32(data + 8));
+        return fail(err, STATUS_INVALID, "format version of the state: expected %d, found %" PRIu32,
+                    FORMAT_VERSION, get_u32(data + 8));
     put_fingerprint(fingerprint, store->fingerprint);
     if (memcmp(data + 16, fingerprint, sizeof(fingerprint)))
         return fail(err, STATUS_INVALID,
@@ -229,7 +228,8 @@ static enum status check_numbers(const struct image_store *store, const char *da
                     " and up to %d pending tokens, found %" PRIu64 " and %" PRIu32,
                     most, IMAGE_MAX_PENDING, position, n_pending);
     if (n_pending && pending >= (uint32_t)store->vocab_size)
-        return fail(err, STATUS_INVALID, "pending token of the state: expected 0..%d, found %" PRIu32,
+        return fail(err, STATUS_INVALID,
+                    "pending token of the state: expected 0..%d, found %" PRIu32,
                     store->vocab_size - 1, pending);
     return STATUS_OK;
 }

@@ -46,8 +46,8 @@ enum { IMAGE_HEAD_BYTES = 56, IMAGE_TAIL_BYTES = 8, IMAGE_MAX_PENDING = 1 };
  * then image_store_init. */
 struct image_store {
     char fingerprint[33];
-    size_t n_values;     /* f32 values of one image */
-    int32_t vocab_size;  /* pending tokens are 0..vocab_size-1 */
+    size_t n_values;      /* f32 values of one image */
+    int32_t vocab_size;   /* pending tokens are 0..vocab_size-1 */
     int64_t max_position; /* of the model, 0: no limit */
     size_t limit_bytes;
     atomic_size_t used_bytes;

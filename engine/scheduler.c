@@ -157,8 +157,7 @@ static void complete_slot(struct scheduler *s, struct slot *slot, enum job_finis
         return;
     }
     if (into) {
-        uint64_t length =
-            slot->n_before + slot->request->n_prompt + (uint64_t)slot->n_output;
+        uint64_t length = slot->n_before + slot->request->n_prompt + (uint64_t)slot->n_output;
         CHECK(into->position <= length && length - into->position <= IMAGE_MAX_PENDING);
         into->n_pending = (int)(length - into->position);
         into->pending[0] = last_token;
@@ -189,8 +188,8 @@ static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct e
     if (!st && request->from && !is_there)
         st = image_load(s->model, index, request->from, err);
     if (request->from)
-        inbox_count(&s->inbox, &(struct engine_stats){.n_state_hits = is_there,
-                                                      .n_state_loads = !is_there});
+        inbox_count(&s->inbox,
+                    &(struct engine_stats){.n_state_hits = is_there, .n_state_loads = !is_there});
     return st;
 }
 

@@ -25,13 +25,13 @@ struct session {
     bool has_previous, in_turn;
     struct kept *kept; /* [n_kept], oldest first */
     int n_kept;
-    struct session *chain;           /* of the hash table */
-    struct session *older, *newer;   /* by creation */
+    struct session *chain;         /* of the hash table */
+    struct session *older, *newer; /* by creation */
 };
 
 struct sessions {
     struct session_options options;
-    pthread_mutex_t lock; /* guards all that follows */
+    pthread_mutex_t lock;     /* guards all that follows */
     struct session **buckets; /* [n_buckets], a power of two */
     size_t n_buckets;
     struct session *newest, *oldest;
@@ -244,8 +244,9 @@ static enum status create(struct sessions *t, const struct session_request *q,
                           struct session_info *out, struct error *err)
 {
     if (t->n >= t->options.max_sessions)
-        return fail(err, STATUS_BUSY, "This server holds %d sessions, as many as --max-sessions "
-                                      "permits; delete one, or wait until one expires.",
+        return fail(err, STATUS_BUSY,
+                    "This server holds %d sessions, as many as --max-sessions "
+                    "permits; delete one, or wait until one expires.",
                     t->n);
     struct session *s = calloc(1, sizeof(*s));
     char *metadata = strdup(q->metadata ? q->metadata : "{}");
@@ -460,8 +461,9 @@ static enum status keep(struct session *s, const char *name, struct session_snap
                           "Session '%s' has a snapshot '%s' already; snapshots do not change.",
                           s->id, name);
     if (s->n_kept == SESSION_MAX_SNAPSHOTS)
-        return fail_field(err, STATUS_BUSY, "name", "Session '%s' has %d snapshots, the most there can be.",
-                          s->id, s->n_kept);
+        return fail_field(err, STATUS_BUSY, "name",
+                          "Session '%s' has %d snapshots, the most there can be.", s->id,
+                          s->n_kept);
     struct kept *grown = realloc(s->kept, (size_t)(s->n_kept + 1) * sizeof(*grown));
     if (!grown)
         return fail(err, STATUS_NOMEM, "out of memory for a snapshot");

@@ -30,12 +30,12 @@ struct stepper_options {
 struct stepper_seq {
     int slot;
     int n_rows;
-    const int32_t *tokens;   /* [n_rows], copied; NULL: one row, the token last drawn here */
-    bool draws;              /* draw a token from the last row */
-    uint64_t draw_position;  /* of that token, sampler_draw's position */
-    int64_t n_output;        /* tokens drawn before it */
-    int n_top;               /* -1: no scores; else each row scores its target with so many tops */
-    const int32_t *targets;  /* [n_rows], -1 for none; copied */
+    const int32_t *tokens;  /* [n_rows], copied; NULL: one row, the token last drawn here */
+    bool draws;             /* draw a token from the last row */
+    uint64_t draw_position; /* of that token, sampler_draw's position */
+    int64_t n_output;       /* tokens drawn before it */
+    int n_top;              /* -1: no scores; else each row scores its target with so many tops */
+    const int32_t *targets; /* [n_rows], -1 for none; copied */
 };
 
 enum status stepper_open(struct stepper **out, struct model *model,

@@ -33,6 +33,7 @@ static void prepare_on_worker(struct work_item *item)
 
 static void call_free(struct call *c)
 {
+    metrics_add(METRIC_TURNS_LOST, c->turn.active);
     session_abandon(c->routes->sessions, &c->turn);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
@@ -225,6 +226,7 @@ static void commit_turn(void *context, struct image *image, int32_t last, bool b
     struct session_info info;
     image->tail = tail_of(c, last, by_token);
     session_commit(c->routes->sessions, &c->turn, image, &info);
+    metrics_add(METRIC_TURNS, 1);
     *out = (struct codec_session){.position = info.position, .version = info.version};
     memcpy(out->id, info.id, sizeof(info.id));
 }
@@ -236,10 +238,8 @@ static enum status open_turn(struct call *c, struct stream_setup *setup, struct 
     enum status st = image_new(&c->into, &c->routes->images, err);
     if (st)
         return st;
-    c->stream_turn = (struct stream_turn){.from = c->turn.from,
-                                          .into = c->into,
-                                          .commit = commit_turn,
-                                          .commit_context = c};
+    c->stream_turn = (struct stream_turn){
+        .from = c->turn.from, .into = c->into, .commit = commit_turn, .commit_context = c};
     setup->turn = &c->stream_turn;
     return STATUS_OK;
 }
@@ -394,11 +394,8 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
         call_refuse(http, STATUS_NOMEM, "out of memory for a request");
         return;
     }
-    *c = (struct call){.routes = r,
-                       .http = http,
-                       .model = model,
-                       .api = api,
-                       .owner = http_key_index(http)};
+    *c = (struct call){
+        .routes = r, .http = http, .model = model, .api = api, .owner = http_key_index(http)};
     c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
     c->body = http_body(http, &c->n_body);
     http_on_close(http, on_close, c);

@@ -30,7 +30,7 @@ struct routes {
     struct call *starting; /* streams that have not begun to answer */
     struct sessions *sessions;
     struct image_store images; /* set before `model` is published */
-    struct call *woken;    /* calls with news, to be looked at once each */
+    struct call *woken;        /* calls with news, to be looked at once each */
 
     /* Written before `model` is published, constant afterwards. */
     struct codec_context context;

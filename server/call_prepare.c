@@ -113,8 +113,7 @@ static enum status prepare_prompt(struct call *c, size_t i)
     enum status st = STATUS_OK;
     if (p->text.data) {
         bool begins = !image_length(c->turn.from);
-        unsigned flags =
-            c->request.add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
+        unsigned flags = c->request.add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         struct token_list list = {0};
         st = encode(c, p->text, flags, &list);
         if (!st)
@@ -189,8 +188,8 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     struct bytes text = {0};
     enum status st = image_length(c->turn.from)
                          ? render_turn(c, flags, &text)
-                         : chat_template_render(c->model->chat_template, q->messages,
-                                                q->n_messages, flags, &text, &c->error);
+                         : chat_template_render(c->model->chat_template, q->messages, q->n_messages,
+                                                flags, &text, &c->error);
     if (st == STATUS_UNSUPPORTED || st == STATUS_INVALID) {
         snprintf(c->error.field, sizeof(c->error.field), "messages");
         st = c->error.status = STATUS_INVALID;

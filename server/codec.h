@@ -133,7 +133,7 @@ struct codec_reply {
     char id[48];        /* "cmpl-..." */
     int64_t created;    /* Unix time, seconds */
     const char *model, *fingerprint;
-    bool usage_field; /* chunks carry "usage": null until the last */
+    bool usage_field;             /* chunks carry "usage": null until the last */
     struct codec_session session; /* where it is after the turn; no id: not known, or none */
 };
 

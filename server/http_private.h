@@ -148,7 +148,7 @@ struct route_match {
     const struct http_route *route; /* NULL: see path_exists */
     const char *param;              /* [n_param] inside the path given, or NULL */
     size_t n_param;
-    bool path_exists;               /* with other methods: 405, not 404 */
+    bool path_exists; /* with other methods: 405, not 404 */
 };
 struct route_match route_find(const struct http_route *routes, size_t n, const char *method,
                               const char *path);

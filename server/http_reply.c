@@ -27,7 +27,7 @@ static void add_cors_headers(const struct http_request *r, struct MHD_Response *
     if (!origin)
         return;
     add_header(response, "Access-Control-Allow-Origin", origin);
-    add_header(response, "Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
+    add_header(response, "Access-Control-Expose-Headers", "X-Request-Id, Retry-After, ETag");
     if (strcmp(origin, "*"))
         add_header(response, "Vary", "Origin");
 }

@@ -33,6 +33,11 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
     [METRIC_QUEUE_REJECTIONS] = {"latte_queue_rejections_total",
                                  "Requests refused because the queue was full."},
     [METRIC_CONNECTIONS] = {"latte_connections_total", "Connections accepted."},
+    [METRIC_TURNS] = {"latte_session_turns_total", "Turns of sessions that were committed."},
+    [METRIC_TURNS_LOST] = {"latte_session_turns_abandoned_total",
+                           "Turns that failed or that their client broke off; not applied."},
+    [METRIC_SESSIONS_EXPIRED] = {"latte_sessions_expired_total",
+                                 "Sessions forgotten because nobody used them."},
 };
 
 struct histogram_row {
@@ -239,6 +244,10 @@ static void write_engine(struct bytes *out, const struct engine *engine)
     write_value(out, "latte_engine_dropped_tokens_total", "counter",
                 "Tokens drawn ahead for choices that had ended by then.",
                 (double)stats.n_dropped_tokens);
+    write_value(out, "latte_state_loads_total", "counter",
+                "Turns whose state was copied to a device.", (double)stats.n_state_loads);
+    write_value(out, "latte_state_hits_total", "counter",
+                "Turns whose state was still on a device.", (double)stats.n_state_hits);
     write_value(out, "latte_engine_step_seconds_total", "counter", "Time spent in steps.",
                 (double)stats.step_ns * 1e-9);
     write_value(out, "latte_engine_failed", "gauge", "1 when a device has failed.", stats.failed);
@@ -312,7 +321,18 @@ static void write_process(struct bytes *out)
     write_value(out, "process_start_time_seconds", "gauge", "Start, in Unix time.", start_s);
 }
 
-void metrics_write(struct bytes *out, const struct engine *engine, int n_connections)
+static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
+{
+    write_value(out, "latte_sessions", "gauge", "Sessions there are.", s->n_sessions);
+    write_value(out, "latte_session_states", "gauge",
+                "States of sessions, of the turns before, and of snapshots, each once.",
+                s->n_states);
+    write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
+                (double)s->state_bytes);
+}
+
+void metrics_write(struct bytes *out, const struct engine *engine,
+                   const struct metrics_sessions *sessions, int n_connections)
 {
     for (int i = 0; i < METRIC_COUNTER_COUNT; i++)
         write_value(out, counter_rows[i].name, "counter", counter_rows[i].help,
@@ -323,6 +343,8 @@ void metrics_write(struct bytes *out, const struct engine *engine, int n_connect
     write_value(out, "latte_connections", "gauge", "Open connections.", n_connections);
     if (engine)
         write_engine(out, engine);
+    if (sessions)
+        write_sessions(out, sessions);
     write_process(out);
     write_head(out, "latte_build_info", "gauge", "This build; always 1.");
     bytes_format(out, "latte_build_info{version=\"%s\"} 1\n", latte_version);

@@ -22,6 +22,9 @@ enum metric_counter {
     METRIC_CLIENT_DISCONNECTS, /* latte_client_disconnects_total */
     METRIC_QUEUE_REJECTIONS,   /* latte_queue_rejections_total */
     METRIC_CONNECTIONS,        /* latte_connections_total: accepted */
+    METRIC_TURNS,              /* latte_session_turns_total: committed */
+    METRIC_TURNS_LOST,         /* latte_session_turns_abandoned_total: failed or broken off */
+    METRIC_SESSIONS_EXPIRED,   /* latte_sessions_expired_total */
     METRIC_COUNTER_COUNT
 };
 
@@ -45,8 +48,15 @@ void metrics_count_request(const char *method, const char *route, int code);
 /* latte_request_success_total{finish_reason} */
 void metrics_count_finish(const char *finish_reason);
 
-/* Everything in the text exposition format, with the engine's gauges (NULL while loading) and
- * the number of open connections. */
-void metrics_write(struct bytes *out, const struct engine *engine, int n_connections);
+/* What the sessions hold now. */
+struct metrics_sessions {
+    int n_sessions, n_states; /* states: of sessions, their last turns and snapshots, each once */
+    size_t state_bytes;       /* memory of the states */
+};
+
+/* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL
+ * while loading) and the number of open connections. */
+void metrics_write(struct bytes *out, const struct engine *engine,
+                   const struct metrics_sessions *sessions, int n_connections);
 
 #endif

@@ -116,7 +116,15 @@ static void get_metrics(struct http_request *http, void *context)
     struct routes *r = context;
     const struct served_model *model = atomic_load_explicit(&r->model, memory_order_acquire);
     struct bytes body = {0};
-    metrics_write(&body, model ? model->engine : NULL, http_n_connections(r->server));
+    struct metrics_sessions sessions = {0};
+    if (model)
+        sessions = (struct metrics_sessions){
+            .n_sessions = sessions_count(r->sessions),
+            .n_states = atomic_load(&r->images.n_images),
+            .state_bytes = atomic_load(&r->images.used_bytes),
+        };
+    metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL,
+                  http_n_connections(r->server));
     if (body.failed) {
         bytes_free(&body);
         call_refuse(http, STATUS_NOMEM, "out of memory while writing the metrics");
@@ -189,7 +197,7 @@ void routes_on_tick(void *context)
 {
     struct routes *r = context;
     call_begin_late(r);
-    sessions_expire(r->sessions);
+    metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->sessions));
 }
 
 /* ---- life -------------------------------------------------------------------------------------

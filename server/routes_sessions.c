@@ -87,8 +87,7 @@ static enum status read_number(const cJSON *tree, const char *name, int64_t leas
     if (!v || cJSON_IsNull(v))
         return STATUS_OK;
     bool good = cJSON_IsNumber(v) && v->valuedouble >= (double)least &&
-                v->valuedouble <= (double)most &&
-                v->valuedouble == (double)(int64_t)v->valuedouble;
+                v->valuedouble <= (double)most && v->valuedouble == (double)(int64_t)v->valuedouble;
     if (!good)
         return fail_field(err, STATUS_INVALID, name,
                           "Invalid '%s': expected a whole number from %lld to %lld.", name,
@@ -149,8 +148,8 @@ static void write_session(struct bytes *out, const struct routes *r,
                  ",\"position\":%llu,\"version\":%llu,\"state_bytes\":%zu,\"tier\":\"host\","
                  "\"in_turn\":%s,\"snapshots\":%d,\"metadata\":%s}",
                  (unsigned long long)info->position, (unsigned long long)info->version,
-                 image_file_bytes(&r->images), info->in_turn ? "true" : "false",
-                 info->n_snapshots, info->metadata);
+                 image_file_bytes(&r->images), info->in_turn ? "true" : "false", info->n_snapshots,
+                 info->metadata);
 }
 
 static void set_etag(const struct place *p, const struct session_info *info)
@@ -291,8 +290,7 @@ static enum status fork_session(const struct place *p, struct session_info *chil
     struct session_info parent;
     struct image *image = NULL;
     int made = 0;
-    enum status st =
-        session_image(p->routes->sessions, p->id, p->owner, &image, &parent, err);
+    enum status st = session_image(p->routes->sessions, p->id, p->owner, &image, &parent, err);
     if (st)
         return st;
     struct session_request request = {

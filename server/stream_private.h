@@ -39,7 +39,7 @@ struct generation {
     struct stream_setup setup;
     struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
     size_t n_sequences, n_running;
-    size_t n_bytes; /* held by all outputs */
+    size_t n_bytes;   /* held by all outputs */
     struct turn turn; /* of a session, when setup.turn is not NULL */
     struct codec_usage usage;
     struct bytes events; /* framed, not sent yet */

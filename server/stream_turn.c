@@ -63,11 +63,19 @@ static void commit(struct generation *g, struct image *image, int32_t last, bool
     g->turn.settled = true;
 }
 
-/* Tokens that lie before the end of the text; the last one completed the stop string. */
+static int64_t end_of(const struct turn *t, size_t n)
+{
+    return n ? t->ends[n - 1] : 0;
+}
+
+/* Tokens that lie before the end of the text; the last one completed the stop string. Those at
+ * the end that gave no text may be the beginning of a character that was cut off. */
 static size_t n_whole_tokens(const struct turn *t)
 {
     size_t n = t->n ? t->n - 1 : 0;
-    while (n && t->ends[n - 1] > (int64_t)t->text.n)
+    while (n && end_of(t, n) > (int64_t)t->text.n)
+        n--;
+    while (n && end_of(t, n) == (int64_t)t->text.n && end_of(t, n - 1) == end_of(t, n))
         n--;
     return n;
 }
@@ -100,7 +108,7 @@ static enum status begin_replay(struct generation *g, struct error *err)
 {
     struct turn *t = &g->turn;
     const struct stream_prompt *prompt = g->setup.prompts;
-    size_t n_whole = n_whole_tokens(t), at = n_whole ? (size_t)t->ends[n_whole - 1] : 0;
+    size_t n_whole = n_whole_tokens(t), at = (size_t)end_of(t, n_whole);
     struct token_list rest = {0};
     enum status st = STATUS_OK;
     if (at < t->text.n)
@@ -127,6 +135,8 @@ enum status stream_turn_settle(struct generation *g, const struct sequence *s,
                                enum job_finish ended, struct error *err)
 {
     struct turn *t = &g->turn;
+    if (s->output.stopped)
+        follow_text(t, &s->output); /* the end may have brought the cut */
     if (t->failed || t->text.failed)
         return fail(err, STATUS_NOMEM, "out of memory for the turn of a session");
     if (s->output.stopped)

@@ -1,7 +1,8 @@
 #!/bin/sh
 # run.sh BUILD [unit|http|emulated|gpu...] - run the test programs of a build directory and count
 # what cmocka reports. Exits with 1 when a test failed, a program crashed or hung, or there was
-# nothing to run. One program after another; emulated ones, which only compute, on all cores.
+# nothing to run. HTTP's and a GPU's one after another; unit tests two at a time, and emulated ones,
+# which only compute, on all cores.
 #
 #   TEST_TIMEOUT   seconds a program may take (default 300)
 #   TEST_ONLY      run only programs whose path contains one of these words
@@ -101,9 +102,10 @@ gpu_names() {
 
 for kind in "$@"; do
     jobs=1
-    if [ "$kind" = emulated ]; then
-        jobs=$(nproc)
-    fi
+    case $kind in
+    emulated) jobs=$(nproc) ;;
+    unit) jobs=2 ;;
+    esac
     if [ "$kind" = gpu ]; then
         if ! gpus=$(gpu_names); then
             echo "GPU tests SKIPPED: nvidia-smi finds no GPU on this machine"
@@ -115,7 +117,7 @@ for kind in "$@"; do
         echo "commit $(cat "$build/commit" 2>/dev/null || echo unknown), GPU and driver: $gpus"
     fi
     # Of the emulated ones the last in the alphabet take longest.
-    wanted "$kind" | if [ "$jobs" = 1 ]; then cat; else sort -r; fi |
+    wanted "$kind" | if [ "$kind" = emulated ]; then sort -r; else cat; fi |
         xargs -r -n 1 -P "$jobs" sh "$0" --one "$kind"
 done
 

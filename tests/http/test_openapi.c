@@ -529,8 +529,9 @@ static int hold_turn(const struct server *s, const char *id)
 
 static void turn_body(char *out, size_t n, const char *path, const char *id)
 {
-    const char *input = strstr(path, "chat") ? "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
-                                             : "\"prompt\":\"x\"";
+    const char *input = strstr(path, "chat")
+                            ? "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
+                            : "\"prompt\":\"x\"";
     snprintf(out, n, "{\"session_id\":\"%s\",%s}", id, input);
 }
 
@@ -539,8 +540,9 @@ static void provoke_session(const char *path, const char *method, int status, co
                             struct reply *reply)
 {
     char id[64], real_path[200], body[300], upper[16];
-    static const char *const xml[] = {"Content-Type: text/xml", NULL},
-                            *const stale[] = {"If-Match: \"99\"", NULL};
+    static const char *const xml[] = {"Content-Type: text/xml", NULL}, *const stale[] = {
+                                                                           "If-Match: \"99\"",
+                                                                           NULL};
     const struct server *s = status == 401   ? &keyed
                              : status == 413 ? &small
                              : status == 429 ? &full

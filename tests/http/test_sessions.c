@@ -220,7 +220,8 @@ static void test_turns_equal_the_whole(void **state)
     check_turns(",\"temperature\":0,\"ignore_eos\":true", 0); /* only read */
 }
 
-/* What a stop string cuts off the session has not seen: it goes on from the text as it was given. */
+/* What a stop string cuts off the session has not seen: it goes on from the text as it was given.
+ */
 static void test_stop_string(void **state)
 {
     (void)state;
@@ -239,8 +240,7 @@ static void test_stop_string(void **state)
     const cJSON *choice = cJSON_GetArrayItem(member(b.json, "choices"), 0);
     assert_string_equal(member(choice, "finish_reason")->valuestring, "stop");
     char *given = cJSON_PrintUnformatted(member(choice, "text"));
-    struct answer c =
-        post("/tokenize", "{\"prompt\":%s,\"add_special_tokens\":false}", given);
+    struct answer c = post("/tokenize", "{\"prompt\":%s,\"add_special_tokens\":false}", given);
     struct ids seen = prompt, expected, found = {0};
     add_ids(&seen, member(c.json, "tokens"));
     assert_true(number(member(b.json, "session"), "position") < 3 + 7);
@@ -440,7 +440,8 @@ static void test_export_and_import(void **state)
     const struct {
         size_t at;
         const char *word;
-    } places[] = {{3, "LATTEIMG"}, {8, "version"}, {20, "fingerprint"}, {40, "length"}, {900, "checksum"}};
+    } places[] = {
+        {3, "LATTEIMG"}, {8, "version"}, {20, "fingerprint"}, {40, "length"}, {900, "checksum"}};
     for (size_t i = 0; i < sizeof(places) / sizeof(*places); i++) {
         memcpy(bad, exported.body.data, exported.body.n);
         bad[places[i].at] ^= 1;
@@ -698,12 +699,9 @@ static void test_owners(void **state)
     const struct {
         const char *method, *what;
         const char *body;
-    } cases[] = {{"GET", "", NULL},
-                 {"DELETE", "", NULL},
-                 {"POST", "/fork", "{}"},
-                 {"POST", "/snapshots", "{\"name\":\"a\"}"},
-                 {"GET", "/snapshots", NULL},
-                 {"POST", "/rollback", "{}"},
+    } cases[] = {{"GET", "", NULL},           {"DELETE", "", NULL},
+                 {"POST", "/fork", "{}"},     {"POST", "/snapshots", "{\"name\":\"a\"}"},
+                 {"GET", "/snapshots", NULL}, {"POST", "/rollback", "{}"},
                  {"GET", "/state", NULL}};
     for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
         a = send_text(&keyed, cases[i].method, path_of(&id, cases[i].what),

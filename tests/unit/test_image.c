@@ -355,9 +355,14 @@ static void test_numbers_are_checked(void **state)
         int n_pending;
         int32_t pending;
         const char *word; /* NULL: good */
-    } cases[] = {{63, 1, 49, NULL},          {64, 0, 0, NULL},       {64, 1, 3, "position"},
-                 {65, 0, 0, "position"},     {10, 1, 50, "pending"}, {10, 1, -1, "pending"},
-                 {UINT64_MAX, 1, 0, "position"}, {0, 0, 0, NULL}};
+    } cases[] = {{63, 1, 49, NULL},
+                 {64, 0, 0, NULL},
+                 {64, 1, 3, "position"},
+                 {65, 0, 0, "position"},
+                 {10, 1, 50, "pending"},
+                 {10, 1, -1, "pending"},
+                 {UINT64_MAX, 1, 0, "position"},
+                 {0, 0, 0, NULL}};
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
         struct bytes file = {0};
         assert_int_equal(image_new(&image, &store, &err), STATUS_OK);

@@ -64,6 +64,14 @@ static bool plan_rows(const struct cuda *c, const struct product *p, struct skin
            plan_launch<W, 1, TILES, NORM>(c, p, out);
 }
 
+/* Six and eight tiles are for large matrices; the host that emulates a device does without these
+ * instances, which take minutes to compile. */
+#ifdef LATTE_EMULATE
+static constexpr bool SKINNY_LARGE = false;
+#else
+static constexpr bool SKINNY_LARGE = true;
+#endif
+
 /* Tiles as skinny_tiles says, or fewer that give the same bits. */
 template <class W, bool NORM>
 static bool plan_tiles(const struct cuda *c, const struct product *p, struct skinny_launch *out)
@@ -72,8 +80,11 @@ static bool plan_tiles(const struct cuda *c, const struct product *p, struct ski
     if (tiles <= 2)
         return (tiles == 2 && plan_rows<W, 2, NORM>(c, p, out)) ||
                (p->output != OUTPUT_ACTIVATE && plan_rows<W, 1, NORM>(c, p, out));
-    return (tiles == 8 && plan_rows<W, 8, NORM>(c, p, out)) ||
-           (tiles >= 6 && plan_rows<W, 6, NORM>(c, p, out)) || plan_rows<W, 4, NORM>(c, p, out);
+    if constexpr (SKINNY_LARGE)
+        if ((tiles == 8 && plan_rows<W, 8, NORM>(c, p, out)) ||
+            (tiles >= 6 && plan_rows<W, 6, NORM>(c, p, out)))
+            return true;
+    return plan_rows<W, 4, NORM>(c, p, out);
 }
 
 template <class W>
