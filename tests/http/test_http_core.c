@@ -158,7 +158,9 @@ static const struct http_route routes[] = {
     {"GET", "/secret", 0, handle_hello},
     {"POST", "/echo", HTTP_ROUTE_OPEN, handle_echo},
     {"POST", "/json", HTTP_ROUTE_JSON, handle_echo},
-    {"GET", "/items/{id}", 0, handle_param},
+    {"GET", "/items/{id}", HTTP_ROUTE_SLASHES, handle_param},
+    {"GET", "/boxes/{id}", 0, handle_param},
+    {"GET", "/boxes/{id}/lid", 0, handle_param},
     {"GET", "/defer", 0, handle_defer},
     {"GET", "/stream", 0, handle_stream},
     {"GET", "/endless", 0, handle_endless},
@@ -282,6 +284,20 @@ static void test_replies(void **state)
     client_get(&toy.at, "/items/", &r);
     assert_error_object(&r, 404, "invalid_request_error", NULL);
     reply_free(&r);
+
+    client_get(&toy.at, "/boxes/a%20b", &r);
+    assert_string_equal(r.body.data, "a b|-|/boxes/{id}");
+    reply_free(&r);
+    client_get(&toy.at, "/boxes/7/lid", &r);
+    assert_string_equal(r.body.data, "7|-|/boxes/{id}/lid");
+    reply_free(&r);
+    static const char *const nowhere[] = {"/boxes/7/hinge", "/boxes//lid", "/boxes/7/lid/",
+                                          "/boxes/"};
+    for (size_t i = 0; i < COUNT_OF(nowhere); i++) {
+        client_get(&toy.at, nowhere[i], &r);
+        assert_error_object(&r, 404, "invalid_request_error", NULL);
+        reply_free(&r);
+    }
 
     client_get(&toy.at, "/fail", &r);
     assert_error_object(&r, 429, "rate_limit_error", NULL);
