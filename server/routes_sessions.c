@@ -78,6 +78,19 @@ static enum status read_body(const struct place *p, const char *const *names, cJ
     return st;
 }
 
+/* The beginning of every endpoint with a body. False: it is answered. */
+static bool begin(struct http_request *http, void *context, const char *const *names,
+                  struct place *p, cJSON **tree)
+{
+    struct error err;
+    if (!find_place(http, context, p))
+        return false;
+    if (!read_body(p, names, tree, &err))
+        return true;
+    refuse(p, &err);
+    return false;
+}
+
 /* A whole number; `otherwise` when it is absent or null. */
 static enum status read_number(const cJSON *tree, const char *name, int64_t least, int64_t most,
                                int64_t otherwise, int64_t *out, struct error *err)
@@ -207,12 +220,10 @@ void sessions_post(struct http_request *http, void *context)
     struct session_info info;
     cJSON *tree = NULL;
     char *metadata = NULL;
-    if (!find_place(http, context, &p))
+    if (!begin(http, context, names, &p, &tree))
         return;
     struct session_request request = {.owner = p.owner};
-    enum status st = read_body(&p, names, &tree, &err);
-    if (!st)
-        st = read_metadata(tree, &metadata, &err);
+    enum status st = read_metadata(tree, &metadata, &err);
     if (!st)
         st = read_number(tree, "idle_ttl", 1, MAX_IDLE_S, 0, &request.idle_s, &err);
     request.metadata = metadata;
@@ -317,11 +328,9 @@ void session_post_fork(struct http_request *http, void *context)
     struct session_info children[MAX_FORKS];
     cJSON *tree = NULL;
     int64_t n = 1;
-    if (!find_place(http, context, &p))
+    if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_body(&p, names, &tree, &err);
-    if (!st)
-        st = read_number(tree, "n", 1, MAX_FORKS, 1, &n, &err);
+    enum status st = read_number(tree, "n", 1, MAX_FORKS, 1, &n, &err);
     cJSON_Delete(tree);
     if (!st)
         st = fork_session(&p, children, (int)n, &err);
@@ -339,11 +348,9 @@ void session_post_snapshot(struct http_request *http, void *context)
     struct session_snapshot snapshot;
     const char *name = NULL;
     cJSON *tree = NULL;
-    if (!find_place(http, context, &p))
+    if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_body(&p, names, &tree, &err);
-    if (!st)
-        st = read_name(tree, "name", &name, &err);
+    enum status st = read_name(tree, "name", &name, &err);
     if (!st && !name)
         st = fail_field(&err, STATUS_INVALID, "name", "Missing required parameter: 'name'.");
     if (!st)
@@ -388,11 +395,9 @@ void session_post_rollback(struct http_request *http, void *context)
     struct session_info info;
     const char *name = NULL;
     cJSON *tree = NULL;
-    if (!find_place(http, context, &p))
+    if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_body(&p, names, &tree, &err);
-    if (!st)
-        st = read_name(tree, "snapshot", &name, &err);
+    enum status st = read_name(tree, "snapshot", &name, &err);
     if (!st)
         st = session_rollback(p.routes->sessions, p.id, p.owner, name, &info, &err);
     cJSON_Delete(tree);

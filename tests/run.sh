@@ -1,8 +1,8 @@
 #!/bin/sh
 # run.sh BUILD [unit|http|emulated|gpu...] - run the test programs of a build directory and count
 # what cmocka reports. Exits with 1 when a test failed, a program crashed or hung, or there was
-# nothing to run. HTTP's and a GPU's one after another; unit tests two at a time, and emulated ones,
-# which only compute, on all cores.
+# nothing to run. A GPU's one after another; unit and HTTP tests, which wait a good deal, two at a
+# time; emulated ones, which only compute, on all cores.
 #
 #   TEST_TIMEOUT   seconds a program may take (default 300)
 #   TEST_ONLY      run only programs whose path contains one of these words
@@ -104,7 +104,7 @@ for kind in "$@"; do
     jobs=1
     case $kind in
     emulated) jobs=$(nproc) ;;
-    unit) jobs=2 ;;
+    unit | http) jobs=2 ;;
     esac
     if [ "$kind" = gpu ]; then
         if ! gpus=$(gpu_names); then
