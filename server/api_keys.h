@@ -11,6 +11,7 @@
 #define LATTE_SERVER_API_KEYS_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "engine/base/error.h"
 
@@ -26,5 +27,9 @@ int api_keys_count(const struct api_keys *keys);
  * value, may be NULL), or API_KEYS_NONE. Takes the same time for any key of the table and any
  * wrong one: all keys are compared, over their full width. */
 int api_keys_find(const struct api_keys *keys, const char *authorization);
+
+/* 16 bytes that stand for key i, under a secret of 136 bytes or more: XXH3-128. */
+void api_keys_tag(const struct api_keys *keys, int i, const uint8_t *secret, size_t n_secret,
+                  uint8_t out[16]);
 
 #endif

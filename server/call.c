@@ -34,10 +34,12 @@ static void prepare_on_worker(struct work_item *item)
 static void call_free(struct call *c)
 {
     metrics_add(METRIC_TURNS_LOST, c->turn.active);
-    session_abandon(c->routes->sessions, &c->turn);
+    if (c->turn.active)
+        session_abandon(c->routes->storage.sessions, &c->turn);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     stream_close(c->generation);
+    image_release(c->from);
     image_release(c->into);
     bytes_free(&c->reply);
     arena_free(&c->arena);
@@ -91,7 +93,7 @@ static void on_close(void *context, bool delivered)
     unlist_starting(c);
     unlist_woken(c);
     c->http = NULL;
-    if (!c->working)
+    if (!c->working && !c->committing)
         call_free(c);
 }
 
@@ -219,29 +221,44 @@ static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
     return CALL_TAIL_OPEN;
 }
 
-static void commit_turn(void *context, struct image *image, int32_t last, bool by_token,
-                        struct codec_session *out)
+static void on_committed(void *context, const struct session_outcome *outcome)
 {
     struct call *c = context;
-    struct session_info info;
-    image->tail = tail_of(c, last, by_token);
-    session_commit(c->routes->sessions, &c->turn, image, &info);
-    metrics_add(METRIC_TURNS, 1);
-    *out = (struct codec_session){.position = info.position, .version = info.version};
-    memcpy(out->id, info.id, sizeof(info.id));
+    const struct session_info *info = &outcome->info;
+    struct codec_session session = {.position = info->position, .version = info->version};
+    memcpy(session.id, info->id, sizeof(info->id));
+    c->committing = false;
+    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
+    stream_turn_committed(c->generation, &session, &outcome->error);
+    if (c->in_commit)
+        return; /* whoever polls the generation goes on */
+    if (c->http)
+        call_wake(c);
+    else
+        call_free(c);
 }
 
-static enum status open_turn(struct call *c, struct stream_setup *setup, struct error *err)
+static enum status commit_turn(void *context, struct image *image, const struct stream_end *end,
+                               struct error *err)
+{
+    struct call *c = context;
+    image->tail = tail_of(c, end->last, end->by_token);
+    c->committing = c->in_commit = true;
+    enum status st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
+                                    end->n_chunked, end->n_single, on_committed, c, err);
+    c->in_commit = false;
+    if (st)
+        c->committing = false;
+    return st;
+}
+
+static void open_turn(struct call *c, struct stream_setup *setup)
 {
     if (!c->turn.active)
-        return STATUS_OK;
-    enum status st = image_new(&c->into, &c->routes->images, err);
-    if (st)
-        return st;
+        return;
     c->stream_turn = (struct stream_turn){
-        .from = c->turn.from, .into = c->into, .commit = commit_turn, .commit_context = c};
+        .from = c->from, .into = c->into, .commit = commit_turn, .commit_context = c};
     setup->turn = &c->stream_turn;
-    return STATUS_OK;
 }
 
 static enum status open_generation(struct call *c, struct error *err)
@@ -264,8 +281,7 @@ static enum status open_generation(struct call *c, struct error *err)
     };
     fill_reply(c, &setup.reply);
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
-    if (!st)
-        st = open_turn(c, &setup, err);
+    open_turn(c, &setup);
     return st ? st : stream_open(&c->generation, &setup, err);
 }
 
@@ -310,6 +326,61 @@ static void start_generation(struct call *c)
     step(c);
 }
 
+/* ---- the state that a turn continues -------------------------------------------------------- */
+
+enum { FETCH_WAIT_MS = 20000 }; /* for memory: others' states are written and dropped meanwhile */
+
+static void fetch_on_worker(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    struct storage *storage = &c->routes->storage;
+    if (c->turn.from && !c->from) {
+        c->status = state_store_hold(storage->store, c->model->engine, c->turn.from, &c->error);
+        c->from = c->status ? NULL : c->turn.from;
+        if (c->status == STATUS_LOST)
+            fail_context(&c->error, "Session '%s' cannot be read from the store", c->turn.id);
+    }
+    if (!c->status)
+        c->status = image_new_wait(&c->into, &storage->images, FETCH_WAIT_MS, &c->error);
+}
+
+static void on_fetched(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    if (!c->http)
+        call_free(c);
+    else if (c->status)
+        http_fail(c->http, &c->error, NULL);
+    else
+        start_generation(c);
+}
+
+/* Both states of a turn, at once if that is possible. */
+static void fetch_states(struct call *c)
+{
+    struct error err;
+    if (!c->turn.active) {
+        start_generation(c);
+        return;
+    }
+    if (c->turn.from && image_try_hold(c->turn.from))
+        c->from = c->turn.from;
+    bool is_here = !c->turn.from || c->from;
+    enum status st = is_here ? image_new(&c->into, &c->routes->storage.images, &err) : STATUS_BUSY;
+    if (!st) {
+        start_generation(c);
+    } else if (st == STATUS_BUSY && c->routes->storage.store) {
+        c->item = (struct work_item){.run = fetch_on_worker, .done = on_fetched};
+        c->working = true;
+        defer(c);
+        workers_submit(c->routes->workers, &c->item);
+    } else {
+        metrics_add(METRIC_QUEUE_REJECTIONS, st == STATUS_BUSY);
+        http_fail(c->http, &err, NULL);
+    }
+}
+
 /* After prepare: answer, or start the jobs. */
 static void conclude(struct call *c)
 {
@@ -320,7 +391,7 @@ static void conclude(struct call *c)
     else if (c->api == CODEC_TOKENIZE || c->api == CODEC_DETOKENIZE)
         call_reply_json(c->http, &c->reply);
     else
-        start_generation(c);
+        fetch_states(c);
 }
 
 static void on_prepared(struct work_item *item)

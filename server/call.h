@@ -1,8 +1,10 @@
 /* call.h - one POST under way: from its body to its reply.
  *
  * Its body is read and its input tokenized (call_prepare; on a worker when the body is large),
- * and then it is answered, or its jobs start and it waits for them. A large whole reply is
- * written on a worker, too. A call lives until the request is over and no worker has it.
+ * the state that it continues is brought into memory (on a worker when it is not there), and then
+ * it is answered, or its jobs start and it waits for them. A turn of a session is committed before
+ * the reply ends; once that has begun it goes through, also when the client has gone. A large whole
+ * reply is written on a worker, too. A call lives until the request is over and no worker has it.
  *
  * Threads: the io thread, or a worker, which then alone has the call.
  * Memory:  a call owns its arena, its request and its generation.
@@ -17,6 +19,7 @@
 #include "server/codec.h"
 #include "server/output.h"
 #include "server/routes.h"
+#include "server/storage.h"
 #include "server/stream.h"
 #include "server/workers.h"
 
@@ -28,14 +31,13 @@ struct routes {
     struct workers *workers;
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
-    struct sessions *sessions;
-    struct image_store images; /* set before `model` is published */
-    struct call *woken;        /* calls with news, to be looked at once each */
+    struct call *woken;    /* calls with news, to be looked at once each */
 
     /* Written before `model` is published, constant afterwards. */
     struct codec_context context;
     struct engine_info info;
     char fingerprint[96];
+    struct storage storage; /* sessions and their states */
 
     _Atomic(const struct served_model *) model; /* NULL while loading */
     atomic_bool draining;
@@ -61,8 +63,10 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
-    struct session_turn turn; /* of a request with session_id, while it is under way */
-    struct image *into;       /* the state after it, owned */
+    struct session_turn turn;  /* of a request with session_id, while it is under way */
+    struct image *from, *into; /* the states before and after it, held */
+    bool committing;           /* the journal has the turn: the call lives until that is over */
+    bool in_commit;            /* it is handed in just now */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */

@@ -312,8 +312,8 @@ void call_prepare(struct call *c)
     if (!st)
         st = check_model(c);
     if (!st && q->session_id)
-        st = session_begin(c->routes->sessions, q->session_id, c->owner, c->version, &c->turn,
-                           &c->error);
+        st = session_begin(c->routes->storage.sessions, q->session_id, c->owner, c->version,
+                           &c->turn, &c->error);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)

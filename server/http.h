@@ -104,6 +104,11 @@ struct arena *http_arena(struct http_request *r);
 const char *
 http_request_id(const struct http_request *r);    /* the client's X-Request-Id if sane, else ours */
 int http_key_index(const struct http_request *r); /* which API key, -1 when the API is open */
+/* The API keys of a server, and a tag of one that is the same for the same key and secret. */
+enum { HTTP_TAG_SECRET_BYTES = 192, HTTP_TAG_BYTES = 16 };
+int http_n_keys(const struct http_server *s);
+void http_tag_key(const struct http_server *s, int key_index,
+                  const uint8_t secret[HTTP_TAG_SECRET_BYTES], uint8_t out[HTTP_TAG_BYTES]);
 int64_t http_arrival_ns(const struct http_request *r); /* CLOCK_MONOTONIC */
 
 /* What goes to the access log: -1 unless told. */

@@ -148,3 +148,14 @@ void request_admit(struct http_request *r)
             check_json_body(r);
     }
 }
+
+int http_n_keys(const struct http_server *s)
+{
+    return s->keys ? api_keys_count(s->keys) : 0;
+}
+
+void http_tag_key(const struct http_server *s, int key_index,
+                  const uint8_t secret[HTTP_TAG_SECRET_BYTES], uint8_t out[HTTP_TAG_BYTES])
+{
+    api_keys_tag(s->keys, key_index, secret, HTTP_TAG_SECRET_BYTES, out);
+}

@@ -54,7 +54,18 @@
     X(session_idle_ttl, INT, "session-idle-ttl", "0", 0, 31536000, "SECONDS",                      \
       "a session unused so long is forgotten, unless it says otherwise; 0: never")                 \
     X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
-      "memory of all sessions' and snapshots' states; beyond it requests get 429")                 \
+      "memory of all sessions' and snapshots' states; beyond it those used least go to --store, "  \
+      "and without one requests get 429")                                                          \
+    X(store, STRING, "store", NULL, 0, 0, "DIR",                                                   \
+      "directory in which sessions outlive the process; without it they do not")                   \
+    X(durability, STRING, "durability", "turn", 0, 0, "turn|interval|none",                        \
+      "turn: a turn is on the disk before its reply ends; interval: soon after; none: when the "   \
+      "system writes it")                                                                          \
+    X(replay_tokens, INT, "replay-tokens", "64", 0, 512, "N",                                      \
+      "a state that so few tokens give again leaves memory without being written to --store "      \
+      "(a GPU: only with --deterministic)")                                                        \
+    X(durability_interval, INT, "durability-interval", "1000", 1, 3600000, "MS",                   \
+      "time in which --durability interval writes")                                                \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
       "longest prompt accepted")                                                                   \
     X(default_max_tokens, INT, "default-max-tokens", "4096", 1, 1000000000, "N",                   \

@@ -111,6 +111,15 @@ static void get_live(struct http_request *http, void *context)
     reply_health(http, status, strcmp(status, "failed") != 0);
 }
 
+static void fill_metrics(struct routes *r, struct metrics_sessions *out)
+{
+    sessions_count(r->storage.sessions, &out->sessions);
+    image_count(&r->storage.images, &out->images);
+    out->has_store = r->storage.store != NULL;
+    if (r->storage.store)
+        journal_count(state_store_journal(r->storage.store), &out->journal);
+}
+
 static void get_metrics(struct http_request *http, void *context)
 {
     struct routes *r = context;
@@ -118,11 +127,7 @@ static void get_metrics(struct http_request *http, void *context)
     struct bytes body = {0};
     struct metrics_sessions sessions = {0};
     if (model)
-        sessions = (struct metrics_sessions){
-            .n_sessions = sessions_count(r->sessions),
-            .n_states = atomic_load(&r->images.n_images),
-            .state_bytes = atomic_load(&r->images.used_bytes),
-        };
+        fill_metrics(r, &sessions);
     metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL,
                   http_n_connections(r->server));
     if (body.failed) {
@@ -183,6 +188,8 @@ void routes_on_notify(void *context)
     struct routes *r = context;
     workers_reap(r->workers);
     const struct served_model *model = atomic_load_explicit(&r->model, memory_order_acquire);
+    if (model)
+        sessions_reap(r->storage.sessions);
     struct job *job = NULL;
     while (model && (job = engine_take_ready(model->engine))) {
         struct call *c = job_user(job); /* NULL: its request is over */
@@ -197,7 +204,10 @@ void routes_on_tick(void *context)
 {
     struct routes *r = context;
     call_begin_late(r);
-    metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->sessions));
+    if (!atomic_load_explicit(&r->model, memory_order_acquire))
+        return;
+    metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
+    sessions_reap(r->storage.sessions);
 }
 
 /* ---- life -------------------------------------------------------------------------------------
@@ -236,15 +246,10 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     r->options = options;
     atomic_init(&r->model, NULL);
     atomic_init(&r->draining, false);
-    const struct session_options sessions = {.max_sessions = (int)options->max_sessions,
-                                             .idle_s = options->session_idle_ttl};
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
-    if (!st)
-        st = sessions_open(&r->sessions, &sessions, err);
     if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
-        sessions_close(r->sessions);
         bytes_free(&r->openapi);
         free(r);
         return st;
@@ -253,12 +258,20 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     return STATUS_OK;
 }
 
+void routes_stop(struct routes *r)
+{
+    if (r)
+        workers_close(r->workers);
+    if (r)
+        r->workers = NULL;
+}
+
 void routes_close(struct routes *r)
 {
     if (!r)
         return;
-    workers_close(r->workers);
-    sessions_close(r->sessions);
+    routes_stop(r);
+    storage_close(&r->storage);
     bytes_free(&r->openapi);
     free(r);
 }
@@ -294,17 +307,23 @@ static void fill_context(struct routes *r)
     };
 }
 
-void routes_publish(struct routes *r, const struct served_model *model)
+enum status routes_publish(struct routes *r, const struct served_model *model, struct error *err)
 {
     engine_info(model->engine, &r->info);
     fill_context(r);
-    image_store_init(&r->images, r->info.fingerprint, r->info.n_state_values,
-                     r->info.config->vocab_size, r->info.max_position,
-                     (size_t)r->options->host_state_mb << 20);
+    struct storage_options storage = {.options = r->options,
+                                      .model = &r->info,
+                                      .server = r->server,
+                                      .notify = notify,
+                                      .context = r};
+    enum status st = storage_open(&r->storage, &storage, err);
+    if (st)
+        return st;
     /* What decides a seed's outcome: the model, the program, and how it computes. */
     snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,
              latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);
     atomic_store_explicit(&r->model, model, memory_order_release);
+    return STATUS_OK;
 }
 
 void routes_drain(struct routes *r)

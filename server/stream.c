@@ -229,7 +229,7 @@ static bool advance_all(struct generation *g)
         if (g->sequences[i].job)
             any |= advance_sequence(g, &g->sequences[i]);
     struct error err;
-    if (g->turn.replay && !g->failed) {
+    if ((g->turn.replay || g->turn.committing) && !g->failed) {
         any |= stream_turn_advance(g, &err);
         if (g->turn.failed)
             end_with_error(g, &err);

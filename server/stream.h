@@ -37,15 +37,23 @@ struct stream_prompt {
     struct codec_text echo; /* its text, when the request wants it back */
 };
 
+/* How a turn ended. */
+struct stream_end {
+    const int32_t *tokens; /* all that were fed: [n_chunked] in chunks, [n_single] one by one */
+    size_t n_chunked, n_single;
+    int32_t last;  /* the last token of the output, -1: none that counts */
+    bool by_token; /* it is a stop token, and ended the turn */
+};
+
 /* A turn of a session: one prompt, one choice. Before the reply ends the turn is committed, with
  * the state after exactly what the client was given. */
 struct stream_turn {
     struct image *from; /* NULL: a session without tokens; borrowed */
     struct image *into; /* new, for the state after the turn; borrowed */
-    /* The turn is complete: its image, the last token, and whether that ended it as a stop token.
-     * Says where the session is now. */
-    void (*commit)(void *context, struct image *image, int32_t last, bool by_token,
-                   struct codec_session *out);
+    /* The turn is complete, with this image. Its owner calls stream_turn_committed once it is
+     * safe, or has failed, in here or later; unless this fails. */
+    enum status (*commit)(void *context, struct image *image, const struct stream_end *end,
+                          struct error *err);
     void *commit_context;
 };
 
@@ -83,6 +91,11 @@ enum stream_state {
 /* Take what the jobs have. Before a stream begins, and for whole replies. */
 enum stream_state stream_poll(struct generation *g);
 const struct error *stream_error(const struct generation *g);
+
+/* What became of the turn: where the session is now, unless err says that it stayed where it was.
+ * The generation is to be polled again. */
+void stream_turn_committed(struct generation *g, const struct codec_session *session,
+                           const struct error *err);
 
 /* Text and lists that wait to be sent. */
 size_t stream_held_bytes(const struct generation *g);

@@ -245,7 +245,7 @@ static void restart(struct world *w)
         carry_over(w, &w->sessions[i], w->store);
     for (int i = 0; i < N_KEPT; i++)
         carry_over(w, &w->kept[i], w->store);
-    assert_int_equal(atomic_load(&before->n_images), 0);
+    assert_int_equal(before->n_images, 0);
 }
 
 static void operate(struct world *w)
@@ -291,8 +291,8 @@ static void check_model(const char *dir, const char *device, const char *name, i
     for (int i = 0; i < N_KEPT; i++)
         forget(&w.kept[i]);
     engine_close(w.engine);
-    assert_int_equal(atomic_load(&w.store->n_images), 0);
-    assert_int_equal(atomic_load(&w.store->used_bytes), 0);
+    assert_int_equal(w.store->n_images, 0);
+    assert_int_equal(w.store->used_bytes, 0);
     run_close(&w.run);
 }
 
@@ -339,7 +339,7 @@ static void test_memory_is_bounded(void **state)
     image_release(images[1]);
     image_release(images[2]);
     image_release(NULL);
-    assert_int_equal(atomic_load(&store.used_bytes), 0);
+    assert_int_equal(store.used_bytes, 0);
 }
 
 /* Files that a checksum cannot tell from good ones. */
