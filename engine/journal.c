@@ -138,7 +138,8 @@ static enum status skip(struct scan *s, struct error *err)
         if (read_tail(s->data, at, &f) && at >= begin + TAIL_BYTES && f.sequence > s->sequence) {
             st = give(s, &f, false, err);
             good = at;
-        } else if (read_head(s->data, s->n, at, &f) && f.sequence > s->sequence) {
+        }
+        if (!st && read_head(s->data, s->n, at, &f) && f.sequence > s->sequence) {
             s->at = at;
             return STATUS_OK;
         }
