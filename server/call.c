@@ -13,6 +13,7 @@
 enum {
     INLINE_BYTES = 64 << 10,     /* larger bodies are read, and replies written, on a worker */
     MAX_REPLY_BYTES = 256 << 20, /* that wait to be sent, of one request */
+    FILL_BYTES = 64 << 10, /* of one stream that go to its reel before others have their turn */
 };
 
 static uint64_t random_u64(void)
@@ -29,21 +30,6 @@ static void prepare_on_worker(struct work_item *item)
     call_prepare(c);
     free(c->own_body);
     c->own_body = NULL;
-}
-
-static void call_free(struct call *c)
-{
-    metrics_add(METRIC_TURNS_LOST, c->turn.active);
-    if (c->turn.active)
-        session_abandon(c->routes->storage.sessions, &c->turn);
-    for (size_t i = 0; i < c->n_prompts; i++)
-        prompt_release(c->prompts[i].shared);
-    stream_close(c->generation);
-    image_release(c->from);
-    image_release(c->into);
-    bytes_free(&c->reply);
-    arena_free(&c->arena);
-    free(c);
 }
 
 static void list_starting(struct call *c)
@@ -77,10 +63,66 @@ static void unlist_woken(struct call *c)
     c->is_woken = false;
 }
 
+static void list_detached(struct call *c)
+{
+    struct routes *r = c->routes;
+    c->detached_next = r->detached;
+    if (r->detached)
+        r->detached->detached_previous = c;
+    r->detached = c;
+    atomic_fetch_add(&r->n_detached, 1);
+}
+
+static void unlist_detached(struct call *c)
+{
+    struct routes *r = c->routes;
+    if (c->detached_previous)
+        c->detached_previous->detached_next = c->detached_next;
+    else
+        r->detached = c->detached_next;
+    if (c->detached_next)
+        c->detached_next->detached_previous = c->detached_previous;
+    atomic_fetch_sub(&r->n_detached, 1);
+}
+
+/* Before anybody was told of it. */
+static void drop_reel(struct call *c)
+{
+    if (!c->reel)
+        return;
+    reel_stop(c->reel, NULL, NULL);
+    unlist_detached(c);
+    c->reel = NULL;
+}
+
+static void call_free(struct call *c)
+{
+    unlist_starting(c);
+    unlist_woken(c);
+    if (c->reel)
+        unlist_detached(c);
+    if (c->charged)
+        http_uncharge(c->routes->server, c->charged);
+    metrics_add(METRIC_TURNS_LOST, c->turn.active);
+    if (c->turn.active)
+        session_abandon(c->routes->storage.sessions, &c->turn);
+    for (size_t i = 0; i < c->n_prompts; i++)
+        prompt_release(c->prompts[i].shared);
+    stream_close(c->generation);
+    image_release(c->from);
+    image_release(c->into);
+    bytes_free(&c->reply);
+    arena_free(&c->arena);
+    free(c);
+}
+
 static void note_tokens(struct call *c)
 {
     struct codec_usage usage = stream_usage(c->generation);
-    http_note_tokens(c->http, usage.prompt_tokens, usage.completion_tokens);
+    if (c->http)
+        http_note_tokens(c->http, usage.prompt_tokens, usage.completion_tokens);
+    if (c->reel)
+        reel_note_usage(c->reel, usage);
 }
 
 /* The request is over, answered or abandoned. */
@@ -91,9 +133,10 @@ static void on_close(void *context, bool delivered)
     if (c->generation)
         note_tokens(c);
     unlist_starting(c);
-    unlist_woken(c);
+    if (c->reel)
+        c->charged = http_keep_charge(c->http);
     c->http = NULL;
-    if (!c->working && !c->committing)
+    if (!c->working && !c->committing && !c->reel)
         call_free(c);
 }
 
@@ -116,11 +159,63 @@ static void defer(struct call *c)
     c->deferred = true;
 }
 
+/* The client becomes a reader like any other; the call goes on without it. */
+static void begin_reel(struct call *c)
+{
+    if (!c->http)
+        return;
+    c->charged = http_keep_charge(c->http);
+    reel_read(c->reel, c->http, 0);
+    c->http = NULL;
+}
+
 static void begin_stream(struct call *c)
 {
     unlist_starting(c);
     c->streaming = true;
-    http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
+    if (c->reel)
+        begin_reel(c);
+    else
+        http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
+}
+
+/* The generation's events go to its reel, so many at once that the others get their turn. True:
+ * there may be more now. At its end the call is gone. */
+static bool fill_reel(struct call *c)
+{
+    const char *events;
+    ssize_t n = HTTP_SOURCE_PARK;
+    for (size_t n_taken = 0; n_taken < FILL_BYTES; n_taken += (size_t)n) {
+        n = stream_take(c->generation, &events);
+        if (n > 0 && !reel_append(c->reel, events, (size_t)n))
+            n = HTTP_SOURCE_ABORT;
+        if (n <= 0)
+            break;
+    }
+    note_tokens(c);
+    if (n == HTTP_SOURCE_ABORT) {
+        call_stop(c, "The server is out of memory.", "service_unavailable");
+    } else if (n == HTTP_SOURCE_END) {
+        reel_finish(c->reel);
+        call_free(c);
+    }
+    return n > 0;
+}
+
+void call_stop(struct call *c, const char *reason, const char *code)
+{
+    CHECK(!c->http);
+    reel_stop(c->reel, reason, code);
+    unlist_detached(c);
+    c->reel = NULL;
+    if (!c->committing)
+        call_free(c);
+}
+
+void call_end_detached(struct routes *r)
+{
+    while (r->detached)
+        call_stop(r->detached, "The server is shutting down.", "service_unavailable");
 }
 
 static void write_on_worker(struct work_item *item)
@@ -153,26 +248,42 @@ static void reply_whole(struct call *c)
     workers_submit(c->routes->workers, &c->item);
 }
 
-/* See how a generation stands that has not been answered yet. The call may be gone afterwards. */
-static void step(struct call *c)
+/* It failed before anything was said. Nobody knows of the reel yet. */
+static void fail_generation(struct call *c)
+{
+    const struct error *err = stream_error(c->generation);
+    if (c->http)
+        http_fail(c->http, err, NULL);
+    if (!c->reel)
+        return;
+    drop_reel(c);
+    if (!c->http)
+        call_free(c);
+}
+
+/* See how a generation stands that has not been answered yet. True: there are events for its reel.
+ * The call may be gone afterwards. */
+static bool step(struct call *c)
 {
     switch (stream_poll(c->generation)) {
     case STREAM_WAITING:
-        defer(c);
-        return;
+        if (c->http)
+            defer(c);
+        break;
     case STREAM_READY:
         begin_stream(c);
-        return;
+        return c->reel != NULL;
     case STREAM_FAILED:
         unlist_starting(c); /* it is answered: call_begin_late must not */
         note_tokens(c);
-        http_fail(c->http, stream_error(c->generation), NULL);
-        return;
+        fail_generation(c);
+        break;
     case STREAM_DONE:
         note_tokens(c);
         reply_whole(c);
-        return;
+        break;
     }
+    return false;
 }
 
 static enum status submit(void *context, struct job *job, struct error *err)
@@ -232,7 +343,7 @@ static void on_committed(void *context, const struct session_outcome *outcome)
     stream_turn_committed(c->generation, &session, &outcome->error);
     if (c->in_commit)
         return; /* whoever polls the generation goes on */
-    if (c->http)
+    if (c->http || c->reel)
         call_wake(c);
     else
         call_free(c);
@@ -261,6 +372,18 @@ static void open_turn(struct call *c, struct stream_setup *setup)
     setup->turn = &c->stream_turn;
 }
 
+/* What the client may come back to. */
+static enum status open_reel(struct call *c, const char *id, struct error *err)
+{
+    if (!c->request.resumable)
+        return STATUS_OK;
+    c->reel = reel_open(c->routes->reels, id, c->owner, c->routes->options->stream_retention, c);
+    if (!c->reel)
+        return fail(err, STATUS_NOMEM, "out of memory for a stream");
+    list_detached(c);
+    return STATUS_OK;
+}
+
 static enum status open_generation(struct call *c, struct error *err)
 {
     const struct model_config *config = c->routes->info.config;
@@ -282,6 +405,8 @@ static enum status open_generation(struct call *c, struct error *err)
     fill_reply(c, &setup.reply);
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
     open_turn(c, &setup);
+    if (!st)
+        st = open_reel(c, setup.reply.id, err);
     return st ? st : stream_open(&c->generation, &setup, err);
 }
 
@@ -314,6 +439,7 @@ static void start_generation(struct call *c)
     if (!st)
         st = open_generation(c, &err);
     if (st) {
+        drop_reel(c);
         if (st == STATUS_BUSY)
             metrics_add(METRIC_QUEUE_REJECTIONS, 1);
         http_fail(c->http, &err, NULL);
@@ -323,7 +449,10 @@ static void start_generation(struct call *c)
     if (c->request.stream)
         list_starting(c);
     note_tokens(c);
-    step(c);
+    if (step(c)) {
+        call_wake(c);
+        http_notify(c->routes->server);
+    }
 }
 
 /* ---- the state that a turn continues -------------------------------------------------------- */
@@ -494,16 +623,32 @@ void call_wake(struct call *c)
     c->routes->woken = c;
 }
 
+/* See to a call with news. True: again, when the others had their turn. It may be gone. */
+static bool run_woken(struct call *c)
+{
+    if (!c->streaming)
+        return step(c);
+    if (c->reel)
+        return fill_reel(c);
+    http_wake(c->http);
+    return false;
+}
+
 void call_run_woken(struct routes *r)
 {
+    struct call *again = NULL;
     for (struct call *c; (c = r->woken);) {
         r->woken = c->woken_next;
         c->is_woken = false;
-        if (c->streaming)
-            http_wake(c->http);
-        else
-            step(c); /* the call may be gone afterwards */
+        if (run_woken(c)) {
+            c->is_woken = true;
+            c->woken_next = again;
+            again = c;
+        }
     }
+    r->woken = again;
+    if (again)
+        http_notify(r->server);
 }
 
 void call_begin_late(struct routes *r)

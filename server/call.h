@@ -6,6 +6,10 @@
  * the reply ends; once that has begun it goes through, also when the client has gone. A large whole
  * reply is written on a worker, too. A call lives until the request is over and no worker has it.
  *
+ * A resumable stream is not its client's: from its first event on its generation fills a reel
+ * (reels.h), which the request reads like any other reader, and the call lives until the
+ * generation is over.
+ *
  * Threads: the io thread, or a worker, which then alone has the call.
  * Memory:  a call owns its arena, its request and its generation.
  * Errors:  become the reply.
@@ -18,6 +22,7 @@
 #include "engine/session.h"
 #include "server/codec.h"
 #include "server/output.h"
+#include "server/reels.h"
 #include "server/routes.h"
 #include "server/storage.h"
 #include "server/stream.h"
@@ -32,6 +37,9 @@ struct routes {
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
     struct call *woken;    /* calls with news, to be looked at once each */
+    struct reels *reels;
+    struct call *detached; /* calls that may outlive their requests, for the end */
+    atomic_int n_detached;
 
     /* Written before `model` is published, constant afterwards. */
     struct codec_context context;
@@ -73,6 +81,9 @@ struct call {
     struct stop_rules rules;
     struct bytes reply;
     struct generation *generation;
+    struct reel *reel; /* takes the events of a resumable stream; NULL: none */
+    size_t charged;    /* bytes, of a request that is over */
+    struct call *detached_previous, *detached_next; /* in routes->detached, when it has a reel */
     int64_t started_ns;
     struct call *previous, *next; /* in routes->starting */
     struct call *woken_next;      /* in routes->woken, when is_woken */
@@ -103,6 +114,11 @@ void call_prepare(struct call *c);
 /* A job of the call has news: call_run_woken will see to it, once for all jobs of a step. */
 void call_wake(struct call *c);
 void call_run_woken(struct routes *r);
+
+/* Stop the generation behind a reel: its turn is not applied, and the reel is gone. */
+void call_stop(struct call *c, const char *reason, const char *code);
+/* End what runs without a request. When everything else has ended. */
+void call_end_detached(struct routes *r);
 
 /* Begin those streams whose first token is long in coming: a stream keeps its status open
  * until then, but not so long that somebody between us and the client gives up. */

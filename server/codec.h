@@ -79,6 +79,8 @@ struct codec_request {
     int64_t n, best_of; /* best_of >= n >= 1 */
     int64_t max_tokens;
     bool echo, stream, include_usage, continuous_usage;
+    bool resumable; /* the stream's events are kept, and it runs on without a client */
+    bool queue;     /* wait for the session's running turn */
     bool skip_special_tokens, return_token_ids, include_stop;
     int64_t n_logprobs; /* -1: none; k: the token's own and the k most likely */
     int n_stops;

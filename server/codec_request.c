@@ -18,6 +18,9 @@ static enum status check_stream(struct reader *r)
         return codec_wrong(
             r, "stream_options", "invalid_parameter_combination",
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.");
+    if (q->resumable && !q->stream)
+        return codec_wrong(r, "resumable", "invalid_parameter_combination",
+                           "The 'resumable' parameter is only allowed when 'stream' is enabled.");
     if (q->stream && q->best_of > q->n)
         return codec_wrong(
             r, "best_of", "invalid_parameter_combination",
@@ -49,6 +52,9 @@ static enum status check_choices(struct reader *r)
 static enum status check_session(struct reader *r)
 {
     struct codec_request *q = r->q;
+    if (q->queue && !q->session_id)
+        return codec_wrong(r, "queue", "invalid_parameter_combination",
+                           "The 'queue' parameter is only allowed with 'session_id'.");
     if (!q->session_id)
         return STATUS_OK;
     const char *field = q->best_of > q->n ? "best_of" : q->n > 1 ? "n" : "prompt";

@@ -100,6 +100,9 @@ void http_drop_body(struct http_request *r);
 /* Count n_bytes more that the request holds (its prompts' tokens, say) against
  * --max-buffered-mb, until it completes. False, and nothing is counted, when that is too much. */
 bool http_charge(struct http_request *r, size_t n_bytes);
+/* What is charged outlives the request: returns how much, for http_uncharge. */
+size_t http_keep_charge(struct http_request *r);
+void http_uncharge(struct http_server *s, size_t n_bytes);
 struct arena *http_arena(struct http_request *r);
 const char *
 http_request_id(const struct http_request *r);    /* the client's X-Request-Id if sane, else ours */
@@ -131,6 +134,9 @@ void http_reply_take(struct http_request *r, int code, const char *content_type,
 /* OpenAI's error object for an error of ours; code (OpenAI's "code") may be NULL. BUSY adds
  * Retry-After. */
 void http_fail(struct http_request *r, const struct error *err, const char *code);
+/* The same for a status that no error of ours maps to. */
+void http_fail_as(struct http_request *r, int http_code, const char *message, const char *param,
+                  const char *code);
 
 /* No reply yet: suspend the connection. A hang-up meanwhile ends the request (on_close). A
  * client that shuts down its sending side counts as gone: a closed socket looks the same. */

@@ -27,7 +27,8 @@ static void add_cors_headers(const struct http_request *r, struct MHD_Response *
     if (!origin)
         return;
     add_header(response, "Access-Control-Allow-Origin", origin);
-    add_header(response, "Access-Control-Expose-Headers", "X-Request-Id, Retry-After, ETag");
+    add_header(response, "Access-Control-Expose-Headers",
+               "X-Request-Id, Retry-After, ETag, X-Stream-Id, Idempotent-Replayed");
     if (strcmp(origin, "*"))
         add_header(response, "Vary", "Origin");
 }
@@ -93,8 +94,8 @@ void http_reply_take(struct http_request *r, int code, const char *content_type,
     answer(r, code, content_type, response);
 }
 
-static void reply_error(struct http_request *r, int http_code, const char *message,
-                        const char *param, const char *code)
+void http_fail_as(struct http_request *r, int http_code, const char *message, const char *param,
+                  const char *code)
 {
     struct bytes json = {0};
     http_error_json(&json, http_code, message, param, code ? code : http_error_code(http_code));
@@ -110,7 +111,7 @@ static void reply_error(struct http_request *r, int http_code, const char *messa
 
 void http_fail(struct http_request *r, const struct error *err, const char *code)
 {
-    reply_error(r, http_status_of(err->status), err->text, err->field, code);
+    http_fail_as(r, http_status_of(err->status), err->text, err->field, code);
 }
 
 void http_defer(struct http_request *r)
@@ -131,7 +132,7 @@ void request_refuse(struct http_request *r, int http_code, const char *message)
     const struct http_framing *f = &r->framing;
     http_drop_body(r);
     r->closes |= http_code == 411 || f->n_coding || f->length > DRAIN_BYTES || f->expects_continue;
-    reply_error(r, http_code, message, NULL, NULL);
+    http_fail_as(r, http_code, message, NULL, NULL);
 }
 
 /* Streams. */

@@ -128,6 +128,18 @@ bool http_charge(struct http_request *r, size_t n_bytes)
     return true;
 }
 
+size_t http_keep_charge(struct http_request *r)
+{
+    size_t n_bytes = r->charged;
+    r->charged = 0;
+    return n_bytes;
+}
+
+void http_uncharge(struct http_server *s, size_t n_bytes)
+{
+    s->buffered_bytes -= n_bytes;
+}
+
 /* Keep n more bytes, or refuse the request: the limit of one body, and of all together. */
 static void keep_body(struct http_request *r, const char *data, size_t n)
 {

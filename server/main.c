@@ -304,12 +304,13 @@ static bool drain(struct program *p)
     routes_drain(p->routes);
     http_drain(p->http);
     int64_t end_ms = monotonic_ms() + p->options.drain_timeout * 1000;
-    while (http_n_active(p->http)) {
+    while (http_n_active(p->http) || routes_n_detached(p->routes)) {
         await_event(DRAIN_POLL_MS);
         bool again = n_signals > 1;
         if (again || monotonic_ms() > end_ms) {
-            log_event(LOG_WARN, "stopping", "%s: %d requests are cut off",
-                      again ? "second signal" : "drain timeout", http_n_active(p->http));
+            log_event(LOG_WARN, "stopping", "%s: %d requests and %d detached streams are cut off",
+                      again ? "second signal" : "drain timeout", http_n_active(p->http),
+                      routes_n_detached(p->routes));
             return false;
         }
     }

@@ -36,6 +36,12 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
     [METRIC_TURNS] = {"latte_session_turns_total", "Turns of sessions that were committed."},
     [METRIC_TURNS_LOST] = {"latte_session_turns_abandoned_total",
                            "Turns that failed or that their client broke off; not applied."},
+    [METRIC_STREAMS_RESUMED] = {"latte_streams_resumed_total",
+                                "Requests that read a kept stream, from wherever."},
+    [METRIC_STREAMS_EVICTED] = {"latte_streams_evicted_total",
+                                "Kept streams forgotten before their time: memory was short."},
+    [METRIC_STREAM_EVENTS_DROPPED] = {"latte_stream_events_dropped_total",
+                                      "Events dropped from streams beyond a limit of memory."},
     [METRIC_SESSIONS_EXPIRED] = {"latte_sessions_expired_total",
                                  "Sessions forgotten because nobody used them."},
 };
@@ -359,8 +365,17 @@ static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
         write_store(out, s);
 }
 
+static void write_kept(struct bytes *out, const struct metrics_kept *k)
+{
+    write_value(out, "latte_streams_kept", "gauge",
+                "Resumable streams whose events are kept, running ones too.", k->n_streams);
+    write_value(out, "latte_stream_bytes", "gauge", "Memory of those events.",
+                (double)k->stream_bytes);
+}
+
 void metrics_write(struct bytes *out, const struct engine *engine,
-                   const struct metrics_sessions *sessions, int n_connections)
+                   const struct metrics_sessions *sessions, const struct metrics_kept *kept,
+                   int n_connections)
 {
     for (int i = 0; i < METRIC_COUNTER_COUNT; i++)
         write_value(out, counter_rows[i].name, "counter", counter_rows[i].help,
@@ -373,6 +388,8 @@ void metrics_write(struct bytes *out, const struct engine *engine,
         write_engine(out, engine);
     if (sessions)
         write_sessions(out, sessions);
+    if (kept)
+        write_kept(out, kept);
     write_process(out);
     write_head(out, "latte_build_info", "gauge", "This build; always 1.");
     bytes_format(out, "latte_build_info{version=\"%s\"} 1\n", latte_version);

@@ -18,15 +18,18 @@
 #include "engine/session.h"
 
 enum metric_counter {
-    METRIC_PROMPT_TOKENS,      /* latte_prompt_tokens_total: tokens of admitted prompts */
-    METRIC_GENERATION_TOKENS,  /* latte_generation_tokens_total: of all choices */
-    METRIC_UNKNOWN_FIELDS,     /* latte_unknown_request_fields_total */
-    METRIC_CLIENT_DISCONNECTS, /* latte_client_disconnects_total */
-    METRIC_QUEUE_REJECTIONS,   /* latte_queue_rejections_total */
-    METRIC_CONNECTIONS,        /* latte_connections_total: accepted */
-    METRIC_TURNS,              /* latte_session_turns_total: committed */
-    METRIC_TURNS_LOST,         /* latte_session_turns_abandoned_total: failed or broken off */
-    METRIC_SESSIONS_EXPIRED,   /* latte_sessions_expired_total */
+    METRIC_PROMPT_TOKENS,         /* latte_prompt_tokens_total: tokens of admitted prompts */
+    METRIC_GENERATION_TOKENS,     /* latte_generation_tokens_total: of all choices */
+    METRIC_UNKNOWN_FIELDS,        /* latte_unknown_request_fields_total */
+    METRIC_CLIENT_DISCONNECTS,    /* latte_client_disconnects_total */
+    METRIC_QUEUE_REJECTIONS,      /* latte_queue_rejections_total */
+    METRIC_CONNECTIONS,           /* latte_connections_total: accepted */
+    METRIC_TURNS,                 /* latte_session_turns_total: committed */
+    METRIC_TURNS_LOST,            /* latte_session_turns_abandoned_total: failed or broken off */
+    METRIC_SESSIONS_EXPIRED,      /* latte_sessions_expired_total */
+    METRIC_STREAMS_RESUMED,       /* latte_streams_resumed_total */
+    METRIC_STREAMS_EVICTED,       /* latte_streams_evicted_total */
+    METRIC_STREAM_EVENTS_DROPPED, /* latte_stream_events_dropped_total */
     METRIC_COUNTER_COUNT
 };
 
@@ -58,9 +61,16 @@ struct metrics_sessions {
     struct journal_counts journal;
 };
 
+/* What is kept for clients that come back. */
+struct metrics_kept {
+    int n_streams;
+    size_t stream_bytes;
+};
+
 /* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL
  * while loading) and the number of open connections. */
 void metrics_write(struct bytes *out, const struct engine *engine,
-                   const struct metrics_sessions *sessions, int n_connections);
+                   const struct metrics_sessions *sessions, const struct metrics_kept *kept,
+                   int n_connections);
 
 #endif

@@ -88,6 +88,12 @@
       "after SIGTERM, time running requests have to finish")                                       \
     X(keepalive_interval, INT, "keepalive-interval", "15", 1, 3600, "SECONDS",                     \
       "a comment is sent on a stream that was silent this long")                                   \
+    X(stream_retention, INT, "stream-retention", "300", 0, 2592000, "SECONDS",                     \
+      "the events of a resumable stream are kept so long after its end")                           \
+    X(stream_retention_mb, NUMBER, "stream-retention-mb", "256", 0, 16777216, "MB",                \
+      "memory of all kept streams; beyond it those that ended first are forgotten")                \
+    X(stream_limit_mb, NUMBER, "stream-limit-mb", "16", 0, 16777216, "MB",                         \
+      "events kept of one stream; beyond it its oldest are dropped")                               \
     X(workers, INT, "workers", "2", 1, 64, "N", "threads that parse and tokenize large bodies")    \
     X(api_key_file, STRING, "api-key-file", NULL, 0, 0, "FILE",                                    \
       "one API key of 8 to 255 characters per line; without it the API is open")                   \

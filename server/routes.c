@@ -11,8 +11,9 @@
 #include "server/metrics.h"
 #include "server/openapi.h"
 #include "server/routes_sessions.h"
+#include "server/routes_streams.h"
 
-enum { MAX_OPENAPI_BYTES = 4 << 20 };
+enum { MAX_OPENAPI_BYTES = 4 << 20, MEGABYTE = 1 << 20 };
 
 /* ---- endpoints ------------------------------------------------------------------------------- */
 
@@ -128,7 +129,9 @@ static void get_metrics(struct http_request *http, void *context)
     struct metrics_sessions sessions = {0};
     if (model)
         fill_metrics(r, &sessions);
-    metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL,
+    struct reels_stats reels = reels_stats(r->reels);
+    struct metrics_kept kept = {.n_streams = reels.n_reels, .stream_bytes = reels.used_bytes};
+    metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL, &kept,
                   http_n_connections(r->server));
     if (body.failed) {
         bytes_free(&body);
@@ -165,6 +168,8 @@ static const struct http_route table[] = {
     {"POST", "/v1/sessions/{id}/rollback", HTTP_ROUTE_JSON, session_post_rollback},
     {"GET", "/v1/sessions/{id}/state", 0, session_get_state},
     {"PUT", "/v1/sessions/{id}/state", 0, session_put_state},
+    {"GET", "/v1/streams/{id}", 0, stream_get},
+    {"DELETE", "/v1/streams/{id}", 0, stream_remove},
     {"POST", "/tokenize", HTTP_ROUTE_JSON, post_tokenize},
     {"POST", "/detokenize", HTTP_ROUTE_JSON, post_detokenize},
     {"GET", "/version", 0, get_version},
@@ -204,6 +209,7 @@ void routes_on_tick(void *context)
 {
     struct routes *r = context;
     call_begin_late(r);
+    reels_expire(r->reels);
     if (!atomic_load_explicit(&r->model, memory_order_acquire))
         return;
     metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
@@ -246,10 +252,16 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     r->options = options;
     atomic_init(&r->model, NULL);
     atomic_init(&r->draining, false);
+    const struct reels_options reels = {.limit_all =
+                                            (size_t)(options->stream_retention_mb * MEGABYTE),
+                                        .limit_one = (size_t)(options->stream_limit_mb * MEGABYTE)};
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
+    if (!st)
+        st = reels_open(&r->reels, &reels, err);
     if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
+        reels_close(r->reels);
         bytes_free(&r->openapi);
         free(r);
         return st;
@@ -271,7 +283,9 @@ void routes_close(struct routes *r)
     if (!r)
         return;
     routes_stop(r);
+    call_end_detached(r);
     storage_close(&r->storage);
+    reels_close(r->reels);
     bytes_free(&r->openapi);
     free(r);
 }
@@ -324,6 +338,11 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
              latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);
     atomic_store_explicit(&r->model, model, memory_order_release);
     return STATUS_OK;
+}
+
+int routes_n_detached(const struct routes *r)
+{
+    return atomic_load(&r->n_detached);
 }
 
 void routes_drain(struct routes *r)

@@ -43,4 +43,7 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
 /* From serving to draining: /health/ready turns 503 and new generations are refused. Any thread. */
 void routes_drain(struct routes *r);
 
+/* Generations that may run without a request: their clients left. Any thread. */
+int routes_n_detached(const struct routes *r);
+
 #endif

@@ -282,9 +282,9 @@ size_t stream_held_bytes(const struct generation *g)
     return g->n_bytes;
 }
 
-ssize_t stream_read(void *context, char *out, size_t max)
+/* See to it that there are events; returns their bytes, or why there are none. */
+static ssize_t await_events(struct generation *g)
 {
-    struct generation *g = context;
     if (g->n_sent == g->events.n) {
         g->events.n = g->n_sent = 0;
         if (!g->ended)
@@ -297,10 +297,29 @@ ssize_t stream_read(void *context, char *out, size_t max)
     size_t left = g->events.n - g->n_sent;
     if (!left)
         return g->ended ? HTTP_SOURCE_END : HTTP_SOURCE_PARK;
-    size_t n = left < max ? left : max;
+    return (ssize_t)left;
+}
+
+ssize_t stream_read(void *context, char *out, size_t max)
+{
+    struct generation *g = context;
+    ssize_t left = await_events(g);
+    if (left <= 0)
+        return left;
+    size_t n = (size_t)left < max ? (size_t)left : max;
     memcpy(out, g->events.data + g->n_sent, n);
     g->n_sent += n;
     return (ssize_t)n;
+}
+
+ssize_t stream_take(struct generation *g, const char **events)
+{
+    ssize_t n = await_events(g);
+    if (n > 0) {
+        *events = g->events.data + g->n_sent;
+        g->n_sent += (size_t)n;
+    }
+    return n;
 }
 
 /* ---- life ---------------------------------------------------------------------------------- */

@@ -107,6 +107,10 @@ void stream_write(struct generation *g, struct bytes *out);
  * beginning becomes an event of its own, and the end. context: struct generation. */
 ssize_t stream_read(void *context, char *out, size_t max);
 
+/* The same for one who keeps the events: gives whole ones, valid until the next call. Returns their
+ * bytes, HTTP_SOURCE_PARK, _END or _ABORT. */
+ssize_t stream_take(struct generation *g, const char **events);
+
 /* Tokens of the prompts, each once, and of all outputs so far. */
 struct codec_usage stream_usage(const struct generation *g);
 

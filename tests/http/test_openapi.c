@@ -337,7 +337,8 @@ static int start_all(void **state)
     server_start(&plain, NULL);
     server_start(&tight, (const char *const[]){"--request-timeout", "1", "--max-tokens-limit",
                                                "1000000000", NULL});
-    server_start(&small, (const char *const[]){"--max-body-mb", "1", NULL});
+    server_start(&small,
+                 (const char *const[]){"--max-body-mb", "1", "--stream-limit-mb", "0.1", NULL});
     server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "2",
                                               "--max-sessions", "1", NULL});
     fill_up(&full);
@@ -609,6 +610,33 @@ static void provoke_session(const char *path, const char *method, int status, co
     free(big);
 }
 
+/* The same for what is about a stream, which is there but for 401 and 404, and which is longer than
+ * what is kept of it for 410. */
+static void provoke_stream(const char *method, int status, struct reply *reply)
+{
+    const struct server *s = status == 401 ? &keyed : status == 410 ? &small : &plain;
+    char id[64] = "cmpl-none", path[160], body[200];
+    struct reply made;
+    if (status != 401 && status != 404) {
+        snprintf(body, sizeof(body),
+                 "{\"prompt\":\"x\",\"n\":2,\"logprobs\":20,\"max_tokens\":%d,"
+                 "\"ignore_eos\":true,\"stream\":true,\"resumable\":true}",
+                 status == 410 ? 200 : 1);
+        client_post(s, "/v1/completions", body, &made);
+        assert_true(reply_header(&made, "X-Stream-Id", id, sizeof(id)));
+        reply_free(&made);
+    }
+    /* Each of the two choices of one token is an event, and so is the end. */
+    snprintf(path, sizeof(path), "/v1/streams/%s%s", id,
+             status == 204   ? "?last_event_id=3"
+             : status == 400 ? "?last_event_id=x"
+                             : "");
+    client_send(
+        s,
+        &(struct client_request){.method = strcmp(method, "get") ? "DELETE" : "GET", .path = path},
+        reply);
+}
+
 /* Send what makes an operation answer with a status; false when nothing here can. */
 static bool provoke(const char *path, const char *method, int status, const char *example,
                     struct reply *reply)
@@ -616,6 +644,10 @@ static bool provoke(const char *path, const char *method, int status, const char
     bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
     if (strstr(path, "/sessions") || status == 409 || status == 412) {
         provoke_session(path, method, status, example, reply);
+        return true;
+    }
+    if (strstr(path, "/streams")) {
+        provoke_stream(method, status, reply);
         return true;
     }
     char real_path[300], *big = NULL;

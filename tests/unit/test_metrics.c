@@ -14,7 +14,7 @@
 static char *text_of(void)
 {
     struct bytes b = {0};
-    metrics_write(&b, NULL, NULL, 3);
+    metrics_write(&b, NULL, NULL, NULL, 3);
     assert_false(b.failed);
     return b.data;
 }

@@ -1,0 +1,623 @@
+/* test_streams.c - what survives the network: streams that a client comes back to, repetitions of
+ * a request, turns that wait. The oracles are the same server without a cut, and a whole reply
+ * with the same seed.
+ *
+ * Streams are read with HTTP/1.0, whose bodies are not chunked: what comes is what was said. */
+#include "tests/http/harness.h"
+
+#include <cjson/cJSON.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define COMPLETIONS "/v1/completions"
+#define CHAT "/v1/chat/completions"
+#define ENDLESS "\"max_tokens\":900000,\"ignore_eos\":true,\"stream\":true"
+
+enum { ANY_BYTES = 1 << 30, MAX_CHOICES = 4, ENOUGH_MS = 20000 };
+
+static struct server server;
+
+static int start_server(void **state)
+{
+    (void)state;
+    server_start(&server, NULL);
+    return 0;
+}
+
+static int stop_server(void **state)
+{
+    (void)state;
+    server_stop(&server);
+    return 0;
+}
+
+__attribute__((format(printf, 1, 2))) static char *text_of(const char *format, ...)
+{
+    char *text = NULL;
+    va_list args;
+    va_start(args, format);
+    assert_true(vasprintf(&text, format, args) >= 0);
+    va_end(args);
+    return text;
+}
+
+/* ---- whole requests -------------------------------------------------------------------------- */
+
+/* header: one or NULL. Frees body, which may be NULL. */
+static void ask(const struct server *s, const char *method, const char *path, char *body,
+                const char *header, struct reply *reply)
+{
+    const char *const headers[] = {header, NULL};
+    struct client_request request = {
+        .method = method, .path = path, .body = body, .headers = header ? headers : NULL};
+    client_send(s, &request, reply);
+    free(body);
+}
+
+static int code_of(const struct server *s, const char *method, const char *path, char *body,
+                   const char *header)
+{
+    struct reply reply;
+    ask(s, method, path, body, header, &reply);
+    int code = reply.code;
+    reply_free(&reply);
+    return code;
+}
+
+/* A member along a path of names, "session.version", in JSON text. */
+static cJSON *parse(const struct bytes *text)
+{
+    cJSON *json = cJSON_ParseWithLength(text->data, text->n);
+    if (!json)
+        fail_msg("no JSON: %s", text->data);
+    return json;
+}
+
+static const cJSON *member(const cJSON *v, const char *name)
+{
+    const cJSON *found = cJSON_GetObjectItemCaseSensitive(v, name);
+    if (!found)
+        fail_msg("no %s in %s", name, cJSON_PrintUnformatted(v));
+    return found;
+}
+
+struct id {
+    char text[64];
+};
+
+static struct id new_session(const struct server *s)
+{
+    struct reply reply;
+    struct id id;
+    client_post(s, "/v1/sessions", "{}", &reply);
+    cJSON *json = parse(&reply.body);
+    snprintf(id.text, sizeof(id.text), "%s", member(json, "id")->valuestring);
+    cJSON_Delete(json);
+    reply_free(&reply);
+    return id;
+}
+
+static int version_of(const struct server *s, const struct id *id)
+{
+    char path[128];
+    struct reply reply;
+    snprintf(path, sizeof(path), "/v1/sessions/%s", id->text);
+    client_get(s, path, &reply);
+    cJSON *json = parse(&reply.body);
+    int version = member(json, "version")->valueint;
+    cJSON_Delete(json);
+    reply_free(&reply);
+    return version;
+}
+
+/* ---- streams --------------------------------------------------------------------------------- */
+
+/* A client that knows the events it has in whole. */
+struct reader {
+    int fd;
+    struct bytes raw; /* as received since the last request */
+    int code;
+    char id[64];
+    char head[600];
+    struct bytes events; /* whole ones, of all requests */
+    unsigned long last;  /* number of the last one */
+    bool is_done;        /* "[DONE]" came */
+    bool has_error;      /* an event without a number */
+};
+
+static void reader_free(struct reader *r)
+{
+    if (r->fd >= 0)
+        close(r->fd);
+    bytes_free(&r->raw);
+    bytes_free(&r->events);
+}
+
+static void reader_send(const struct server *s, struct reader *r, const char *head,
+                        const char *body)
+{
+    char *text = text_of("%s HTTP/1.0\r\nHost: x\r\nContent-Type: application/json\r\n"
+                         "Content-Length: %zu\r\n\r\n%s",
+                         head, strlen(body), body);
+    r->raw.n = 0;
+    r->code = 0;
+    r->fd = raw_connect(s);
+    raw_text(r->fd, text);
+    free(text);
+}
+
+static void reader_post(const struct server *s, struct reader *r, const char *path, char *body)
+{
+    char *head = text_of("POST %s", path);
+    *r = (struct reader){.fd = -1};
+    reader_send(s, r, head, body);
+    free(head);
+    free(body);
+}
+
+/* Go on behind the last event. The number is told in one way or the other. */
+static void reader_resume(const struct server *s, struct reader *r, const char *id, bool by_query)
+{
+    char request[300];
+    snprintf(request, sizeof(request),
+             by_query ? "GET /v1/streams/%s?last_event_id=%lu HTTP/1.0\r\nHost: x\r\n\r\n"
+                      : "GET /v1/streams/%s HTTP/1.0\r\nHost: x\r\nLast-Event-ID: %lu\r\n\r\n",
+             id, r->last);
+    r->raw.n = 0;
+    r->code = 0;
+    r->fd = raw_connect(s);
+    raw_text(r->fd, request);
+}
+
+static void read_head(struct reader *r, const char *end)
+{
+    snprintf(r->head, sizeof(r->head), "%.*s", (int)(end - r->raw.data), r->raw.data);
+    assert_int_equal(sscanf(r->raw.data, "HTTP/1.%*d %d", &r->code), 1);
+    const char *id = strstr(r->head, "X-Stream-Id: ");
+    if (id)
+        sscanf(id, "X-Stream-Id: %63s", r->id);
+}
+
+/* One event, without its empty line: its number is the next one. */
+static void take_event(struct reader *r, const char *event)
+{
+    if (event[0] == ':')
+        return;
+    if (strncmp(event, "id: ", 4)) {
+        r->has_error = strstr(event, "\"error\"") != NULL;
+        return;
+    }
+    unsigned long number = strtoul(event + 4, NULL, 10);
+    if (number != r->last + 1 && r->last)
+        fail_msg("event %lu follows event %lu", number, r->last);
+    r->last = number;
+    bytes_text(&r->events, event);
+    bytes_text(&r->events, "\n\n");
+    r->is_done = strstr(event, "data: [DONE]") != NULL;
+}
+
+/* Read up to so many bytes of the body, or until an event with this text, or to the end; then
+ * hang up unless `stay`. What came of an unfinished event is forgotten, as a client would. */
+static void reader_read(struct reader *r, size_t n_bytes, const char *until, bool stay)
+{
+    const char *end = NULL, *at;
+    bool closed = false;
+    while (!closed && !(end && r->raw.n - (size_t)(end + 4 - r->raw.data) >= n_bytes)) {
+        char piece[4096];
+        size_t n = n_bytes < sizeof(piece) && end ? n_bytes : sizeof(piece);
+        ssize_t got = recv(r->fd, piece, n, 0);
+        closed = got <= 0;
+        if (!closed)
+            bytes_append(&r->raw, piece, (size_t)got);
+        end = r->raw.n ? strstr(r->raw.data, "\r\n\r\n") : NULL;
+        if (until && end && strstr(end, until))
+            break;
+    }
+    if (!end)
+        fail_msg("no reply: %s", r->raw.n ? r->raw.data : "");
+    read_head(r, end);
+    at = end + 4;
+    size_t left = r->raw.n - (size_t)(at - r->raw.data);
+    if (left > n_bytes) {
+        r->raw.n -= left - n_bytes;
+        r->raw.data[r->raw.n] = '\0';
+    }
+    for (char *next; r->code == 200 && (next = strstr(at, "\n\n")); at = next + 2) {
+        *next = '\0';
+        take_event(r, at);
+        *next = '\n';
+    }
+    if (stay) { /* the head and the unfinished event stay for the next call */
+        struct bytes rest = {0};
+        bytes_append(&rest, r->raw.data, (size_t)(end + 4 - r->raw.data));
+        bytes_text(&rest, at);
+        bytes_free(&r->raw);
+        r->raw = rest;
+        return;
+    }
+    close(r->fd);
+    r->fd = -1;
+}
+
+/* The texts of the choices that a reader has. */
+static void texts_of(const struct reader *r, struct bytes texts[MAX_CHOICES])
+{
+    for (const char *at = r->events.data; (at = strstr(at, "data: {"));) {
+        const char *end = strstr(at, "\n\n");
+        struct bytes data = {.data = (char *)(uintptr_t)at + 6, .n = (size_t)(end - at) - 6};
+        cJSON *json = parse(&data);
+        const cJSON *choice;
+        cJSON_ArrayForEach(choice, member(json, "choices"))
+        {
+            const cJSON *delta = cJSON_GetObjectItem(choice, "delta");
+            const cJSON *text =
+                cJSON_GetObjectItem(delta ? delta : choice, delta ? "content" : "text");
+            if (text)
+                bytes_text(&texts[member(choice, "index")->valueint], text->valuestring);
+        }
+        cJSON_Delete(json);
+        at = end;
+    }
+}
+
+/* A whole reply's texts are what the reader has. */
+static void assert_texts(const struct reader *r, const struct reply *whole)
+{
+    struct bytes texts[MAX_CHOICES] = {0};
+    cJSON *json = parse(&whole->body);
+    texts_of(r, texts);
+    const cJSON *choice;
+    cJSON_ArrayForEach(choice, member(json, "choices"))
+    {
+        const cJSON *message = cJSON_GetObjectItem(choice, "message");
+        const cJSON *text = message ? member(message, "content") : member(choice, "text");
+        const struct bytes *found = &texts[member(choice, "index")->valueint];
+        assert_string_equal(found->data ? found->data : "", text->valuestring);
+    }
+    cJSON_Delete(json);
+    for (int i = 0; i < MAX_CHOICES; i++)
+        bytes_free(&texts[i]);
+}
+
+/* All of a stream at once, from its first event. */
+static void read_all(const struct server *s, const char *id, struct reader *r)
+{
+    *r = (struct reader){.fd = -1};
+    reader_resume(s, r, id, false);
+    reader_read(r, ANY_BYTES, NULL, false);
+}
+
+static void assert_same_events(const struct reader *a, const struct reader *b)
+{
+    assert_int_equal(a->last, b->last);
+    assert_int_equal(a->events.n, b->events.n);
+    assert_memory_equal(a->events.data, b->events.data, a->events.n);
+}
+
+/* ---- coming back ----------------------------------------------------------------------------- */
+
+static unsigned seed = 1;
+
+static unsigned pick(unsigned n)
+{
+    seed = seed * 1103515245 + 12345;
+    return (seed >> 16) % n;
+}
+
+/* Cut at random places, mostly in the middle of events, until all has come. */
+static int cut_and_resume(const char *path, const char *what)
+{
+    struct reader r, uncut;
+    struct reply whole;
+    int cuts = 0;
+    reader_post(&server, &r, path, text_of("{%s,\"stream\":true,\"resumable\":true}", what));
+    reader_read(&r, pick(3000), NULL, false);
+    char *id = strdup(r.id);
+    for (; !r.is_done; cuts++) {
+        reader_resume(&server, &r, id, pick(2));
+        reader_read(&r, 1 + pick(9000), NULL, false);
+        assert_int_equal(r.code, 200);
+        assert_string_equal(r.id, id);
+        assert_false(r.has_error);
+    }
+    read_all(&server, id, &uncut);
+    assert_same_events(&r, &uncut);
+    ask(&server, "POST", path, text_of("{%s}", what), NULL, &whole);
+    assert_int_equal(whole.code, 200);
+    assert_texts(&r, &whole);
+    cJSON *json = parse(&whole.body);
+    assert_int_equal(strncmp(id, member(json, "id")->valuestring, 4), 0);
+    cJSON_Delete(json);
+    reply_free(&whole);
+    reader_free(&uncut);
+    reader_free(&r);
+    free(id);
+    return cuts;
+}
+
+static void test_cut_and_resume(void **state)
+{
+    (void)state;
+    int cuts = 0;
+    for (int i = 0; i < 20; i++) {
+        char what[200];
+        snprintf(what, sizeof(what),
+                 i % 2 ? "\"prompt\":\"%d\",\"n\":2,\"max_tokens\":60,\"seed\":%d"
+                       : "\"messages\":[{\"role\":\"user\",\"content\":\"%d\"}],"
+                         "\"max_tokens\":80,\"seed\":%d,\"logprobs\":true",
+                 i, i);
+        cuts += cut_and_resume(i % 2 ? COMPLETIONS : CHAT, what);
+    }
+    assert_true(cuts > 40);
+    assert_true(server_metric(&server, "latte_streams_resumed_total") > cuts);
+}
+
+/* The first reader stays, two more come at different places; one text for all. */
+static void test_readers_at_once(void **state)
+{
+    (void)state;
+    struct reader first, second, third, after;
+    reader_post(&server, &first, COMPLETIONS,
+                text_of("{\"prompt\":\"a\",\"max_tokens\":400,\"ignore_eos\":true,"
+                        "\"stream\":true,\"resumable\":true}"));
+    reader_read(&first, ANY_BYTES, "id: 5\n", true);
+    second = (struct reader){.fd = -1};
+    third = (struct reader){.fd = -1, .last = 3};
+    reader_resume(&server, &second, first.id, false);
+    reader_resume(&server, &third, first.id, true);
+    reader_read(&second, ANY_BYTES, "id: 20\n", true);
+    reader_read(&third, ANY_BYTES, NULL, false);
+    reader_read(&second, ANY_BYTES, NULL, false);
+    reader_read(&first, ANY_BYTES, NULL, false);
+    read_all(&server, first.id, &after);
+    assert_true(first.is_done && second.is_done && third.is_done);
+    assert_same_events(&first, &second);
+    assert_same_events(&first, &after);
+    const char *fourth = strstr(first.events.data, "id: 4\n");
+    assert_string_equal(third.events.data, fourth);
+    reader_free(&first);
+    reader_free(&second);
+    reader_free(&third);
+    reader_free(&after);
+}
+
+/* The client leaves at the first event: the generation goes on, and its turn counts. */
+static void test_runs_on(void **state)
+{
+    (void)state;
+    struct id session = new_session(&server);
+    double turns = server_metric(&server, "latte_session_turns_total");
+    struct reader r, all;
+    reader_post(&server, &r, COMPLETIONS,
+                text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"max_tokens\":600,"
+                        "\"ignore_eos\":true,\"stream\":true,\"resumable\":true}",
+                        session.text));
+    reader_read(&r, 1, NULL, false);
+    assert_true(server_await_metric(&server, "latte_session_turns_total", turns + 1, ENOUGH_MS));
+    assert_int_equal(version_of(&server, &session), 1);
+    read_all(&server, r.id, &all);
+    assert_true(all.is_done);
+    assert_non_null(strstr(all.events.data, "\"version\":1"));
+    /* Nothing is left to be said. */
+    char path[160];
+    snprintf(path, sizeof(path), "/v1/streams/%s?last_event_id=%lu", r.id, all.last);
+    assert_int_equal(code_of(&server, "GET", path, NULL, NULL), 204);
+    reader_free(&r);
+    reader_free(&all);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    struct reply reply;
+    struct reader r;
+    client_post(&server, COMPLETIONS, "{\"prompt\":\"a\",\"resumable\":true}", &reply);
+    assert_error_object(&reply, 400, "invalid_request_error", "invalid_parameter_combination");
+    reply_free(&reply);
+    client_get(&server, "/v1/streams/cmpl-nobody", &reply);
+    assert_error_object(&reply, 404, "invalid_request_error", "stream_not_found");
+    reply_free(&reply);
+    reader_post(&server, &r, COMPLETIONS,
+                text_of("{\"prompt\":\"a\",\"stream\":true,\"resumable\":true}"));
+    reader_read(&r, ANY_BYTES, NULL, false);
+    static const char *const wrong[] = {"-1", "x", "1x", "", "1000", "9999999999999999999"};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
+        char path[160];
+        snprintf(path, sizeof(path), "/v1/streams/%s?last_event_id=%s", r.id, wrong[i]);
+        client_get(&server, path, &reply);
+        assert_error_object(&reply, 400, "invalid_request_error", "invalid_value");
+        reply_free(&reply);
+    }
+    reader_free(&r);
+}
+
+/* DELETE stops what runs, says so to its readers, and leaves the session as it was. */
+static void test_delete(void **state)
+{
+    (void)state;
+    struct id session = new_session(&server);
+    struct reader r;
+    char path[160];
+    reader_post(&server, &r, COMPLETIONS,
+                text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"resumable\":true," ENDLESS "}",
+                        session.text));
+    reader_read(&r, ANY_BYTES, "id: 3\n", true);
+    snprintf(path, sizeof(path), "/v1/streams/%s", r.id);
+    assert_int_equal(code_of(&server, "DELETE", path, NULL, NULL), 200);
+    reader_read(&r, ANY_BYTES, NULL, false);
+    assert_true(r.has_error);
+    assert_false(r.is_done);
+    assert_non_null(strstr(r.raw.data, "stream_deleted"));
+    assert_true(server_await_metric(&server, "latte_requests_running", 0, ENOUGH_MS));
+    assert_int_equal(version_of(&server, &session), 0);
+    assert_int_equal(code_of(&server, "GET", path, NULL, NULL), 404);
+    assert_int_equal(code_of(&server, "DELETE", path, NULL, NULL), 404);
+    reader_free(&r);
+}
+
+/* ---- owners, limits -------------------------------------------------------------------------- */
+
+static void write_keys(char *path, size_t n)
+{
+    snprintf(path, n, "/tmp/latte-streams-keys-%d", (int)getpid());
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fputs("first-key-1\nsecond-key-2\n", f);
+    fclose(f);
+}
+
+static const char first_key[] = "Authorization: Bearer first-key-1",
+                  second_key[] = "Authorization: Bearer second-key-2";
+
+static void test_owners(void **state)
+{
+    (void)state;
+    struct server keyed;
+    struct reply reply;
+    char keys[64], path[160], id[64];
+    write_keys(keys, sizeof(keys));
+    const char *const args[] = {"--api-key-file", keys, NULL};
+    server_start(&keyed, args);
+    ask(&keyed, "POST", COMPLETIONS,
+        strdup("{\"prompt\":\"a\",\"stream\":true,\"resumable\":true}"), first_key, &reply);
+    assert_int_equal(reply.code, 200);
+    assert_true(reply_header(&reply, "X-Stream-Id", id, sizeof(id)));
+    reply_free(&reply);
+    snprintf(path, sizeof(path), "/v1/streams/%s", id);
+    assert_int_equal(code_of(&keyed, "GET", path, NULL, second_key), 404);
+    assert_int_equal(code_of(&keyed, "DELETE", path, NULL, second_key), 404);
+    assert_int_equal(code_of(&keyed, "GET", path, NULL, NULL), 401);
+    assert_int_equal(code_of(&keyed, "GET", path, NULL, first_key), 200);
+    server_stop(&keyed);
+    remove(keys);
+}
+
+static void assert_gone(const struct server *s, const char *id, unsigned long after)
+{
+    char path[160];
+    struct reply reply;
+    snprintf(path, sizeof(path), "/v1/streams/%s?last_event_id=%lu", id, after);
+    client_get(s, path, &reply);
+    assert_error_object(&reply, 410, "invalid_request_error", "stream_events_dropped");
+    reply_free(&reply);
+}
+
+/* More events than are kept: what is gone is said, to those who come and to those who are there. */
+static void test_bounded(void **state)
+{
+    (void)state;
+    const char *const args[] = {"--stream-limit-mb", "0.25", "--stream-retention-mb", "0.5", NULL};
+    static const char body[] = "{\"prompt\":\"a\",\"n\":2,\"max_tokens\":500,\"ignore_eos\":true,"
+                               "\"logprobs\":20,\"stream\":true,\"resumable\":true}";
+    struct server small;
+    struct reader slow, late;
+    char path[160], first_id[64];
+    server_start(&small, args);
+    reader_post(&small, &slow, COMPLETIONS, strdup(body)); /* and reads nothing more than that */
+    reader_read(&slow, ANY_BYTES, "id: 1\n", true);
+    snprintf(first_id, sizeof(first_id), "%s", slow.id);
+    assert_true(server_await_metric(&small, "latte_request_success_total{finish_reason=\"length\"}",
+                                    2, ENOUGH_MS));
+    assert_true(server_metric(&small, "latte_stream_bytes") < 400 << 10);
+    assert_true(server_metric(&small, "latte_stream_events_dropped_total") > 0);
+    assert_gone(&small, first_id, 0);
+    reader_read(&slow, ANY_BYTES, NULL, false);
+    assert_true(slow.has_error);
+    assert_false(slow.is_done);
+    assert_non_null(strstr(slow.raw.data, "stream_events_dropped"));
+    assert_gone(&small, first_id, slow.last);
+    /* What is kept is whole. */
+    int code = 410;
+    late = (struct reader){.fd = -1, .last = slow.last};
+    while (code == 410) {
+        late.last += 10;
+        snprintf(path, sizeof(path), "/v1/streams/%s?last_event_id=%lu", first_id, late.last);
+        code = code_of(&small, "GET", path, NULL, NULL);
+    }
+    assert_int_equal(code, 200);
+    reader_resume(&small, &late, first_id, true);
+    reader_read(&late, ANY_BYTES, NULL, false);
+    assert_true(late.is_done);
+    /* Of many streams the oldest go. */
+    for (int i = 0; i < 3; i++) {
+        struct reply reply;
+        client_post(&small, COMPLETIONS, body, &reply);
+        assert_int_equal(reply.code, 200);
+        reply_free(&reply);
+    }
+    snprintf(path, sizeof(path), "/v1/streams/%s", first_id);
+    assert_int_equal(code_of(&small, "GET", path, NULL, NULL), 404);
+    assert_true(server_metric(&small, "latte_streams_evicted_total") >= 1);
+    assert_true(server_metric(&small, "latte_stream_bytes") < 660 << 10);
+    reader_free(&slow);
+    reader_free(&late);
+    server_stop(&small);
+}
+
+static void test_retention(void **state)
+{
+    (void)state;
+    const char *const args[] = {"--stream-retention", "0", NULL};
+    struct server brief;
+    struct reader r;
+    char path[160];
+    server_start(&brief, args);
+    reader_post(&brief, &r, COMPLETIONS,
+                text_of("{\"prompt\":\"a\",\"resumable\":true," ENDLESS "}"));
+    reader_read(&r, ANY_BYTES, "id: 2\n", false);
+    snprintf(path, sizeof(path), "/v1/streams/%s", r.id);
+    assert_int_equal(server_metric(&brief, "latte_streams_kept"), 1);
+    assert_int_equal(code_of(&brief, "DELETE", path, NULL, NULL), 200);
+    reader_free(&r);
+    reader_post(&brief, &r, COMPLETIONS,
+                text_of("{\"prompt\":\"a\",\"stream\":true,\"resumable\":true}"));
+    reader_read(&r, ANY_BYTES, NULL, false);
+    assert_true(server_await_metric(&brief, "latte_streams_kept", 0, ENOUGH_MS));
+    assert_int_equal(server_metric(&brief, "latte_stream_bytes"), 0);
+    snprintf(path, sizeof(path), "/v1/streams/%s", r.id);
+    assert_int_equal(code_of(&brief, "GET", path, NULL, NULL), 404);
+    reader_free(&r);
+    server_stop(&brief);
+}
+
+/* A stop waits for a stream without a client as for any other; not for ever. */
+static void test_drain(void **state)
+{
+    (void)state;
+    const char *const args[] = {"--drain-timeout", "1", NULL};
+    for (int endless = 0; endless < 2; endless++) {
+        struct server s;
+        struct reader r;
+        server_start(&s, endless ? args : NULL);
+        reader_post(&s, &r, COMPLETIONS,
+                    text_of("{\"prompt\":\"a\",\"max_tokens\":%d,\"ignore_eos\":true,"
+                            "\"stream\":true,\"resumable\":true}",
+                            endless ? 900000 : 1000));
+        reader_read(&r, 1, NULL, false);
+        reader_free(&r);
+        server_signal(&s, SIGTERM);
+        assert_int_equal(server_wait_exit(&s, ENOUGH_MS), endless);
+        char *log = server_log(&s);
+        assert_int_equal(strstr(log, "1 detached streams are cut off") != NULL, endless);
+        free(log);
+        server_stop(&s);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_cut_and_resume), cmocka_unit_test(test_readers_at_once),
+        cmocka_unit_test(test_runs_on),        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_delete),         cmocka_unit_test(test_owners),
+        cmocka_unit_test(test_bounded),        cmocka_unit_test(test_retention),
+        cmocka_unit_test(test_drain),
+    };
+    return cmocka_run_group_tests(tests, start_server, stop_server);
+}
