@@ -119,6 +119,7 @@ static int version_of(const struct server *s, const struct id *id)
 /* A client that knows the events it has in whole. */
 struct reader {
     int fd;
+    int buffer;       /* bytes that may wait unread in the socket, 0: as usual */
     struct bytes raw; /* as received since the last request */
     int code;
     char id[64];
@@ -146,6 +147,8 @@ static void reader_send(const struct server *s, struct reader *r, const char *he
     r->raw.n = 0;
     r->code = 0;
     r->fd = raw_connect(s);
+    if (r->buffer)
+        setsockopt(r->fd, SOL_SOCKET, SO_RCVBUF, &r->buffer, sizeof(r->buffer));
     raw_text(r->fd, text);
     free(text);
 }
@@ -153,7 +156,7 @@ static void reader_send(const struct server *s, struct reader *r, const char *he
 static void reader_post(const struct server *s, struct reader *r, const char *path, char *body)
 {
     char *head = text_of("POST %s", path);
-    *r = (struct reader){.fd = -1};
+    *r = (struct reader){.fd = -1, .buffer = r->buffer};
     reader_send(s, r, head, body);
     free(head);
     free(body);
@@ -311,7 +314,7 @@ static unsigned pick(unsigned n)
 /* Cut at random places, mostly in the middle of events, until all has come. */
 static int cut_and_resume(const char *path, const char *what)
 {
-    struct reader r, uncut;
+    struct reader r = {0}, uncut;
     struct reply whole;
     int cuts = 0;
     reader_post(&server, &r, path, text_of("{%s,\"stream\":true,\"resumable\":true}", what));
@@ -360,7 +363,7 @@ static void test_cut_and_resume(void **state)
 static void test_readers_at_once(void **state)
 {
     (void)state;
-    struct reader first, second, third, after;
+    struct reader first = {0}, second, third, after;
     reader_post(&server, &first, COMPLETIONS,
                 text_of("{\"prompt\":\"a\",\"max_tokens\":400,\"ignore_eos\":true,"
                         "\"stream\":true,\"resumable\":true}"));
@@ -391,7 +394,7 @@ static void test_runs_on(void **state)
     (void)state;
     struct id session = new_session(&server);
     double turns = server_metric(&server, "latte_session_turns_total");
-    struct reader r, all;
+    struct reader r = {0}, all;
     reader_post(&server, &r, COMPLETIONS,
                 text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"max_tokens\":600,"
                         "\"ignore_eos\":true,\"stream\":true,\"resumable\":true}",
@@ -414,7 +417,7 @@ static void test_refusals(void **state)
 {
     (void)state;
     struct reply reply;
-    struct reader r;
+    struct reader r = {0};
     client_post(&server, COMPLETIONS, "{\"prompt\":\"a\",\"resumable\":true}", &reply);
     assert_error_object(&reply, 400, "invalid_request_error", "invalid_parameter_combination");
     reply_free(&reply);
@@ -440,7 +443,7 @@ static void test_delete(void **state)
 {
     (void)state;
     struct id session = new_session(&server);
-    struct reader r;
+    struct reader r = {0};
     char path[160];
     reader_post(&server, &r, COMPLETIONS,
                 text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"resumable\":true," ENDLESS "}",
@@ -511,10 +514,10 @@ static void test_bounded(void **state)
 {
     (void)state;
     const char *const args[] = {"--stream-limit-mb", "0.25", "--stream-retention-mb", "0.5", NULL};
-    static const char body[] = "{\"prompt\":\"a\",\"n\":2,\"max_tokens\":500,\"ignore_eos\":true,"
+    static const char body[] = "{\"prompt\":\"a\",\"n\":2,\"max_tokens\":800,\"ignore_eos\":true,"
                                "\"logprobs\":20,\"stream\":true,\"resumable\":true}";
     struct server small;
-    struct reader slow, late;
+    struct reader slow = {.buffer = 16 << 10}, late;
     char path[160], first_id[64];
     server_start(&small, args);
     reader_post(&small, &slow, COMPLETIONS, strdup(body)); /* and reads nothing more than that */
@@ -563,7 +566,7 @@ static void test_retention(void **state)
     (void)state;
     const char *const args[] = {"--stream-retention", "0", NULL};
     struct server brief;
-    struct reader r;
+    struct reader r = {0};
     char path[160];
     server_start(&brief, args);
     reader_post(&brief, &r, COMPLETIONS,
@@ -591,7 +594,7 @@ static void test_drain(void **state)
     const char *const args[] = {"--drain-timeout", "1", NULL};
     for (int endless = 0; endless < 2; endless++) {
         struct server s;
-        struct reader r;
+        struct reader r = {0};
         server_start(&s, endless ? args : NULL);
         reader_post(&s, &r, COMPLETIONS,
                     text_of("{\"prompt\":\"a\",\"max_tokens\":%d,\"ignore_eos\":true,"
