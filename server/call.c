@@ -8,6 +8,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "server/call_once.h"
 #include "server/metrics.h"
 
 enum {
@@ -63,9 +64,11 @@ static void unlist_woken(struct call *c)
     c->is_woken = false;
 }
 
-static void list_detached(struct call *c)
+/* From now on the generation does not depend on the request. */
+static void run_on(struct call *c)
 {
     struct routes *r = c->routes;
+    c->runs_on = true;
     c->detached_next = r->detached;
     if (r->detached)
         r->detached->detached_previous = c;
@@ -76,6 +79,9 @@ static void list_detached(struct call *c)
 static void unlist_detached(struct call *c)
 {
     struct routes *r = c->routes;
+    if (!c->runs_on)
+        return;
+    c->runs_on = false;
     if (c->detached_previous)
         c->detached_previous->detached_next = c->detached_next;
     else
@@ -91,7 +97,6 @@ static void drop_reel(struct call *c)
     if (!c->reel)
         return;
     reel_stop(c->reel, NULL, NULL);
-    unlist_detached(c);
     c->reel = NULL;
 }
 
@@ -99,10 +104,10 @@ static void call_free(struct call *c)
 {
     unlist_starting(c);
     unlist_woken(c);
-    if (c->reel)
-        unlist_detached(c);
+    unlist_detached(c);
     if (c->charged)
         http_uncharge(c->routes->server, c->charged);
+    once_forget(c->routes, c->outcome);
     metrics_add(METRIC_TURNS_LOST, c->turn.active);
     if (c->turn.active)
         session_abandon(c->routes->storage.sessions, &c->turn);
@@ -114,6 +119,14 @@ static void call_free(struct call *c)
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
+}
+
+/* All is said: the call lives as long as its request does. It may be gone afterwards. */
+static void end_run(struct call *c)
+{
+    unlist_detached(c);
+    if (!c->http && !c->working && !c->committing)
+        call_free(c);
 }
 
 static void note_tokens(struct call *c)
@@ -133,10 +146,10 @@ static void on_close(void *context, bool delivered)
     if (c->generation)
         note_tokens(c);
     unlist_starting(c);
-    if (c->reel)
+    if (c->runs_on)
         c->charged = http_keep_charge(c->http);
     c->http = NULL;
-    if (!c->working && !c->committing && !c->reel)
+    if (!c->working && !c->committing && !c->runs_on)
         call_free(c);
 }
 
@@ -152,9 +165,18 @@ void call_reply_json(struct http_request *http, struct bytes *body)
     http_fail(http, &err, NULL);
 }
 
+/* Answer with an error. */
+static void refuse(struct call *c, const struct error *err, const char *code)
+{
+    once_fail(c->routes, c->outcome, err, code);
+    c->outcome = NULL;
+    if (c->http)
+        http_fail(c->http, err, code);
+}
+
 static void defer(struct call *c)
 {
-    if (!c->deferred)
+    if (c->http && !c->deferred)
         http_defer(c->http);
     c->deferred = true;
 }
@@ -173,10 +195,22 @@ static void begin_stream(struct call *c)
 {
     unlist_starting(c);
     c->streaming = true;
-    if (c->reel)
+    if (c->reel) {
+        once_begin_stream(c->routes, c->outcome, reel_id(c->reel));
         begin_reel(c);
-    else
+    } else {
         http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
+    }
+}
+
+static void finish_reel(struct call *c)
+{
+    bool failed = stream_poll(c->generation) == STREAM_FAILED;
+    once_end_stream(c->routes, c->outcome, failed ? stream_error(c->generation) : NULL);
+    c->outcome = NULL;
+    reel_finish(c->reel);
+    c->reel = NULL;
+    end_run(c);
 }
 
 /* The generation's events go to its reel, so many at once that the others get their turn. True:
@@ -194,10 +228,11 @@ static bool fill_reel(struct call *c)
     }
     note_tokens(c);
     if (n == HTTP_SOURCE_ABORT) {
+        once_forget(c->routes, c->outcome);
+        c->outcome = NULL;
         call_stop(c, "The server is out of memory.", "service_unavailable");
     } else if (n == HTTP_SOURCE_END) {
-        reel_finish(c->reel);
-        call_free(c);
+        finish_reel(c);
     }
     return n > 0;
 }
@@ -205,11 +240,15 @@ static bool fill_reel(struct call *c)
 void call_stop(struct call *c, const char *reason, const char *code)
 {
     CHECK(!c->http);
-    reel_stop(c->reel, reason, code);
-    unlist_detached(c);
+    if (c->streaming)
+        once_end_stream(c->routes, c->outcome, NULL); /* and nothing of it is kept */
+    else
+        once_forget(c->routes, c->outcome);
+    c->outcome = NULL;
+    if (c->reel)
+        reel_stop(c->reel, reason, code);
     c->reel = NULL;
-    if (!c->committing)
-        call_free(c);
+    end_run(c); /* a turn that the journal has goes through */
 }
 
 void call_end_detached(struct routes *r)
@@ -224,14 +263,20 @@ static void write_on_worker(struct work_item *item)
     stream_write(c->generation, &c->reply);
 }
 
+static void deliver(struct call *c)
+{
+    once_keep(c->routes, c->outcome, &c->reply);
+    c->outcome = NULL;
+    if (c->http)
+        call_reply_json(c->http, &c->reply);
+    end_run(c);
+}
+
 static void on_written(struct work_item *item)
 {
     struct call *c = (struct call *)item;
     c->working = false;
-    if (c->http)
-        call_reply_json(c->http, &c->reply);
-    else
-        call_free(c);
+    deliver(c);
 }
 
 /* All choices are complete. */
@@ -240,7 +285,7 @@ static void reply_whole(struct call *c)
     c->item = (struct work_item){.run = write_on_worker, .done = on_written};
     if (stream_held_bytes(c->generation) <= INLINE_BYTES) {
         write_on_worker(&c->item);
-        call_reply_json(c->http, &c->reply);
+        deliver(c);
         return;
     }
     c->working = true;
@@ -251,14 +296,9 @@ static void reply_whole(struct call *c)
 /* It failed before anything was said. Nobody knows of the reel yet. */
 static void fail_generation(struct call *c)
 {
-    const struct error *err = stream_error(c->generation);
-    if (c->http)
-        http_fail(c->http, err, NULL);
-    if (!c->reel)
-        return;
+    refuse(c, stream_error(c->generation), NULL);
     drop_reel(c);
-    if (!c->http)
-        call_free(c);
+    end_run(c);
 }
 
 /* See how a generation stands that has not been answered yet. True: there are events for its reel.
@@ -267,8 +307,7 @@ static bool step(struct call *c)
 {
     switch (stream_poll(c->generation)) {
     case STREAM_WAITING:
-        if (c->http)
-            defer(c);
+        defer(c);
         break;
     case STREAM_READY:
         begin_stream(c);
@@ -343,7 +382,7 @@ static void on_committed(void *context, const struct session_outcome *outcome)
     stream_turn_committed(c->generation, &session, &outcome->error);
     if (c->in_commit)
         return; /* whoever polls the generation goes on */
-    if (c->http || c->reel)
+    if (c->http || c->runs_on)
         call_wake(c);
     else
         call_free(c);
@@ -372,16 +411,17 @@ static void open_turn(struct call *c, struct stream_setup *setup)
     setup->turn = &c->stream_turn;
 }
 
-/* What the client may come back to. */
+/* What the client may come back to. A repetition of a stream needs its events, too. */
 static enum status open_reel(struct call *c, const char *id, struct error *err)
 {
-    if (!c->request.resumable)
+    const struct options *o = c->routes->options;
+    int64_t keep_s = o->stream_retention;
+    if (!c->request.stream || !(c->request.resumable || c->outcome))
         return STATUS_OK;
-    c->reel = reel_open(c->routes->reels, id, c->owner, c->routes->options->stream_retention, c);
-    if (!c->reel)
-        return fail(err, STATUS_NOMEM, "out of memory for a stream");
-    list_detached(c);
-    return STATUS_OK;
+    if (c->outcome && keep_s < o->idempotency_ttl)
+        keep_s = o->idempotency_ttl;
+    c->reel = reel_open(c->routes->reels, id, c->owner, keep_s, c);
+    return c->reel ? STATUS_OK : fail(err, STATUS_NOMEM, "out of memory for a stream");
 }
 
 static enum status open_generation(struct call *c, struct error *err)
@@ -442,9 +482,11 @@ static void start_generation(struct call *c)
         drop_reel(c);
         if (st == STATUS_BUSY)
             metrics_add(METRIC_QUEUE_REJECTIONS, 1);
-        http_fail(c->http, &err, NULL);
+        refuse(c, &err, NULL);
         return;
     }
+    if (c->reel || c->outcome)
+        run_on(c);
     c->started_ns = job_clock_ns();
     if (c->request.stream)
         list_starting(c);
@@ -480,7 +522,7 @@ static void on_fetched(struct work_item *item)
     if (!c->http)
         call_free(c);
     else if (c->status)
-        http_fail(c->http, &c->error, NULL);
+        refuse(c, &c->error, NULL);
     else
         start_generation(c);
 }
@@ -506,7 +548,7 @@ static void fetch_states(struct call *c)
         workers_submit(c->routes->workers, &c->item);
     } else {
         metrics_add(METRIC_QUEUE_REJECTIONS, st == STATUS_BUSY);
-        http_fail(c->http, &err, NULL);
+        refuse(c, &err, NULL);
     }
 }
 
@@ -516,7 +558,7 @@ static void conclude(struct call *c)
     metrics_add(METRIC_UNKNOWN_FIELDS, (uint64_t)c->request.n_unknown_fields);
     http_drop_body(c->http);
     if (c->status)
-        http_fail(c->http, &c->error, c->code);
+        refuse(c, &c->error, c->code);
     else if (c->api == CODEC_TOKENIZE || c->api == CODEC_DETOKENIZE)
         call_reply_json(c->http, &c->reply);
     else
@@ -579,39 +621,55 @@ const struct served_model *call_model(struct http_request *http, struct routes *
     return model;
 }
 
+/* Read the request, here or on a worker, and go on with it. */
+static void prepare(struct call *c)
+{
+    struct error err;
+    enum status st = call_if_match(c->http, &c->version, &err);
+    if (!st && !keep_body(c))
+        st = fail(&err, STATUS_NOMEM, "out of memory for the body of a request");
+    if (st) {
+        refuse(c, &err, NULL);
+    } else if (c->n_body > INLINE_BYTES) {
+        c->working = true;
+        defer(c);
+        workers_submit(c->routes->workers, &c->item);
+    } else {
+        call_prepare(c);
+        conclude(c);
+    }
+}
+
 void call_post(struct http_request *http, struct routes *r, enum codec_api api)
 {
     const struct served_model *model = call_model(http, r);
     bool generates = api == CODEC_COMPLETIONS || api == CODEC_CHAT;
     if (!model)
         return;
+    struct outcome *outcome = NULL;
+    if (generates && !once_admit(http, r, api, &outcome))
+        return;
     if (generates && atomic_load(&r->draining)) {
+        once_forget(r, outcome);
         call_refuse(http, STATUS_SHUTDOWN, "The server is shutting down.");
         return;
     }
     struct call *c = calloc(1, sizeof(*c));
     if (!c) {
+        once_forget(r, outcome);
         call_refuse(http, STATUS_NOMEM, "out of memory for a request");
         return;
     }
-    *c = (struct call){
-        .routes = r, .http = http, .model = model, .api = api, .owner = http_key_index(http)};
+    *c = (struct call){.routes = r,
+                       .http = http,
+                       .model = model,
+                       .api = api,
+                       .owner = http_key_index(http),
+                       .outcome = outcome};
     c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
     c->body = http_body(http, &c->n_body);
     http_on_close(http, on_close, c);
-    struct error err;
-    if (call_if_match(http, &c->version, &err)) {
-        http_fail(http, &err, NULL);
-    } else if (!keep_body(c)) {
-        call_refuse(http, STATUS_NOMEM, "out of memory for the body of a request");
-    } else if (c->n_body > INLINE_BYTES) {
-        c->working = true;
-        defer(c);
-        workers_submit(r->workers, &c->item);
-    } else {
-        call_prepare(c);
-        conclude(c);
-    }
+    prepare(c);
 }
 
 void call_wake(struct call *c)

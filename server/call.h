@@ -8,7 +8,8 @@
  *
  * A resumable stream is not its client's: from its first event on its generation fills a reel
  * (reels.h), which the request reads like any other reader, and the call lives until the
- * generation is over.
+ * generation is over. So it does when the request has an Idempotency-Key (call_once.h): a client
+ * that was cut off asks again.
  *
  * Threads: the io thread, or a worker, which then alone has the call.
  * Memory:  a call owns its arena, its request and its generation.
@@ -21,6 +22,7 @@
 
 #include "engine/session.h"
 #include "server/codec.h"
+#include "server/outcomes.h"
 #include "server/output.h"
 #include "server/reels.h"
 #include "server/routes.h"
@@ -38,7 +40,9 @@ struct routes {
     struct call *starting; /* streams that have not begun to answer */
     struct call *woken;    /* calls with news, to be looked at once each */
     struct reels *reels;
-    struct call *detached; /* calls that may outlive their requests, for the end */
+    struct outcomes *outcomes; /* of requests with an Idempotency-Key */
+    struct waiter *waiters;    /* repetitions of those that run */
+    struct call *detached;     /* calls that may outlive their requests, for the end */
     atomic_int n_detached;
 
     /* Written before `model` is published, constant afterwards. */
@@ -81,9 +85,11 @@ struct call {
     struct stop_rules rules;
     struct bytes reply;
     struct generation *generation;
-    struct reel *reel; /* takes the events of a resumable stream; NULL: none */
-    size_t charged;    /* bytes, of a request that is over */
-    struct call *detached_previous, *detached_next; /* in routes->detached, when it has a reel */
+    bool runs_on;            /* the generation, when the request is over */
+    struct reel *reel;       /* takes the events of a resumable stream; NULL: none */
+    struct outcome *outcome; /* what becomes of it, until that is known; NULL: no key */
+    size_t charged;          /* bytes, of a request that is over */
+    struct call *detached_previous, *detached_next; /* in routes->detached, when it runs on */
     int64_t started_ns;
     struct call *previous, *next; /* in routes->starting */
     struct call *woken_next;      /* in routes->woken, when is_woken */

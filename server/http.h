@@ -134,6 +134,9 @@ void http_reply_take(struct http_request *r, int code, const char *content_type,
 /* OpenAI's error object for an error of ours; code (OpenAI's "code") may be NULL. BUSY adds
  * Retry-After. */
 void http_fail(struct http_request *r, const struct error *err, const char *code);
+/* Its body: the same bytes. code NULL: the status's own. */
+void http_fail_json(struct bytes *out, int http_code, const char *message, const char *param,
+                    const char *code);
 /* The same for a status that no error of ours maps to. */
 void http_fail_as(struct http_request *r, int http_code, const char *message, const char *param,
                   const char *code);

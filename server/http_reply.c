@@ -94,11 +94,17 @@ void http_reply_take(struct http_request *r, int code, const char *content_type,
     answer(r, code, content_type, response);
 }
 
+void http_fail_json(struct bytes *out, int http_code, const char *message, const char *param,
+                    const char *code)
+{
+    http_error_json(out, http_code, message, param, code ? code : http_error_code(http_code));
+}
+
 void http_fail_as(struct http_request *r, int http_code, const char *message, const char *param,
                   const char *code)
 {
     struct bytes json = {0};
-    http_error_json(&json, http_code, message, param, code ? code : http_error_code(http_code));
+    http_fail_json(&json, http_code, message, param, code);
     if (http_code == 429 || http_code == 503 || http_code == 409)
         http_set_header(r, "Retry-After", "1");
     if (json.failed) {

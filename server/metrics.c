@@ -36,6 +36,11 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
     [METRIC_TURNS] = {"latte_session_turns_total", "Turns of sessions that were committed."},
     [METRIC_TURNS_LOST] = {"latte_session_turns_abandoned_total",
                            "Turns that failed or that their client broke off; not applied."},
+    [METRIC_IDEMPOTENT_REPLAYS] = {"latte_idempotent_replays_total",
+                                   "Requests that were answered as an earlier one with their "
+                                   "Idempotency-Key was."},
+    [METRIC_OUTCOMES_EVICTED] = {"latte_idempotency_evicted_total",
+                                 "Idempotency-Keys forgotten before their time: memory was short."},
     [METRIC_STREAMS_RESUMED] = {"latte_streams_resumed_total",
                                 "Requests that read a kept stream, from wherever."},
     [METRIC_STREAMS_EVICTED] = {"latte_streams_evicted_total",
@@ -371,6 +376,10 @@ static void write_kept(struct bytes *out, const struct metrics_kept *k)
                 "Resumable streams whose events are kept, running ones too.", k->n_streams);
     write_value(out, "latte_stream_bytes", "gauge", "Memory of those events.",
                 (double)k->stream_bytes);
+    write_value(out, "latte_idempotency_keys", "gauge",
+                "Idempotency-Keys whose outcome is kept, or that run.", k->n_outcomes);
+    write_value(out, "latte_idempotency_bytes", "gauge", "Memory of those outcomes.",
+                (double)k->outcome_bytes);
 }
 
 void metrics_write(struct bytes *out, const struct engine *engine,

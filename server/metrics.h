@@ -30,6 +30,8 @@ enum metric_counter {
     METRIC_STREAMS_RESUMED,       /* latte_streams_resumed_total */
     METRIC_STREAMS_EVICTED,       /* latte_streams_evicted_total */
     METRIC_STREAM_EVENTS_DROPPED, /* latte_stream_events_dropped_total */
+    METRIC_IDEMPOTENT_REPLAYS,    /* latte_idempotent_replays_total */
+    METRIC_OUTCOMES_EVICTED,      /* latte_idempotency_evicted_total */
     METRIC_COUNTER_COUNT
 };
 
@@ -65,6 +67,8 @@ struct metrics_sessions {
 struct metrics_kept {
     int n_streams;
     size_t stream_bytes;
+    int n_outcomes; /* of requests with an Idempotency-Key */
+    size_t outcome_bytes;
 };
 
 /* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL

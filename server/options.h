@@ -94,6 +94,10 @@
       "memory of all kept streams; beyond it those that ended first are forgotten")                \
     X(stream_limit_mb, NUMBER, "stream-limit-mb", "16", 0, 16777216, "MB",                         \
       "events kept of one stream; beyond it its oldest are dropped")                               \
+    X(idempotency_ttl, INT, "idempotency-ttl", "86400", 1, 2592000, "SECONDS",                     \
+      "what a request with an Idempotency-Key was answered is kept so long")                       \
+    X(idempotency_mb, NUMBER, "idempotency-mb", "64", 0, 16777216, "MB",                           \
+      "memory of those answers; beyond it the oldest are forgotten")                               \
     X(workers, INT, "workers", "2", 1, 64, "N", "threads that parse and tokenize large bodies")    \
     X(api_key_file, STRING, "api-key-file", NULL, 0, 0, "FILE",                                    \
       "one API key of 8 to 255 characters per line; without it the API is open")                   \

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "server/call.h"
+#include "server/call_once.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
 #include "server/routes_sessions.h"
@@ -130,7 +131,11 @@ static void get_metrics(struct http_request *http, void *context)
     if (model)
         fill_metrics(r, &sessions);
     struct reels_stats reels = reels_stats(r->reels);
-    struct metrics_kept kept = {.n_streams = reels.n_reels, .stream_bytes = reels.used_bytes};
+    struct outcomes_stats outcomes = outcomes_stats(r->outcomes);
+    struct metrics_kept kept = {.n_streams = reels.n_reels,
+                                .stream_bytes = reels.used_bytes,
+                                .n_outcomes = outcomes.n_outcomes,
+                                .outcome_bytes = outcomes.used_bytes};
     metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL, &kept,
                   http_n_connections(r->server));
     if (body.failed) {
@@ -203,6 +208,7 @@ void routes_on_notify(void *context)
         job_release(job);
     }
     call_run_woken(r);
+    once_run_ready(r);
 }
 
 void routes_on_tick(void *context)
@@ -210,6 +216,7 @@ void routes_on_tick(void *context)
     struct routes *r = context;
     call_begin_late(r);
     reels_expire(r->reels);
+    once_on_tick(r);
     if (!atomic_load_explicit(&r->model, memory_order_acquire))
         return;
     metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
@@ -255,12 +262,18 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     const struct reels_options reels = {.limit_all =
                                             (size_t)(options->stream_retention_mb * MEGABYTE),
                                         .limit_one = (size_t)(options->stream_limit_mb * MEGABYTE)};
+    const struct outcomes_options outcomes = {.limit_bytes =
+                                                  (size_t)(options->idempotency_mb * MEGABYTE),
+                                              .keep_s = options->idempotency_ttl};
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
     if (!st)
         st = reels_open(&r->reels, &reels, err);
     if (!st)
+        st = outcomes_open(&r->outcomes, &outcomes, err);
+    if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
+        outcomes_close(r->outcomes);
         reels_close(r->reels);
         bytes_free(&r->openapi);
         free(r);
@@ -285,6 +298,7 @@ void routes_close(struct routes *r)
     routes_stop(r);
     call_end_detached(r);
     storage_close(&r->storage);
+    outcomes_close(r->outcomes);
     reels_close(r->reels);
     bytes_free(&r->openapi);
     free(r);

@@ -637,6 +637,29 @@ static void provoke_stream(const char *method, int status, struct reply *reply)
         reply);
 }
 
+/* A key that stands for another body, or for a stream that was deleted. */
+static void provoke_key(const char *path, int status, const char *example, struct reply *reply)
+{
+    char key[100], id[64], stream_path[100];
+    struct reply first;
+    snprintf(key, sizeof(key), "Idempotency-Key: %d%s", status, path);
+    const char *const headers[] = {key, NULL};
+    const char *text = strstr(path, "chat") ? "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
+                                            : "\"prompt\":\"x\"";
+    char body[200];
+    snprintf(body, sizeof(body), "{%s,\"max_tokens\":1,\"stream\":true}", text);
+    struct client_request q = {.path = path, .body = body, .headers = headers};
+    client_send(&plain, &q, &first);
+    assert_true(reply_header(&first, "X-Stream-Id", id, sizeof(id)));
+    reply_free(&first);
+    snprintf(stream_path, sizeof(stream_path), "/v1/streams/%s", id);
+    client_send(&plain, &(struct client_request){.method = "DELETE", .path = stream_path}, &first);
+    reply_free(&first);
+    if (status == 422)
+        q.body = example;
+    client_send(&plain, &q, reply);
+}
+
 /* Send what makes an operation answer with a status; false when nothing here can. */
 static bool provoke(const char *path, const char *method, int status, const char *example,
                     struct reply *reply)
@@ -644,6 +667,10 @@ static bool provoke(const char *path, const char *method, int status, const char
     bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
     if (strstr(path, "/sessions") || status == 409 || status == 412) {
         provoke_session(path, method, status, example, reply);
+        return true;
+    }
+    if (status == 422 || (status == 410 && !one)) {
+        provoke_key(path, status, example, reply);
         return true;
     }
     if (strstr(path, "/streams")) {

@@ -6,6 +6,7 @@
 #include "tests/http/harness.h"
 
 #include <cjson/cJSON.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -611,16 +612,288 @@ static void test_drain(void **state)
     }
 }
 
+/* ---- repetitions ----------------------------------------------------------------------------- */
+
+static bool is_replay(const struct reply *reply)
+{
+    char value[16];
+    return reply_header(reply, "Idempotent-Replayed", value, sizeof(value)) &&
+           !strcmp(value, "true");
+}
+
+/* Of a whole completion. */
+static const char *text_in(const cJSON *completion)
+{
+    return member(cJSON_GetArrayItem(member(completion, "choices"), 0), "text")->valuestring;
+}
+
+static void ask_again(const struct server *s, const char *body, const char *header,
+                      const struct reply *first)
+{
+    struct reply reply;
+    ask(s, "POST", COMPLETIONS, strdup(body), header, &reply);
+    assert_int_equal(reply.code, first->code);
+    assert_true(is_replay(&reply));
+    assert_int_equal(reply.body.n, first->body.n);
+    assert_memory_equal(reply.body.data, first->body.data, first->body.n);
+    reply_free(&reply);
+}
+
+/* A turn is applied once, however often it is sent. */
+static void test_replay(void **state)
+{
+    (void)state;
+    struct id session = new_session(&server);
+    struct reply first, other;
+    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":\"a\"}", session.text);
+    ask(&server, "POST", COMPLETIONS, strdup(body), "Idempotency-Key: replay-1", &first);
+    assert_int_equal(first.code, 200);
+    assert_false(is_replay(&first));
+    for (int i = 0; i < 3; i++)
+        ask_again(&server, body, "Idempotency-Key: replay-1", &first);
+    assert_int_equal(version_of(&server, &session), 1);
+    /* Another key is another turn; the same key with another body is a mistake. */
+    ask(&server, "POST", COMPLETIONS, strdup(body), "Idempotency-Key: replay-2", &other);
+    assert_int_equal(other.code, 200);
+    assert_false(is_replay(&other));
+    reply_free(&other);
+    assert_int_equal(version_of(&server, &session), 2);
+    ask(&server, "POST", COMPLETIONS, text_of("%s ", body), "Idempotency-Key: replay-1", &other);
+    assert_error_object(&other, 422, "invalid_request_error", "idempotency_key_reused");
+    reply_free(&other);
+    /* On another path it is another request. */
+    ask(&server, "POST", CHAT, strdup(body), "Idempotency-Key: replay-1", &other);
+    assert_int_equal(other.code, 400);
+    assert_false(is_replay(&other));
+    reply_free(&other);
+    assert_int_equal(version_of(&server, &session), 2);
+    reply_free(&first);
+    free(body);
+}
+
+/* What the request itself is to blame for is kept, what may pass is not. */
+static void test_kept_errors(void **state)
+{
+    (void)state;
+    static const char wrong[] = "{\"prompt\":\"a\",\"temperature\":9}";
+    struct reply first;
+    ask(&server, "POST", COMPLETIONS, strdup(wrong), "Idempotency-Key: wrong", &first);
+    assert_error_object(&first, 400, "invalid_request_error", "decimal_above_max_value");
+    ask_again(&server, wrong, "Idempotency-Key: wrong", &first);
+    reply_free(&first);
+
+    struct id session = new_session(&server);
+    struct reader r = {0};
+    reader_post(&server, &r, COMPLETIONS,
+                text_of("{\"session_id\":\"%s\",\"prompt\":\"a\"," ENDLESS "}", session.text));
+    reader_read(&r, ANY_BYTES, "data: ", true);
+    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":\"a\"}", session.text);
+    assert_int_equal(code_of(&server, "POST", COMPLETIONS, strdup(body), "Idempotency-Key: later"),
+                     409);
+    reader_free(&r);
+    assert_true(server_await_metric(&server, "latte_requests_running", 0, ENOUGH_MS));
+    ask(&server, "POST", COMPLETIONS, body, "Idempotency-Key: later", &first);
+    assert_int_equal(first.code, 200);
+    assert_false(is_replay(&first));
+    reply_free(&first);
+
+    char longest[300] = "Idempotency-Key: ";
+    memset(longest + strlen(longest), 'k', 256);
+    static const char body_text[] = "{\"prompt\":\"a\"}";
+    const char *const bad[] = {longest, "Idempotency-Key: a b", "Idempotency-Key: \xc3\xa9",
+                               "Idempotency-Key;"}; /* libcurl's way to send an empty one */
+    for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
+        ask(&server, "POST", COMPLETIONS, strdup(body_text), bad[i], &first);
+        assert_error_object(&first, 400, "invalid_request_error", "invalid_idempotency_key");
+        reply_free(&first);
+    }
+    longest[strlen("Idempotency-Key: ") + 255] = '\0';
+    assert_int_equal(code_of(&server, "POST", COMPLETIONS, strdup(body_text), longest), 200);
+}
+
+/* Send a request with a key and leave before its answer. */
+static void post_and_leave(const struct server *s, const char *body, const char *key)
+{
+    double n_keys = server_metric(s, "latte_idempotency_keys");
+    char *text = text_of("POST " COMPLETIONS " HTTP/1.1\r\nHost: x\r\nIdempotency-Key: %s\r\n"
+                         "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                         key, strlen(body), body);
+    int fd = raw_connect(s);
+    raw_text(fd, text);
+    assert_true(server_await_metric(s, "latte_idempotency_keys", n_keys + 1, ENOUGH_MS));
+    close(fd);
+    free(text);
+}
+
+/* The client leaves in the middle and asks again, as an SDK does by itself. */
+static void test_retry_of_a_whole_reply(void **state)
+{
+    (void)state;
+    struct id session = new_session(&server);
+    struct reply retry, plain;
+    static const char what[] = "\"prompt\":\"a\",\"max_tokens\":600,\"ignore_eos\":true,\"seed\":9";
+    char *body = text_of("{\"session_id\":\"%s\",%s}", session.text, what);
+    post_and_leave(&server, body, "left");
+    ask(&server, "POST", COMPLETIONS, strdup(body), "Idempotency-Key: left", &retry);
+    assert_int_equal(retry.code, 200);
+    assert_true(is_replay(&retry));
+    assert_int_equal(version_of(&server, &session), 1);
+    ask_again(&server, body, "Idempotency-Key: left", &retry);
+    /* The text is what a request without all this gets. */
+    ask(&server, "POST", COMPLETIONS, text_of("{%s}", what), NULL, &plain);
+    cJSON *got = parse(&retry.body), *expected = parse(&plain.body);
+    assert_string_equal(text_in(got), text_in(expected));
+    cJSON_Delete(got);
+    cJSON_Delete(expected);
+    reply_free(&plain);
+    reply_free(&retry);
+    free(body);
+}
+
+/* Cut off in the middle of a stream: the repetition gets it from the start. */
+static void test_retry_of_a_stream(void **state)
+{
+    (void)state;
+    struct id session = new_session(&server);
+    struct reply retry, again, whole;
+    struct bytes begun = {0};
+    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"max_tokens\":300,"
+                         "\"ignore_eos\":true,\"seed\":5,\"stream\":true}",
+                         session.text);
+    char *text = text_of("POST " COMPLETIONS " HTTP/1.0\r\nHost: x\r\nIdempotency-Key: cut\r\n"
+                         "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                         strlen(body), body);
+    int fd = raw_connect(&server);
+    raw_text(fd, text);
+    assert_true(raw_await(fd, &begun, "id: 2\n", ENOUGH_MS));
+    close(fd);
+    ask(&server, "POST", COMPLETIONS, strdup(body), "Idempotency-Key: cut", &retry);
+    assert_int_equal(retry.code, 200);
+    assert_true(is_replay(&retry));
+    assert_non_null(strstr(retry.body.data, "data: [DONE]"));
+    const char *events = strstr(begun.data, "\r\n\r\n") + 4;
+    size_t n = (size_t)(strstr(events, "id: 2\n") - events);
+    assert_memory_equal(retry.body.data, events, n);
+    ask(&server, "POST", COMPLETIONS, strdup(body), "Idempotency-Key: cut", &again);
+    assert_string_equal(again.body.data, retry.body.data);
+    assert_int_equal(version_of(&server, &session), 1);
+    client_post(&server, COMPLETIONS,
+                "{\"prompt\":\"a\",\"max_tokens\":300,\"ignore_eos\":true,\"seed\":5}", &whole);
+    struct reader all = {.fd = -1, .events = retry.body};
+    assert_texts(&all, &whole);
+    reply_free(&whole);
+    reply_free(&again);
+    reply_free(&retry);
+    bytes_free(&begun);
+    free(text);
+    free(body);
+}
+
+struct twin {
+    const char *body;
+    struct reply reply;
+};
+
+static void *run_twin(void *context)
+{
+    struct twin *t = context;
+    ask(&server, "POST", COMPLETIONS, strdup(t->body), "Idempotency-Key: twins", &t->reply);
+    return NULL;
+}
+
+/* All at once: one runs, the others wait for it. */
+static void test_twins(void **state)
+{
+    (void)state;
+    enum { N = 5 };
+    struct id session = new_session(&server);
+    struct twin twins[N];
+    pthread_t threads[N];
+    int n_replays = 0;
+    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"max_tokens\":500,"
+                         "\"ignore_eos\":true}",
+                         session.text);
+    for (int i = 0; i < N; i++) {
+        twins[i].body = body;
+        assert_false(pthread_create(&threads[i], NULL, run_twin, &twins[i]));
+    }
+    for (int i = 0; i < N; i++)
+        pthread_join(threads[i], NULL);
+    for (int i = 0; i < N; i++) {
+        assert_int_equal(twins[i].reply.code, 200);
+        assert_string_equal(twins[i].reply.body.data, twins[0].reply.body.data);
+        n_replays += is_replay(&twins[i].reply);
+    }
+    assert_int_equal(n_replays, N - 1);
+    assert_int_equal(version_of(&server, &session), 1);
+    for (int i = 0; i < N; i++)
+        reply_free(&twins[i].reply);
+    free(body);
+}
+
+/* A reply that is no longer kept is not made again while its key is known; other owners' keys are
+ * others. */
+static void test_replays_are_bounded(void **state)
+{
+    (void)state;
+    struct server keyed;
+    struct reply reply;
+    static const char body[] = "{\"prompt\":\"a\",\"max_tokens\":1}";
+    char keys[64];
+    write_keys(keys, sizeof(keys));
+    const char *const args[] = {"--api-key-file", keys, "--idempotency-mb", "0.02", NULL};
+    server_start(&keyed, args);
+    for (int i = 0; i < 100; i++) {
+        char key[64];
+        snprintf(key, sizeof(key), "Idempotency-Key: many-%d", i);
+        const char *const headers[] = {first_key, key, NULL};
+        client_send(&keyed,
+                    &(struct client_request){.path = COMPLETIONS, .body = body, .headers = headers},
+                    &reply);
+        assert_int_equal(reply.code, 200);
+        reply_free(&reply);
+    }
+    assert_true(server_metric(&keyed, "latte_idempotency_bytes") <= 20972);
+    assert_true(server_metric(&keyed, "latte_idempotency_evicted_total") > 10);
+    const struct {
+        const char *owner, *key;
+        int code;
+    } cases[] = {{first_key, "Idempotency-Key: many-99", 200},
+                 {first_key, "Idempotency-Key: many-64", 410},
+                 {second_key, "Idempotency-Key: many-64", 200}};
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        const char *const headers[] = {cases[i].owner, cases[i].key, NULL};
+        client_send(&keyed,
+                    &(struct client_request){.path = COMPLETIONS, .body = body, .headers = headers},
+                    &reply);
+        assert_int_equal(reply.code, cases[i].code);
+        assert_int_equal(is_replay(&reply), i == 0);
+        reply_free(&reply);
+    }
+    server_stop(&keyed);
+    remove(keys);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
         cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cut_and_resume), cmocka_unit_test(test_readers_at_once),
-        cmocka_unit_test(test_runs_on),        cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_delete),         cmocka_unit_test(test_owners),
-        cmocka_unit_test(test_bounded),        cmocka_unit_test(test_retention),
+        cmocka_unit_test(test_cut_and_resume),
+        cmocka_unit_test(test_readers_at_once),
+        cmocka_unit_test(test_runs_on),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_delete),
+        cmocka_unit_test(test_owners),
+        cmocka_unit_test(test_bounded),
+        cmocka_unit_test(test_retention),
         cmocka_unit_test(test_drain),
+        cmocka_unit_test(test_replay),
+        cmocka_unit_test(test_kept_errors),
+        cmocka_unit_test(test_retry_of_a_whole_reply),
+        cmocka_unit_test(test_retry_of_a_stream),
+        cmocka_unit_test(test_twins),
+        cmocka_unit_test(test_replays_are_bounded),
     };
     return cmocka_run_group_tests(tests, start_server, stop_server);
 }

@@ -1,0 +1,235 @@
+/* call_once.c - see call_once.h */
+#include "server/call_once.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "server/metrics.h"
+
+/* A repetition, while the first one runs. In routes->waiters; in no particular order of keys. */
+struct waiter {
+    struct routes *routes;
+    struct http_request *http;
+    enum codec_api api;
+    const struct outcome *outcome; /* NULL: known by now; the request may come in again */
+    struct waiter *next;
+};
+
+/* ---- waiting --------------------------------------------------------------------------------- */
+
+static void take_out(struct waiter *w)
+{
+    struct waiter **link = &w->routes->waiters;
+    while (*link != w)
+        link = &(*link)->next;
+    *link = w->next;
+    http_on_close(w->http, NULL, NULL);
+    free(w);
+}
+
+static void on_close(void *context, bool delivered)
+{
+    (void)delivered;
+    take_out(context);
+}
+
+static void await(struct http_request *http, struct routes *r, enum codec_api api,
+                  const struct outcome *o)
+{
+    struct waiter *w = malloc(sizeof(*w));
+    if (!w) {
+        call_refuse(http, STATUS_NOMEM, "out of memory for a request");
+        return;
+    }
+    *w = (struct waiter){.routes = r, .http = http, .api = api, .outcome = o};
+    struct waiter **link = &r->waiters;
+    while (*link)
+        link = &(*link)->next;
+    *link = w;
+    http_on_close(http, on_close, w);
+    http_defer(http);
+}
+
+/* Those who wait for it come in again, at the next notification. */
+static void wake(struct routes *r, const struct outcome *o)
+{
+    bool any = false;
+    for (struct waiter *w = r->waiters; w; w = w->next) {
+        any |= w->outcome == o;
+        if (w->outcome == o)
+            w->outcome = NULL;
+    }
+    if (any)
+        http_notify(r->server);
+}
+
+void once_run_ready(struct routes *r)
+{
+    struct waiter *w = r->waiters;
+    while (w && w->outcome)
+        w = w->next;
+    if (!w)
+        return;
+    struct http_request *http = w->http;
+    enum codec_api api = w->api;
+    take_out(w);
+    call_post(http, r, api);
+    http_notify(r->server); /* for the next one */
+}
+
+void once_on_tick(struct routes *r)
+{
+    int64_t limit_ns = r->options->request_timeout * 1000000000, now = job_clock_ns();
+    outcomes_expire(r->outcomes);
+    for (struct waiter *w = r->waiters, *next; limit_ns && w; w = next) {
+        next = w->next;
+        if (now - http_arrival_ns(w->http) < limit_ns)
+            continue;
+        struct http_request *http = w->http;
+        take_out(w);
+        http_fail_as(http, 409, "The first request with this Idempotency-Key still runs.",
+                     "Idempotency-Key", "idempotency_key_in_use");
+    }
+}
+
+/* ---- replays --------------------------------------------------------------------------------- */
+
+static void refuse_gone(struct http_request *http)
+{
+    http_fail_as(http, 410,
+                 "The request with this Idempotency-Key was carried out, but its reply is no "
+                 "longer kept (--idempotency-mb, --stream-retention-mb), or was deleted.",
+                 "Idempotency-Key", "idempotent_reply_gone");
+}
+
+/* A stored reply, or a stream that runs or ran. */
+static void replay(struct http_request *http, const struct routes *r, const struct outcome *o)
+{
+    struct outcome_record record;
+    outcome_record(o, &record);
+    struct reel *reel = NULL;
+    if (*record.stream_id)
+        reel = reels_find(r->reels, record.stream_id, record.key.owner);
+    if (!reel && !record.body) {
+        refuse_gone(http);
+        return;
+    }
+    metrics_add(METRIC_IDEMPOTENT_REPLAYS, 1);
+    http_set_header(http, "Idempotent-Replayed", "true");
+    if (reel)
+        reel_read(reel, http, 0);
+    else
+        http_reply(http, record.http_status, "application/json", record.body, record.n_body);
+}
+
+/* The header's key, NULL without one. INVALID names the header. */
+static enum status read_key(const struct http_request *http, const char **out, struct error *err)
+{
+    const char *key = http_header(http, "Idempotency-Key");
+    size_t n = key ? strlen(key) : 1;
+    bool visible = true;
+    for (size_t i = 0; key && i < n; i++)
+        visible &= key[i] > ' ' && key[i] < 0x7f;
+    if (!n || n > OUTCOME_MAX_KEY || !visible)
+        return fail_field(err, STATUS_INVALID, "Idempotency-Key",
+                          "Invalid 'Idempotency-Key': expected 1 to %d visible ASCII characters, "
+                          "but got %zu%s.",
+                          OUTCOME_MAX_KEY, n, visible ? "" : " with others among them");
+    *out = key;
+    return STATUS_OK;
+}
+
+bool once_admit(struct http_request *http, struct routes *r, enum codec_api api,
+                struct outcome **out)
+{
+    struct error err;
+    struct outcome_key key = {.owner = http_key_index(http), .path = http_route(http)};
+    bool is_new = false;
+    *out = NULL;
+    if (read_key(http, &key.key, &err)) {
+        http_fail(http, &err, "invalid_idempotency_key");
+        return false;
+    }
+    if (!key.key)
+        return true;
+    size_t n;
+    const char *body = http_body(http, &n);
+    outcome_hash(&key, body, n);
+    struct outcome *o;
+    enum status st = outcomes_claim(r->outcomes, &key, &o, &is_new, &err);
+    if (st == STATUS_INVALID)
+        http_fail_as(http, 422, err.text, err.field, "idempotency_key_reused");
+    else if (st)
+        http_fail(http, &err, NULL);
+    else if (is_new)
+        *out = o;
+    else if (outcome_state(o) == OUTCOME_CLAIMED)
+        await(http, r, api, o);
+    else
+        replay(http, r, o);
+    return is_new && !st;
+}
+
+/* ---- outcomes -------------------------------------------------------------------------------- */
+
+void once_forget(struct routes *r, struct outcome *o)
+{
+    if (!o)
+        return;
+    wake(r, o);
+    outcome_forget(o);
+}
+
+void once_keep(struct routes *r, struct outcome *o, const struct bytes *body)
+{
+    if (!o)
+        return;
+    if (body->failed) {
+        once_forget(r, o);
+        return;
+    }
+    wake(r, o);
+    outcome_store(o, 200, body->data, body->n);
+}
+
+/* Asked again, the same request would be answered the same. */
+static bool is_final(int http_status)
+{
+    return http_status >= 400 && http_status < 500 && http_status != 408 && http_status != 409 &&
+           http_status != 429;
+}
+
+void once_fail(struct routes *r, struct outcome *o, const struct error *err, const char *code)
+{
+    int http_status = http_status_of(err->status);
+    struct bytes json = {0};
+    if (!o)
+        return;
+    if (is_final(http_status))
+        http_fail_json(&json, http_status, err->text, err->field, code);
+    if (!json.n || json.failed) {
+        once_forget(r, o);
+    } else {
+        wake(r, o);
+        outcome_store(o, http_status, json.data, json.n);
+    }
+    bytes_free(&json);
+}
+
+void once_begin_stream(struct routes *r, struct outcome *o, const char *stream_id)
+{
+    if (!o)
+        return;
+    outcome_stream(o, stream_id);
+    wake(r, o);
+}
+
+void once_end_stream(struct routes *r, struct outcome *o, const struct error *err)
+{
+    if (!o)
+        return;
+    if (err && !is_final(http_status_of(err->status)))
+        once_forget(r, o);
+    else
+        outcome_end_stream(o);
+}
