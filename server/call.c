@@ -9,6 +9,7 @@
 #include <time.h>
 
 #include "server/call_once.h"
+#include "server/call_queue.h"
 #include "server/metrics.h"
 
 enum {
@@ -102,6 +103,8 @@ static void drop_reel(struct call *c)
 
 static void call_free(struct call *c)
 {
+    char session_id[SESSION_ID_BYTES];
+    memcpy(session_id, c->turn.id, sizeof(session_id));
     unlist_starting(c);
     unlist_woken(c);
     unlist_detached(c);
@@ -118,6 +121,7 @@ static void call_free(struct call *c)
     image_release(c->into);
     bytes_free(&c->reply);
     arena_free(&c->arena);
+    queue_note_end(c->routes, session_id);
     free(c);
 }
 
@@ -146,6 +150,7 @@ static void on_close(void *context, bool delivered)
     if (c->generation)
         note_tokens(c);
     unlist_starting(c);
+    queue_leave(c->routes, c);
     if (c->runs_on)
         c->charged = http_keep_charge(c->http);
     c->http = NULL;
@@ -165,8 +170,7 @@ void call_reply_json(struct http_request *http, struct bytes *body)
     http_fail(http, &err, NULL);
 }
 
-/* Answer with an error. */
-static void refuse(struct call *c, const struct error *err, const char *code)
+void call_fail(struct call *c, const struct error *err, const char *code)
 {
     once_fail(c->routes, c->outcome, err, code);
     c->outcome = NULL;
@@ -296,7 +300,7 @@ static void reply_whole(struct call *c)
 /* It failed before anything was said. Nobody knows of the reel yet. */
 static void fail_generation(struct call *c)
 {
-    refuse(c, stream_error(c->generation), NULL);
+    call_fail(c, stream_error(c->generation), NULL);
     drop_reel(c);
     end_run(c);
 }
@@ -378,6 +382,7 @@ static void on_committed(void *context, const struct session_outcome *outcome)
     struct codec_session session = {.position = info->position, .version = info->version};
     memcpy(session.id, info->id, sizeof(info->id));
     c->committing = false;
+    queue_note_end(c->routes, info->id);
     metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
     stream_turn_committed(c->generation, &session, &outcome->error);
     if (c->in_commit)
@@ -482,7 +487,7 @@ static void start_generation(struct call *c)
         drop_reel(c);
         if (st == STATUS_BUSY)
             metrics_add(METRIC_QUEUE_REJECTIONS, 1);
-        refuse(c, &err, NULL);
+        call_fail(c, &err, NULL);
         return;
     }
     if (c->reel || c->outcome)
@@ -522,7 +527,7 @@ static void on_fetched(struct work_item *item)
     if (!c->http)
         call_free(c);
     else if (c->status)
-        refuse(c, &c->error, NULL);
+        call_fail(c, &c->error, NULL);
     else
         start_generation(c);
 }
@@ -548,17 +553,33 @@ static void fetch_states(struct call *c)
         workers_submit(c->routes->workers, &c->item);
     } else {
         metrics_add(METRIC_QUEUE_REJECTIONS, st == STATUS_BUSY);
-        refuse(c, &err, NULL);
+        call_fail(c, &err, NULL);
     }
+}
+
+/* The session is in a turn, and the request would wait for its own. */
+static void wait_for_turn(struct call *c)
+{
+    struct error err;
+    if (!queue_join(c->routes, c, &err)) {
+        defer(c);
+        return;
+    }
+    http_drop_body(c->http);
+    call_fail(c, &err, err.status == STATUS_BUSY ? "session_queue_full" : NULL);
 }
 
 /* After prepare: answer, or start the jobs. */
 static void conclude(struct call *c)
 {
+    if (*c->waits_for) {
+        wait_for_turn(c);
+        return;
+    }
     metrics_add(METRIC_UNKNOWN_FIELDS, (uint64_t)c->request.n_unknown_fields);
     http_drop_body(c->http);
     if (c->status)
-        refuse(c, &c->error, c->code);
+        call_fail(c, &c->error, c->code);
     else if (c->api == CODEC_TOKENIZE || c->api == CODEC_DETOKENIZE)
         call_reply_json(c->http, &c->reply);
     else
@@ -621,15 +642,16 @@ const struct served_model *call_model(struct http_request *http, struct routes *
     return model;
 }
 
-/* Read the request, here or on a worker, and go on with it. */
-static void prepare(struct call *c)
+void call_start(struct call *c)
 {
     struct error err;
+    c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
+    c->body = http_body(c->http, &c->n_body);
     enum status st = call_if_match(c->http, &c->version, &err);
     if (!st && !keep_body(c))
         st = fail(&err, STATUS_NOMEM, "out of memory for the body of a request");
     if (st) {
-        refuse(c, &err, NULL);
+        call_fail(c, &err, NULL);
     } else if (c->n_body > INLINE_BYTES) {
         c->working = true;
         defer(c);
@@ -666,10 +688,8 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
                        .api = api,
                        .owner = http_key_index(http),
                        .outcome = outcome};
-    c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
-    c->body = http_body(http, &c->n_body);
     http_on_close(http, on_close, c);
-    prepare(c);
+    call_start(c);
 }
 
 void call_wake(struct call *c)

@@ -42,6 +42,7 @@ struct routes {
     struct reels *reels;
     struct outcomes *outcomes; /* of requests with an Idempotency-Key */
     struct waiter *waiters;    /* repetitions of those that run */
+    struct call_queue *queue;  /* calls that wait for a session's turn */
     struct call *detached;     /* calls that may outlive their requests, for the end */
     atomic_int n_detached;
 
@@ -75,10 +76,12 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
-    struct session_turn turn;  /* of a request with session_id, while it is under way */
-    struct image *from, *into; /* the states before and after it, held */
-    bool committing;           /* the journal has the turn: the call lives until that is over */
-    bool in_commit;            /* it is handed in just now */
+    char waits_for[SESSION_ID_BYTES]; /* the session whose turn is to end first, or empty */
+    struct call *line_next;           /* behind this one */
+    struct session_turn turn;         /* of a request with session_id, while it is under way */
+    struct image *from, *into;        /* the states before and after it, held */
+    bool committing; /* the journal has the turn: the call lives until that is over */
+    bool in_commit;  /* it is handed in just now */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */
@@ -112,9 +115,16 @@ const struct served_model *call_model(struct http_request *http, struct routes *
 /* Handle a POST of this API. */
 void call_post(struct http_request *http, struct routes *r, enum codec_api api);
 
+/* Read the request, here or on a worker, and go on with it. */
+void call_start(struct call *c);
+/* Answer with an error. */
+void call_fail(struct call *c, const struct error *err, const char *code);
+
 /* Everything before the engine: parse, check, tokenize; for tokenize and detokenize the whole
- * reply. Sets status, error and code. The request's parsed tree is gone afterwards: it may be
- * large, and a stream lives long. Any thread. */
+ * reply. Sets status, error and code; and waits_for, when
+ * the request would wait for its session's turn. A turn that it has already is its own. The
+ * request's parsed tree is gone afterwards: it may be large, and a stream lives long. Any thread.
+ */
 void call_prepare(struct call *c);
 
 /* A job of the call has news: call_run_woken will see to it, once for all jobs of a step. */

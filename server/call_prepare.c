@@ -1,5 +1,6 @@
 /* call_prepare.c - the part of a call before the engine: from a body to tokens. See call.h. */
 #include "server/call.h"
+#include "server/call_queue.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -295,6 +296,24 @@ static enum status keep(struct call *c)
     return STATUS_OK;
 }
 
+/* Of a session that others wait for it is not this one's turn. */
+static enum status begin_turn(struct call *c)
+{
+    const char *id = c->request.session_id;
+    if (!id || c->turn.active)
+        return STATUS_OK;
+    enum status st;
+    if (queue_is_ahead(c->routes->queue, id, c->owner))
+        st = fail_field(&c->error, STATUS_CONFLICT, "session_id",
+                        "Session '%.64s' is in a turn; try again when that has ended.", id);
+    else
+        st = session_begin(c->routes->storage.sessions, id, c->owner, c->version, &c->turn,
+                           &c->error);
+    if (st == STATUS_CONFLICT && c->request.queue)
+        snprintf(c->waits_for, sizeof(c->waits_for), "%s", id);
+    return st;
+}
+
 void call_prepare(struct call *c)
 {
     static enum status (*const steps[CODEC_API_COUNT])(struct call *) = {
@@ -311,9 +330,8 @@ void call_prepare(struct call *c)
     c->code = q->code;
     if (!st)
         st = check_model(c);
-    if (!st && q->session_id)
-        st = session_begin(c->routes->storage.sessions, q->session_id, c->owner, c->version,
-                           &c->turn, &c->error);
+    if (!st)
+        st = begin_turn(c);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)

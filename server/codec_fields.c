@@ -225,10 +225,10 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
 #define GENERATION_FIELDS                                                                          \
     {"model", field_string, AT(model), 0, 0, false}, INT("n", n, 1, CODEC_MAX_N),                  \
         {"session_id", field_string, AT(session_id), 0, 0, false}, FLAG("stream", stream),         \
-        FLAG("resumable", resumable), CUSTOM("stream_options", field_stream_options),              \
-        NUMBER("temperature", temperature, 0, 2), NUMBER("top_p", top_p, 0, 1),                    \
-        INT("top_k", top_k, -1, INT32_MAX), NUMBER("min_p", min_p, 0, 1),                          \
-        ABOVE("typical_p", typical_p, 0, 1),                                                       \
+        FLAG("resumable", resumable), FLAG("queue", queue),                                        \
+        CUSTOM("stream_options", field_stream_options), NUMBER("temperature", temperature, 0, 2),  \
+        NUMBER("top_p", top_p, 0, 1), INT("top_k", top_k, -1, INT32_MAX),                          \
+        NUMBER("min_p", min_p, 0, 1), ABOVE("typical_p", typical_p, 0, 1),                         \
         ABOVE("repetition_penalty", repetition_penalty, 0, 1000),                                  \
         NUMBER("presence_penalty", presence_penalty, -2, 2),                                       \
         NUMBER("frequency_penalty", frequency_penalty, -2, 2), CUSTOM("seed", field_seed),         \

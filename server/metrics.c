@@ -376,6 +376,8 @@ static void write_kept(struct bytes *out, const struct metrics_kept *k)
                 "Resumable streams whose events are kept, running ones too.", k->n_streams);
     write_value(out, "latte_stream_bytes", "gauge", "Memory of those events.",
                 (double)k->stream_bytes);
+    write_value(out, "latte_session_turns_waiting", "gauge",
+                "Requests that wait for their session's turn.", k->n_waiting);
     write_value(out, "latte_idempotency_keys", "gauge",
                 "Idempotency-Keys whose outcome is kept, or that run.", k->n_outcomes);
     write_value(out, "latte_idempotency_bytes", "gauge", "Memory of those outcomes.",

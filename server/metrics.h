@@ -67,6 +67,7 @@ struct metrics_sessions {
 struct metrics_kept {
     int n_streams;
     size_t stream_bytes;
+    int n_waiting;  /* requests, for their session's turn */
     int n_outcomes; /* of requests with an Idempotency-Key */
     size_t outcome_bytes;
 };

@@ -53,6 +53,8 @@
     X(max_sessions, INT, "max-sessions", "10000", 1, 10000000, "N", "sessions held at once")       \
     X(session_idle_ttl, INT, "session-idle-ttl", "0", 0, 31536000, "SECONDS",                      \
       "a session unused so long is forgotten, unless it says otherwise; 0: never")                 \
+    X(max_queued_turns, INT, "max-queued-turns", "32", 0, 1000000, "N",                            \
+      "requests that may wait for a turn of one session")                                          \
     X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
       "memory of all sessions' and snapshots' states; beyond it those used least go to --store, "  \
       "and without one requests get 429")                                                          \

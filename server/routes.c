@@ -9,6 +9,7 @@
 
 #include "server/call.h"
 #include "server/call_once.h"
+#include "server/call_queue.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
 #include "server/routes_sessions.h"
@@ -134,6 +135,7 @@ static void get_metrics(struct http_request *http, void *context)
     struct outcomes_stats outcomes = outcomes_stats(r->outcomes);
     struct metrics_kept kept = {.n_streams = reels.n_reels,
                                 .stream_bytes = reels.used_bytes,
+                                .n_waiting = queue_length(r->queue),
                                 .n_outcomes = outcomes.n_outcomes,
                                 .outcome_bytes = outcomes.used_bytes};
     metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL, &kept,
@@ -209,6 +211,7 @@ void routes_on_notify(void *context)
     }
     call_run_woken(r);
     once_run_ready(r);
+    queue_run(r);
 }
 
 void routes_on_tick(void *context)
@@ -217,6 +220,7 @@ void routes_on_tick(void *context)
     call_begin_late(r);
     reels_expire(r->reels);
     once_on_tick(r);
+    queue_on_tick(r);
     if (!atomic_load_explicit(&r->model, memory_order_acquire))
         return;
     metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
@@ -271,8 +275,11 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     if (!st)
         st = outcomes_open(&r->outcomes, &outcomes, err);
     if (!st)
+        st = queue_open(&r->queue, err);
+    if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
+        queue_close(r->queue);
         outcomes_close(r->outcomes);
         reels_close(r->reels);
         bytes_free(&r->openapi);
@@ -298,6 +305,7 @@ void routes_close(struct routes *r)
     routes_stop(r);
     call_end_detached(r);
     storage_close(&r->storage);
+    queue_close(r->queue);
     outcomes_close(r->outcomes);
     reels_close(r->reels);
     bytes_free(&r->openapi);

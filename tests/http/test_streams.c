@@ -874,6 +874,99 @@ static void test_replays_are_bounded(void **state)
     remove(keys);
 }
 
+/* ---- turns in line --------------------------------------------------------------------------- */
+
+/* A turn of the session that lasts until release_turn. */
+static struct id hold_turn(const struct server *s, const struct id *session)
+{
+    struct reader r = {0};
+    struct id stream;
+    reader_post(s, &r, COMPLETIONS,
+                text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"resumable\":true," ENDLESS "}",
+                        session->text));
+    reader_read(&r, ANY_BYTES, "id: 1\n", false);
+    snprintf(stream.text, sizeof(stream.text), "%s", r.id);
+    reader_free(&r);
+    return stream;
+}
+
+static void release_turn(const struct server *s, const struct id *stream)
+{
+    char path[128];
+    snprintf(path, sizeof(path), "/v1/streams/%s", stream->text);
+    assert_int_equal(code_of(s, "DELETE", path, NULL, NULL), 200);
+}
+
+/* Send a turn that waits, and see that it does. */
+static int wait_in_line(const struct id *session, const char *header, const char *more)
+{
+    double n = server_metric(&server, "latte_session_turns_waiting");
+    char *body =
+        text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"queue\":true%s}", session->text, more);
+    char *text = text_of("POST " COMPLETIONS " HTTP/1.0\r\nHost: x\r\n%s"
+                         "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                         header, strlen(body), body);
+    int fd = raw_connect(&server);
+    raw_text(fd, text);
+    assert_true(server_await_metric(&server, "latte_session_turns_waiting", n + 1, ENOUGH_MS));
+    free(text);
+    free(body);
+    return fd;
+}
+
+/* The answer of one that waited; its version, or 0. */
+static int read_turn(int fd, int code)
+{
+    struct bytes reply = {0};
+    int found = 0;
+    assert_true(raw_read(fd, &reply, ENOUGH_MS));
+    close(fd);
+    assert_int_equal(sscanf(reply.data, "HTTP/1.%*d %d", &found), 1);
+    if (found != code)
+        fail_msg("expected %d: %s", code, reply.data);
+    const char *version = strstr(reply.data, "\"version\":");
+    int n = version ? atoi(version + 10) : 0;
+    bytes_free(&reply);
+    return n;
+}
+
+static void test_turns_in_line(void **state)
+{
+    (void)state;
+    enum { N = 6, GONE = 3, STALE = 4 };
+    struct id session = new_session(&server), stream = hold_turn(&server, &session);
+    int fds[N], version = 0;
+    char large[90000] = ",\"user\":\"";
+    struct reply reply;
+    size_t n = strlen(large);
+    memset(large + n, 'u', sizeof(large) - n - 2);
+    memcpy(large + sizeof(large) - 2, "\"", 2);
+    for (int i = 0; i < N; i++)
+        fds[i] = wait_in_line(&session, i == STALE ? "If-Match: \"0\"\r\n" : "",
+                              i == 1   ? large
+                              : i == 2 ? ",\"stream\":true"
+                                       : "");
+    close(fds[GONE]);
+    assert_true(server_await_metric(&server, "latte_session_turns_waiting", N - 1, ENOUGH_MS));
+    /* Who does not wait gets what it got before. */
+    ask(&server, "POST", COMPLETIONS,
+        text_of("{\"session_id\":\"%s\",\"prompt\":\"a\"}", session.text), NULL, &reply);
+    assert_error_object(&reply, 409, "invalid_request_error", NULL);
+    reply_free(&reply);
+    release_turn(&server, &stream);
+    for (int i = 0; i < N; i++) {
+        if (i == STALE)
+            read_turn(fds[i], 412);
+        else if (i != GONE)
+            assert_int_equal(read_turn(fds[i], 200), ++version);
+    }
+    assert_int_equal(version_of(&server, &session), N - 2);
+    assert_int_equal(server_metric(&server, "latte_session_turns_waiting"), 0);
+    client_post(&server, COMPLETIONS, "{\"prompt\":\"a\",\"queue\":true}", &reply);
+    assert_error_object(&reply, 400, "invalid_request_error", "invalid_parameter_combination");
+    reply_free(&reply);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
@@ -894,6 +987,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_retry_of_a_stream),
         cmocka_unit_test(test_twins),
         cmocka_unit_test(test_replays_are_bounded),
+        cmocka_unit_test(test_turns_in_line),
     };
     return cmocka_run_group_tests(tests, start_server, stop_server);
 }
