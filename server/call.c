@@ -101,6 +101,24 @@ static void drop_reel(struct call *c)
     c->reel = NULL;
 }
 
+/* Of its API key, for these sequences; a turn that waited has its one already. */
+static enum status take_quota(struct call *c, int64_t n, struct error *err)
+{
+    enum status st = n > c->quota ? quotas_take(&c->routes->quotas, c->owner, n, err) : STATUS_OK;
+    if (!st)
+        c->quota = n;
+    else if (st != STATUS_NOMEM)
+        c->code = "running_quota_exceeded";
+    return st;
+}
+
+/* Before the client can see the end: its next request must not find it still running. */
+static void give_back_quota(struct call *c)
+{
+    quotas_give_back(&c->routes->quotas, c->owner, c->quota);
+    c->quota = 0;
+}
+
 static void call_free(struct call *c)
 {
     char session_id[SESSION_ID_BYTES];
@@ -108,6 +126,7 @@ static void call_free(struct call *c)
     unlist_starting(c);
     unlist_woken(c);
     unlist_detached(c);
+    give_back_quota(c);
     if (c->charged)
         http_uncharge(c->routes->server, c->charged);
     once_forget(c->routes, c->outcome);
@@ -172,6 +191,7 @@ void call_reply_json(struct http_request *http, struct bytes *body)
 
 void call_fail(struct call *c, const struct error *err, const char *code)
 {
+    give_back_quota(c);
     once_fail(c->routes, c->outcome, err, code);
     c->outcome = NULL;
     if (c->http)
@@ -195,6 +215,16 @@ static void begin_reel(struct call *c)
     c->http = NULL;
 }
 
+/* The source of a stream that is its client's. */
+static ssize_t read_own(void *context, char *out, size_t max)
+{
+    struct call *c = context;
+    ssize_t n = stream_read(c->generation, out, max);
+    if (stream_has_ended(c->generation))
+        give_back_quota(c);
+    return n;
+}
+
 static void begin_stream(struct call *c)
 {
     unlist_starting(c);
@@ -203,7 +233,7 @@ static void begin_stream(struct call *c)
         once_begin_stream(c->routes, c->outcome, reel_id(c->reel));
         begin_reel(c);
     } else {
-        http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
+        http_stream(c->http, 200, "text/event-stream; charset=utf-8", read_own, c);
     }
 }
 
@@ -231,6 +261,8 @@ static bool fill_reel(struct call *c)
             break;
     }
     note_tokens(c);
+    if (stream_has_ended(c->generation))
+        give_back_quota(c);
     if (n == HTTP_SOURCE_ABORT) {
         once_forget(c->routes, c->outcome);
         c->outcome = NULL;
@@ -269,6 +301,7 @@ static void write_on_worker(struct work_item *item)
 
 static void deliver(struct call *c)
 {
+    give_back_quota(c);
     once_keep(c->routes, c->outcome, &c->reply);
     c->outcome = NULL;
     if (c->http)
@@ -480,14 +513,17 @@ static enum status charge(struct call *c, struct error *err)
 static void start_generation(struct call *c)
 {
     struct error err;
-    enum status st = charge(c, &err);
+    c->code = NULL;
+    enum status st = take_quota(c, (int64_t)c->n_prompts * c->request.best_of, &err);
+    if (!st)
+        st = charge(c, &err);
     if (!st)
         st = open_generation(c, &err);
     if (st) {
         drop_reel(c);
         if (st == STATUS_BUSY)
-            metrics_add(METRIC_QUEUE_REJECTIONS, 1);
-        call_fail(c, &err, NULL);
+            metrics_add(c->code ? METRIC_QUOTA_REJECTIONS : METRIC_QUEUE_REJECTIONS, 1);
+        call_fail(c, &err, c->code);
         return;
     }
     if (c->reel || c->outcome)
@@ -561,12 +597,18 @@ static void fetch_states(struct call *c)
 static void wait_for_turn(struct call *c)
 {
     struct error err;
-    if (!queue_join(c->routes, c, &err)) {
+    enum status st = take_quota(c, 1, &err);
+    if (!st) {
+        c->code = "session_queue_full";
+        st = queue_join(c->routes, c, &err);
+    }
+    if (!st) {
         defer(c);
         return;
     }
     http_drop_body(c->http);
-    call_fail(c, &err, err.status == STATUS_BUSY ? "session_queue_full" : NULL);
+    metrics_add(METRIC_QUOTA_REJECTIONS, st == STATUS_BUSY);
+    call_fail(c, &err, st == STATUS_BUSY ? c->code : NULL);
 }
 
 /* After prepare: answer, or start the jobs. */

@@ -24,6 +24,7 @@
 #include "server/codec.h"
 #include "server/outcomes.h"
 #include "server/output.h"
+#include "server/quotas.h"
 #include "server/reels.h"
 #include "server/routes.h"
 #include "server/storage.h"
@@ -42,8 +43,9 @@ struct routes {
     struct reels *reels;
     struct outcomes *outcomes; /* of requests with an Idempotency-Key */
     struct waiter *waiters;    /* repetitions of those that run */
-    struct call_queue *queue;  /* calls that wait for a session's turn */
-    struct call *detached;     /* calls that may outlive their requests, for the end */
+    struct quotas quotas;
+    struct call_queue *queue; /* calls that wait for a session's turn */
+    struct call *detached;    /* calls that may outlive their requests, for the end */
     atomic_int n_detached;
 
     /* Written before `model` is published, constant afterwards. */
@@ -84,6 +86,7 @@ struct call {
     bool in_commit;  /* it is handed in just now */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
+    int64_t quota;   /* sequences that are counted as running */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */
     struct stop_rules rules;
     struct bytes reply;

@@ -32,6 +32,9 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
                                    "Requests whose client left before the end."},
     [METRIC_QUEUE_REJECTIONS] = {"latte_queue_rejections_total",
                                  "Requests refused because the queue was full."},
+    [METRIC_QUOTA_REJECTIONS] = {"latte_quota_rejections_total",
+                                 "Requests refused because of their API key's quota or a session's "
+                                 "full queue of turns."},
     [METRIC_CONNECTIONS] = {"latte_connections_total", "Connections accepted."},
     [METRIC_TURNS] = {"latte_session_turns_total", "Turns of sessions that were committed."},
     [METRIC_TURNS_LOST] = {"latte_session_turns_abandoned_total",

@@ -46,6 +46,10 @@
       "sequences decoded in one step, in turns if there are more; 0: all on a CPU, 1024 on a GPU") \
     X(max_queue, INT, "max-queue", "1024", 1, 1000000, "N",                                        \
       "jobs waiting for a slot; beyond it requests get 429")                                       \
+    X(max_running_per_key, INT, "max-running-per-key", "0", 0, 1000000, "N",                       \
+      "sequences that an API key may have running or queued; beyond it its requests get 429; 0: "  \
+      "no "                                                                                        \
+      "limit")                                                                                     \
     X(step_tokens, INT, "step-tokens", "0", 0, 65536, "N",                                         \
       "rows of one engine step at most; 0: 256 on a CPU, 8192 on a GPU")                           \
     X(chunk_tokens, INT, "chunk-tokens", "0", 0, 65536, "N",                                       \

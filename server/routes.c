@@ -261,6 +261,7 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     if (!r)
         return fail(err, STATUS_NOMEM, "routes: out of memory");
     r->options = options;
+    r->quotas.max_running = options->max_running_per_key;
     atomic_init(&r->model, NULL);
     atomic_init(&r->draining, false);
     const struct reels_options reels = {.limit_all =
@@ -306,6 +307,7 @@ void routes_close(struct routes *r)
     call_end_detached(r);
     storage_close(&r->storage);
     queue_close(r->queue);
+    quotas_free(&r->quotas);
     outcomes_close(r->outcomes);
     reels_close(r->reels);
     bytes_free(&r->openapi);

@@ -322,6 +322,11 @@ ssize_t stream_take(struct generation *g, const char **events)
     return n;
 }
 
+bool stream_has_ended(const struct generation *g)
+{
+    return g->ended;
+}
+
 /* ---- life ---------------------------------------------------------------------------------- */
 
 static void init_sequence(struct generation *g, size_t i)

@@ -111,6 +111,9 @@ ssize_t stream_read(void *context, char *out, size_t max);
  * bytes, HTTP_SOURCE_PARK, _END or _ABORT. */
 ssize_t stream_take(struct generation *g, const char **events);
 
+/* A stream's last event is there, if it was not taken yet. */
+bool stream_has_ended(const struct generation *g);
+
 /* Tokens of the prompts, each once, and of all outputs so far. */
 struct codec_usage stream_usage(const struct generation *g);
 

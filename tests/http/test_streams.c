@@ -967,6 +967,72 @@ static void test_turns_in_line(void **state)
     reply_free(&reply);
 }
 
+/* ---- quotas ---------------------------------------------------------------------------------- */
+
+/* What a key may have running, and how many may wait for a session. */
+static void test_quotas(void **state)
+{
+    (void)state;
+    struct server keyed;
+    struct reply reply;
+    char keys[64], path[160], id[64], session[64];
+    write_keys(keys, sizeof(keys));
+    const char *const args[] = {
+        "--api-key-file", keys, "--max-running-per-key", "2", "--max-queued-turns", "0", NULL};
+    static const char two[] = "{\"prompt\":\"a\",\"n\":2,\"max_tokens\":2}",
+                      three[] = "{\"prompt\":\"a\",\"n\":3,\"max_tokens\":2}";
+    server_start(&keyed, args);
+    /* One after the other, they are never in each other's way. */
+    for (int i = 0; i < 20; i++) {
+        static const char *const streams[] = {"", ",\"stream\":true",
+                                              ",\"stream\":true,\"resumable\":true"};
+        assert_int_equal(
+            code_of(&keyed, "POST", COMPLETIONS,
+                    text_of("{\"prompt\":\"a\",\"n\":2,\"max_tokens\":2%s}", streams[i % 3]),
+                    first_key),
+            200);
+    }
+    ask(&keyed, "POST", COMPLETIONS, strdup(three), first_key, &reply);
+    assert_error_object(&reply, 400, "invalid_request_error", "running_quota_exceeded");
+    reply_free(&reply);
+
+    ask(&keyed, "POST", "/v1/sessions", strdup("{}"), first_key, &reply);
+    cJSON *json = parse(&reply.body);
+    snprintf(session, sizeof(session), "%s", member(json, "id")->valuestring);
+    cJSON_Delete(json);
+    reply_free(&reply);
+    /* A stream that runs on counts, though its client is gone. */
+    struct reader r = {.fd = raw_connect(&keyed)};
+    char *body =
+        text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"resumable\":true," ENDLESS "}", session);
+    char *text = text_of("POST " COMPLETIONS " HTTP/1.0\r\nHost: x\r\n%s\r\n"
+                         "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                         first_key, strlen(body), body);
+    raw_text(r.fd, text);
+    reader_read(&r, ANY_BYTES, "id: 1\n", false);
+    snprintf(id, sizeof(id), "%s", r.id);
+    reader_free(&r);
+    ask(&keyed, "POST", COMPLETIONS, strdup(two), first_key, &reply);
+    assert_error_object(&reply, 429, "rate_limit_error", "running_quota_exceeded");
+    char after[8];
+    assert_true(reply_header(&reply, "Retry-After", after, sizeof(after)));
+    reply_free(&reply);
+    assert_int_equal(code_of(&keyed, "POST", COMPLETIONS, strdup(two), second_key), 200);
+    ask(&keyed, "POST", COMPLETIONS,
+        text_of("{\"session_id\":\"%s\",\"prompt\":\"a\",\"queue\":true}", session), first_key,
+        &reply);
+    assert_error_object(&reply, 429, "rate_limit_error", "session_queue_full");
+    reply_free(&reply);
+    snprintf(path, sizeof(path), "/v1/streams/%s", id);
+    assert_int_equal(code_of(&keyed, "DELETE", path, NULL, first_key), 200);
+    assert_int_equal(code_of(&keyed, "POST", COMPLETIONS, strdup(two), first_key), 200);
+    assert_int_equal(server_metric(&keyed, "latte_quota_rejections_total"), 2);
+    free(text);
+    free(body);
+    server_stop(&keyed);
+    remove(keys);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
@@ -988,6 +1054,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_twins),
         cmocka_unit_test(test_replays_are_bounded),
         cmocka_unit_test(test_turns_in_line),
+        cmocka_unit_test(test_quotas),
     };
     return cmocka_run_group_tests(tests, start_server, stop_server);
 }
