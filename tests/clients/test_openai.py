@@ -9,7 +9,11 @@ no mistyped field. Exits with 1 when a check failed.
 import argparse
 import asyncio
 import json
+import socket
 import sys
+import threading
+import urllib.parse
+import uuid
 
 import openai
 from openai.types import Completion, Model
@@ -199,6 +203,66 @@ def hang_up(client, name):
     next(iter(stream))
     stream.close()
     assert client.models.list()
+
+
+class CuttingProxy:
+    """Passes connections on, but cuts the first ones when the reply's first bytes came."""
+
+    def __init__(self, url, n_cuts):
+        parts = urllib.parse.urlparse(url)
+        self.target, self.n_cuts, self.n_connections = (parts.hostname, parts.port), n_cuts, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            client, _ = self.listener.accept()
+            self.n_connections += 1
+            cut = self.n_connections <= self.n_cuts
+            server = socket.create_connection(self.target)
+            for pair in (client, server, False), (server, client, cut):
+                threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    @staticmethod
+    def pump(source, sink, cut):
+        while data := source.recv(65536):
+            if cut:
+                break
+            sink.sendall(data)
+        for s in source, sink:
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+@check
+def retries_apply_a_turn_once(client, name):
+    """The package asks again by itself after a lost connection: two times, with the same headers."""
+    url = str(client.base_url).removesuffix("/v1/")
+    session = client.post("/sessions", cast_to=object, body={})["id"]
+    proxy = CuttingProxy(url, n_cuts=2)
+    with openai.OpenAI(base_url=proxy.url, api_key=client.api_key) as retrying:
+        r = retrying.completions.create(
+            model=name, prompt="Once", max_tokens=8, extra_body={"session_id": session},
+            extra_headers={"Idempotency-Key": str(uuid.uuid4())})
+    assert proxy.n_connections == 3, proxy.n_connections
+    assert strict(Completion, r).session["version"] == 1
+    assert client.get(f"/sessions/{session}", cast_to=object)["version"] == 1
+
+
+@check
+def kept_stream(client, name):
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+
+    def chunks():
+        return [c.model_dump_json() for c in client.completions.create(
+            model=name, prompt="Once", max_tokens=16, stream=True, extra_headers=key)]
+
+    assert chunks() == chunks()
+    expect(openai.UnprocessableEntityError, lambda: client.completions.create(
+        model=name, prompt="Twice", extra_headers=key), code="idempotency_key_reused")
 
 
 def run_async(url, key, name):
