@@ -31,10 +31,29 @@ static void prepare_on_worker(struct work_item *item)
     c->own_body = NULL;
 }
 
+/* A response whose call is over before it is: who was told its id finds that it failed. */
+static void leave_response(struct call *c)
+{
+    struct responses *t = c->routes->responses;
+    struct error err;
+    if (!c->response)
+        return;
+    if (c->response->status == RESPONSE_IN_PROGRESS || c->response->status == RESPONSE_FAILED) {
+        fail(&err, STATUS_INTERNAL, "The client left before the response was complete.");
+        response_fail(c->response, &err);
+        if (!c->streaming)
+            responses_remove(t, c->response);
+    }
+    responses_count(t, c->response);
+    response_release(c->response);
+}
+
 static void call_free(struct call *c)
 {
     metrics_add(METRIC_TURNS_LOST, c->turn.active);
     session_abandon(c->routes->sessions, &c->turn);
+    image_release(c->turn.from);
+    leave_response(c);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     stream_close(c->generation);
@@ -210,7 +229,7 @@ static void fill_reply(const struct call *c, struct codec_reply *reply)
 static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
 {
     const char *texts[4];
-    if (c->api != CODEC_CHAT)
+    if (c->api == CODEC_COMPLETIONS)
         return CALL_TAIL_NONE;
     int n = by_token ? chat_template_stops(c->model->chat_template, texts) : 0;
     for (int i = 0; i < n; i++)
@@ -225,6 +244,10 @@ static void commit_turn(void *context, struct image *image, int32_t last, bool b
     struct call *c = context;
     struct session_info info;
     image->tail = tail_of(c, last, by_token);
+    if (c->response) {
+        responses_settle(c->routes->responses, c->response, image);
+        return;
+    }
     session_commit(c->routes->sessions, &c->turn, image, &info);
     metrics_add(METRIC_TURNS, 1);
     *out = (struct codec_session){.position = info.position, .version = info.version};
@@ -233,7 +256,8 @@ static void commit_turn(void *context, struct image *image, int32_t last, bool b
 
 static enum status open_turn(struct call *c, struct stream_setup *setup, struct error *err)
 {
-    if (!c->turn.active)
+    bool leaves_state = c->response && (c->request.store || c->turn.from);
+    if (!c->turn.active && !leaves_state)
         return STATUS_OK;
     enum status st = image_new(&c->into, &c->routes->images, err);
     if (st)
@@ -256,6 +280,7 @@ static enum status open_generation(struct call *c, struct error *err)
         .rules = &c->rules,
         .prompts = c->prompts,
         .n_prompts = c->n_prompts,
+        .response = c->response,
         .max_bytes = MAX_REPLY_BYTES,
         .arrival_ns = http_arrival_ns(c->http),
         .owner = c,
@@ -272,7 +297,7 @@ static enum status open_generation(struct call *c, struct error *err)
 /* What a request holds until it is over, waiting or running. */
 static size_t held_bytes(const struct call *c)
 {
-    size_t n_bytes = c->arena.used_bytes;
+    size_t n_bytes = c->arena.used_bytes + (c->response ? response_bytes(c->response) : 0);
     for (size_t i = 0; i < c->n_prompts; i++)
         n_bytes += c->prompts[i].n * sizeof(*c->prompts[i].ids);
     return n_bytes;
@@ -304,6 +329,8 @@ static void start_generation(struct call *c)
         return;
     }
     c->started_ns = job_clock_ns();
+    if (c->response && c->request.store)
+        responses_add(c->routes->responses, c->response, time(NULL));
     if (c->request.stream)
         list_starting(c);
     note_tokens(c);
@@ -382,7 +409,7 @@ const struct served_model *call_model(struct http_request *http, struct routes *
 void call_post(struct http_request *http, struct routes *r, enum codec_api api)
 {
     const struct served_model *model = call_model(http, r);
-    bool generates = api == CODEC_COMPLETIONS || api == CODEC_CHAT;
+    bool generates = api < CODEC_TOKENIZE;
     if (!model)
         return;
     if (generates && atomic_load(&r->draining)) {

@@ -16,6 +16,7 @@
 #include "engine/session.h"
 #include "server/codec.h"
 #include "server/output.h"
+#include "server/responses.h"
 #include "server/routes.h"
 #include "server/stream.h"
 #include "server/workers.h"
@@ -29,6 +30,7 @@ struct routes {
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
     struct sessions *sessions;
+    struct responses *responses;
     struct image_store images; /* set before `model` is published */
     struct call *woken;        /* calls with news, to be looked at once each */
 
@@ -61,8 +63,10 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
-    struct session_turn turn; /* of a request with session_id, while it is under way */
-    struct image *into;       /* the state after it, owned */
+    struct session_turn turn;  /* of a request with session_id, while it is under way; of a response
+                                * that continues another the state it begins with */
+    struct response *response; /* of the Responses API, or NULL; held */
+    struct image *into;        /* the state after it, owned */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */

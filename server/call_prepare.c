@@ -4,9 +4,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static const char *input_field(const struct call *c)
 {
+    if (c->api == CODEC_RESPONSES)
+        return "input";
     return c->request.n_messages ? "messages" : "prompt";
 }
 
@@ -191,7 +194,7 @@ static enum status encode_chat(struct call *c, struct token_list *list)
                          : chat_template_render(c->model->chat_template, q->messages, q->n_messages,
                                                 flags, &text, &c->error);
     if (st == STATUS_UNSUPPORTED || st == STATUS_INVALID) {
-        snprintf(c->error.field, sizeof(c->error.field), "messages");
+        snprintf(c->error.field, sizeof(c->error.field), "%s", input_field(c));
         st = c->error.status = STATUS_INVALID;
     } else if (text.failed) {
         st = fail(&c->error, STATUS_NOMEM, "out of memory for the text of a conversation");
@@ -234,6 +237,51 @@ static enum status prepare_chat(struct call *c)
     if (!st)
         add_template_stops(c);
     return st;
+}
+
+/* The state that a response goes on from, and that its chain has these instructions. */
+static enum status find_previous(struct call *c, struct response_instructions *instructions)
+{
+    const struct codec_request *q = &c->request;
+    struct response_instructions chain;
+    enum status st = responses_state(c->routes->responses, q->previous_response_id, c->owner,
+                                     time(NULL), &c->turn.from, &chain, &c->error);
+    if (st) {
+        c->code = st == STATUS_CONFLICT ? NULL : "previous_response_not_found";
+        snprintf(c->error.field, sizeof(c->error.field), "previous_response_id");
+        return st == STATUS_NOT_FOUND ? c->error.status = STATUS_INVALID : st;
+    }
+    bool same = instructions->given == chain.given &&
+                !memcmp(instructions->hash, chain.hash, sizeof(chain.hash));
+    if (instructions->given && !same) {
+        c->code = "unsupported_value";
+        return fail_field(&c->error, STATUS_INVALID, "instructions",
+                          "'instructions' differ from those that response '%.64s' began with. A "
+                          "state cannot forget what it has read: leave them out, or begin anew.",
+                          q->previous_response_id);
+    }
+    *instructions = chain;
+    return STATUS_OK;
+}
+
+static enum status prepare_response(struct call *c)
+{
+    struct codec_request *q = &c->request;
+    struct response_instructions instructions = response_instructions_of(q->instructions);
+    enum status st = q->previous_response_id ? find_previous(c, &instructions) : STATUS_OK;
+    if (!st)
+        st = prepare_chat(c);
+    if (!st)
+        st = response_new(&c->response, &q->repeated, &q->items, q->n_items, &c->error);
+    if (st)
+        return st;
+    c->response->owner = c->owner;
+    c->response->created = time(NULL);
+    c->response->model = c->model->name;
+    c->response->instructions = instructions;
+    c->response->lists_ids = q->return_token_ids;
+    c->response->cached_tokens = (int64_t)image_length(c->turn.from);
+    return STATUS_OK;
 }
 
 static enum status prepare_tokenize(struct call *c)
@@ -298,9 +346,8 @@ static enum status keep(struct call *c)
 void call_prepare(struct call *c)
 {
     static enum status (*const steps[CODEC_API_COUNT])(struct call *) = {
-        [CODEC_COMPLETIONS] = prepare_completion,
-        [CODEC_CHAT] = prepare_chat,
-        [CODEC_TOKENIZE] = prepare_tokenize,
+        [CODEC_COMPLETIONS] = prepare_completion, [CODEC_CHAT] = prepare_chat,
+        [CODEC_RESPONSES] = prepare_response,     [CODEC_TOKENIZE] = prepare_tokenize,
         [CODEC_DETOKENIZE] = prepare_detokenize,
     };
     struct codec_request *q = &c->request;

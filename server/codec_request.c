@@ -73,7 +73,7 @@ static enum status check_max_tokens(struct reader *r)
     if (q->max_completion_tokens >= 0)
         q->max_tokens = q->max_completion_tokens;
     if (q->max_tokens < 0) {
-        q->max_tokens = q->api == CODEC_CHAT ? r->context->chat_max_tokens : 16;
+        q->max_tokens = q->api == CODEC_COMPLETIONS ? 16 : r->context->chat_max_tokens;
         if (q->max_tokens < q->min_tokens && q->min_tokens <= r->context->max_tokens_limit)
             q->max_tokens = q->min_tokens;
     }
@@ -132,6 +132,19 @@ static enum status finish_chat(struct reader *r)
     return st ? st : check_max_tokens(r);
 }
 
+static enum status finish_response(struct reader *r)
+{
+    struct codec_request *q = r->q;
+    if (!is_given(r, "input"))
+        return codec_missing(r, "input");
+    if (q->chat_logprobs || q->top_logprobs > 0)
+        q->n_logprobs = q->top_logprobs > 0 ? q->top_logprobs : 0;
+    enum status st = check_stream(r);
+    if (!st)
+        st = check_max_tokens(r);
+    return st ? st : codec_finish_response(r);
+}
+
 static enum status finish_tokenize(struct reader *r)
 {
     struct codec_request *q = r->q;
@@ -155,6 +168,8 @@ static enum status finish(struct reader *r)
         return finish_completion(r);
     case CODEC_CHAT:
         return finish_chat(r);
+    case CODEC_RESPONSES:
+        return finish_response(r);
     case CODEC_TOKENIZE:
         return finish_tokenize(r);
     default:
@@ -173,7 +188,8 @@ static void set_defaults(struct codec_request *q, enum codec_api api, const stru
         .best_of = 1,
         .max_tokens = -1,
         .max_completion_tokens = -1,
-        .skip_special_tokens = api == CODEC_COMPLETIONS || api == CODEC_CHAT,
+        .skip_special_tokens = api < CODEC_TOKENIZE,
+        .store = true,
         .n_logprobs = -1,
         .top_logprobs = -1,
         .temperature = c->temperature,
@@ -217,7 +233,10 @@ void codec_request_free(struct codec_request *q)
 {
     cJSON_Delete(q->tree);
     q->tree = NULL;
-    q->model = q->session_id = NULL;
+    q->model = q->session_id = q->instructions = q->previous_response_id = NULL;
+    bytes_free(&q->repeated);
+    bytes_free(&q->items);
+    q->n_items = 0;
     q->prompts = NULL;
     q->messages = NULL;
     q->n_prompts = q->n_messages = 0;

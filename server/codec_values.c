@@ -166,6 +166,14 @@ enum status field_ignore_bool(struct reader *r, const struct field *f, const cJS
     return cJSON_IsBool(v) ? STATUS_OK : codec_wrong_type(r, path, "a boolean", v);
 }
 
+enum status field_ignore_int(struct reader *r, const struct field *f, const cJSON *v,
+                             const char *path, void *target)
+{
+    (void)f, (void)target;
+    bool whole = cJSON_IsNumber(v) && v->valuedouble == floor(v->valuedouble);
+    return whole ? STATUS_OK : codec_wrong_type(r, path, "an integer", v);
+}
+
 enum status field_ignore_object(struct reader *r, const struct field *f, const cJSON *v,
                                 const char *path, void *target)
 {

@@ -38,6 +38,10 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
                            "Turns that failed or that their client broke off; not applied."},
     [METRIC_SESSIONS_EXPIRED] = {"latte_sessions_expired_total",
                                  "Sessions forgotten because nobody used them."},
+    [METRIC_RESPONSES_EXPIRED] = {"latte_responses_expired_total",
+                                  "Stored responses forgotten at the end of their time."},
+    [METRIC_RESPONSES_DROPPED] = {"latte_responses_dropped_total",
+                                  "Stored responses forgotten before, for a limit."},
 };
 
 struct histogram_row {
@@ -324,9 +328,12 @@ static void write_process(struct bytes *out)
 static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
 {
     write_value(out, "latte_sessions", "gauge", "Sessions there are.", s->n_sessions);
-    write_value(out, "latte_session_states", "gauge",
-                "States of sessions, of the turns before, and of snapshots, each once.",
-                s->n_states);
+    write_value(out, "latte_responses", "gauge", "Responses that are stored.", s->n_responses);
+    write_value(
+        out, "latte_session_states", "gauge",
+        "States of sessions, of the turns before, of snapshots, and of stored responses, each "
+        "once.",
+        s->n_states);
     write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
                 (double)s->state_bytes);
 }

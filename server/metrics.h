@@ -25,6 +25,8 @@ enum metric_counter {
     METRIC_TURNS,              /* latte_session_turns_total: committed */
     METRIC_TURNS_LOST,         /* latte_session_turns_abandoned_total: failed or broken off */
     METRIC_SESSIONS_EXPIRED,   /* latte_sessions_expired_total */
+    METRIC_RESPONSES_EXPIRED,  /* latte_responses_expired_total */
+    METRIC_RESPONSES_DROPPED,  /* latte_responses_dropped_total: for a limit */
     METRIC_COUNTER_COUNT
 };
 
@@ -50,8 +52,9 @@ void metrics_count_finish(const char *finish_reason);
 
 /* What the sessions hold now. */
 struct metrics_sessions {
-    int n_sessions, n_states; /* states: of sessions, their last turns and snapshots, each once */
-    size_t state_bytes;       /* memory of the states */
+    int n_sessions, n_responses;
+    int n_states;       /* of sessions, their last turns, snapshots and responses, each once */
+    size_t state_bytes; /* memory of the states */
 };
 
 /* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL

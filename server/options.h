@@ -53,6 +53,12 @@
     X(max_sessions, INT, "max-sessions", "10000", 1, 10000000, "N", "sessions held at once")       \
     X(session_idle_ttl, INT, "session-idle-ttl", "0", 0, 31536000, "SECONDS",                      \
       "a session unused so long is forgotten, unless it says otherwise; 0: never")                 \
+    X(response_ttl, INT, "response-ttl", "2592000", 1, 315360000, "SECONDS",                       \
+      "how long a stored response can be retrieved and continued")                                 \
+    X(max_responses, INT, "max-responses", "1000", 1, 10000000, "N",                               \
+      "responses stored for each API key; beyond it the oldest goes")                              \
+    X(response_mb, INT, "response-mb", "512", 1, 16777216, "MB",                                   \
+      "memory of all stored responses with their states; beyond it the oldest go")                 \
     X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
       "memory of all sessions' and snapshots' states; beyond it requests get 429")                 \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \

@@ -6,10 +6,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "server/call.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
+#include "server/routes_responses.h"
 #include "server/routes_sessions.h"
 
 enum { MAX_OPENAPI_BYTES = 4 << 20 };
@@ -24,6 +26,11 @@ static void post_completions(struct http_request *http, void *context)
 static void post_chat(struct http_request *http, void *context)
 {
     call_post(http, context, CODEC_CHAT);
+}
+
+static void post_response(struct http_request *http, void *context)
+{
+    call_post(http, context, CODEC_RESPONSES);
 }
 
 static void post_tokenize(struct http_request *http, void *context)
@@ -120,6 +127,7 @@ static void get_metrics(struct http_request *http, void *context)
     if (model)
         sessions = (struct metrics_sessions){
             .n_sessions = sessions_count(r->sessions),
+            .n_responses = responses_n(r->responses),
             .n_states = atomic_load(&r->images.n_images),
             .state_bytes = atomic_load(&r->images.used_bytes),
         };
@@ -148,6 +156,10 @@ static void get_openapi(struct http_request *http, void *context)
 static const struct http_route table[] = {
     {"POST", "/v1/completions", HTTP_ROUTE_JSON, post_completions},
     {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON, post_chat},
+    {"POST", "/v1/responses", HTTP_ROUTE_JSON, post_response},
+    {"GET", "/v1/responses/{id}", 0, response_get},
+    {"DELETE", "/v1/responses/{id}", 0, response_delete},
+    {"GET", "/v1/responses/{id}/input_items", 0, response_get_items},
     {"GET", "/v1/models", 0, get_models},
     {"GET", "/v1/models/{id}", HTTP_ROUTE_SLASHES, get_one_model},
     {"POST", "/v1/sessions", HTTP_ROUTE_JSON, sessions_post},
@@ -198,6 +210,8 @@ void routes_on_tick(void *context)
     struct routes *r = context;
     call_begin_late(r);
     metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->sessions));
+    metrics_add(METRIC_RESPONSES_EXPIRED, (uint64_t)responses_expire(r->responses, time(NULL)));
+    metrics_add(METRIC_RESPONSES_DROPPED, (uint64_t)responses_take_dropped(r->responses));
 }
 
 /* ---- life -------------------------------------------------------------------------------------
@@ -238,12 +252,18 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     atomic_init(&r->draining, false);
     const struct session_options sessions = {.max_sessions = (int)options->max_sessions,
                                              .idle_s = options->session_idle_ttl};
+    const struct responses_options responses = {.ttl_s = options->response_ttl,
+                                                .max_per_owner = (int)options->max_responses,
+                                                .max_bytes = (size_t)options->response_mb << 20};
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
     if (!st)
         st = sessions_open(&r->sessions, &sessions, err);
     if (!st)
+        st = responses_open(&r->responses, &responses, err);
+    if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
+        responses_close(r->responses);
         sessions_close(r->sessions);
         bytes_free(&r->openapi);
         free(r);
@@ -258,6 +278,7 @@ void routes_close(struct routes *r)
     if (!r)
         return;
     workers_close(r->workers);
+    responses_close(r->responses);
     sessions_close(r->sessions);
     bytes_free(&r->openapi);
     free(r);

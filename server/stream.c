@@ -234,7 +234,7 @@ static bool advance_all(struct generation *g)
         if (g->turn.failed)
             end_with_error(g, &err);
     }
-    if (g->failed || !g->setup.request->stream)
+    if (g->failed || !(g->setup.request->stream || g->setup.response))
         return any;
     for (size_t i = 0; i < g->n_sequences; i++)
         stream_reply_events(g, &g->sequences[i]);

@@ -25,6 +25,7 @@
 #include "engine/job.h"
 #include "server/codec.h"
 #include "server/output.h"
+#include "server/responses.h"
 
 struct generation;
 
@@ -56,6 +57,7 @@ struct stream_setup {
     const struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
     const struct stream_turn *turn; /* NULL: none */
+    struct response *response; /* of the Responses API: the reply is written from it; or NULL */
     struct codec_reply reply;
     size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */

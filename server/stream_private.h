@@ -3,6 +3,7 @@
  *   stream.c        jobs, their progress, the life of a generation
  *   stream_turn.c   the end of a session's turn
  *   stream_reply.c  what its choices have to say, as events or as a whole
+ *   stream_response.c  the same of the Responses API
  *
  * Threads, memory, errors: as stream.h says.
  */
@@ -44,6 +45,7 @@ struct generation {
     struct codec_usage usage;
     struct bytes events; /* framed, not sent yet */
     size_t n_sent;       /* bytes of events that were read */
+    size_t n_told;       /* events of the response that were framed */
     bool open, ended;    /* all jobs were submitted; the last event is framed */
     bool failed;
     struct error error;
@@ -69,5 +71,9 @@ void stream_turn_free(struct generation *g);
 void stream_reply_events(struct generation *g, struct sequence *s);
 void stream_reply_end(struct generation *g);
 void stream_reply_error(struct generation *g);
+/* The same three where there is a response: it becomes what the choice says, and events come from
+ * it if they are wanted. */
+void stream_response_events(struct generation *g, struct sequence *s);
+void stream_response_error(struct generation *g);
 
 #endif

@@ -44,6 +44,10 @@ static size_t list_bytes(const struct output *o)
  * and the finish_reason in a last event of its own; completions put it beside the last text. */
 void stream_reply_events(struct generation *g, struct sequence *s)
 {
+    if (g->setup.response) {
+        stream_response_events(g, s);
+        return;
+    }
     bool chat = g->setup.request->api == CODEC_CHAT;
     struct output *o = &s->output;
     bool end = s->finish && !s->finish_sent && stream_turn_is_settled(g);
@@ -68,6 +72,9 @@ void stream_reply_events(struct generation *g, struct sequence *s)
 
 void stream_reply_end(struct generation *g)
 {
+    g->ended = true;
+    if (g->setup.response) /* its last event is the end */
+        return;
     if (g->setup.request->include_usage) {
         bytes_text(&g->events, "data: ");
         codec_write_head(&g->events, &g->setup.reply, NULL, 0);
@@ -75,16 +82,19 @@ void stream_reply_end(struct generation *g)
         bytes_text(&g->events, "\n\n");
     }
     bytes_text(&g->events, "data: [DONE]\n\n");
-    g->ended = true;
 }
 
 void stream_reply_error(struct generation *g)
 {
+    g->ended = true;
+    if (g->setup.response) {
+        stream_response_error(g);
+        return;
+    }
     bytes_text(&g->events, "data: ");
     http_error_json(&g->events, http_status_of(g->error.status), g->error.text,
                     *g->error.field ? g->error.field : NULL, NULL);
     bytes_text(&g->events, "\n\n");
-    g->ended = true;
 }
 
 /* ---- whole replies ------------------------------------------------------------------------- */
@@ -127,6 +137,10 @@ static void write_whole_choice(struct generation *g, struct sequence *s, int64_t
 
 void stream_write(struct generation *g, struct bytes *out)
 {
+    if (g->setup.response) {
+        response_write(out, g->setup.response);
+        return;
+    }
     const struct codec_request *q = g->setup.request;
     size_t best_of = (size_t)q->best_of, n = (size_t)q->n;
     bool ids = q->return_token_ids && q->api == CODEC_CHAT;
