@@ -358,7 +358,7 @@ enum status response_write_items(struct bytes *out, const struct response *r,
                      id_of_item(r, page->ascending ? first : last).text,
                      id_of_item(r, page->ascending ? last : first).text);
     else
-        bytes_text(out, "],\"first_id\":null,\"last_id\":null");
+        bytes_text(out, "],\"first_id\":\"\",\"last_id\":\"\"");
     bytes_format(out, ",\"has_more\":%s}", n > n_page ? "true" : "false");
     return STATUS_OK;
 }
