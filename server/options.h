@@ -58,7 +58,8 @@
     X(max_responses, INT, "max-responses", "1000", 1, 10000000, "N",                               \
       "responses stored for each API key; beyond it the oldest goes")                              \
     X(response_mb, INT, "response-mb", "512", 1, 16777216, "MB",                                   \
-      "memory of all stored responses with their states; beyond it the oldest go")                 \
+      "memory of all stored responses with their states; beyond it, and beyond half of "           \
+      "--host-state-mb, the oldest go")                                                            \
     X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
       "memory of all sessions' and snapshots' states; beyond it requests get 429")                 \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \

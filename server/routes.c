@@ -252,9 +252,13 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     atomic_init(&r->draining, false);
     const struct session_options sessions = {.max_sessions = (int)options->max_sessions,
                                              .idle_s = options->session_idle_ttl};
-    const struct responses_options responses = {.ttl_s = options->response_ttl,
-                                                .max_per_owner = (int)options->max_responses,
-                                                .max_bytes = (size_t)options->response_mb << 20};
+    size_t half_of_states = (size_t)options->host_state_mb << 19,
+           response_bytes = (size_t)options->response_mb << 20;
+    const struct responses_options responses = {
+        .ttl_s = options->response_ttl,
+        .max_per_owner = (int)options->max_responses,
+        .max_bytes = response_bytes < half_of_states ? response_bytes : half_of_states,
+    };
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
     if (!st)
         st = sessions_open(&r->sessions, &sessions, err);

@@ -454,9 +454,8 @@ static void test_request_fields(void **state)
         const char *path;
         enum codec_api api;
     } apis[] = {
-        {"/v1/completions", CODEC_COMPLETIONS},
-        {"/v1/chat/completions", CODEC_CHAT},
-        {"/tokenize", CODEC_TOKENIZE},
+        {"/v1/completions", CODEC_COMPLETIONS}, {"/v1/chat/completions", CODEC_CHAT},
+        {"/v1/responses", CODEC_RESPONSES},     {"/tokenize", CODEC_TOKENIZE},
         {"/detokenize", CODEC_DETOKENIZE},
     };
     for (size_t i = 0; i < COUNT_OF(apis); i++)
@@ -465,6 +464,7 @@ static void test_request_fields(void **state)
         member(child(yaml_document_get_root_node(&document), "components"), "schemas");
     compare_fields("stream_options", child(schemas, "StreamOptions"), 0, codec_stream_option);
     compare_fields("message", child(schemas, "Message"), 0, codec_message_field);
+    compare_fields("item", child(schemas, "InputMessage"), 0, codec_item_field);
 }
 
 /* The first example of an operation's request body, as JSON text; NULL without a body. */
@@ -609,11 +609,101 @@ static void provoke_session(const char *path, const char *method, int status, co
     free(big);
 }
 
+/* Begin a response that ends when the connection does; its id. */
+static int hold_response(const struct server *s, char id[64])
+{
+    static const char body[] = "{\"input\":\"x\",\"max_output_tokens\":1000000,"
+                               "\"ignore_eos\":true,\"stream\":true}";
+    char text[400];
+    struct bytes out = {0};
+    int n = snprintf(text, sizeof(text),
+                     "POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     "Content-Length: %zu\r\n\r\n%s",
+                     strlen(body), body);
+    int fd = raw_connect(s);
+    raw_write(fd, text, (size_t)n);
+    if (id) {
+        assert_true(raw_await(fd, &out, "response.in_progress", 30000));
+        snprintf(id, 64, "%.37s", strstr(out.data, "resp_"));
+    } else {
+        assert_true(server_await_metric(s, "latte_requests_waiting", 2, 30000));
+    }
+    bytes_free(&out);
+    return fd;
+}
+
+/* The id of a stored response; "resp_none" where none can be made. */
+static void make_response(char id[64])
+{
+    struct reply reply;
+    client_post(&plain, "/v1/responses", "{\"input\":\"x\",\"max_output_tokens\":1}", &reply);
+    assert_int_equal(reply.code, 200);
+    snprintf(id, 64, "%.37s", strstr(reply.body.data, "resp_"));
+    reply_free(&reply);
+}
+
+/* The same for what is about responses. */
+static void provoke_response(const char *path, const char *method, int status, const char *example,
+                             struct reply *reply)
+{
+    static const char *const xml[] = {"Content-Type: text/xml", NULL};
+    static const char endless_response[] = "{\"input\":\"x\",\"max_output_tokens\":1000000,"
+                                           "\"ignore_eos\":true}";
+    const struct server *s = status == 401   ? &keyed
+                             : status == 413 ? &small
+                             : status == 429 ? &full
+                             : status == 504 ? &tight
+                                             : &plain;
+    char id[64] = "resp_none", real_path[200], body[200], upper[16], *big = NULL;
+    int held = -1;
+    const char *brace = strchr(path, '{');
+    if (brace && (status == 200 || status == 400))
+        make_response(id);
+    snprintf(real_path, sizeof(real_path), "%.*s%s%s%s", brace ? (int)(brace - path) : 100, path,
+             brace ? id : "", brace ? strchr(path, '}') + 1 : "",
+             status == 400 && brace ? "?limit=x&stream=x" : "");
+    for (size_t i = 0; i <= strlen(method); i++)
+        upper[i] = method[i] ? (char)(method[i] & ~32) : '\0';
+    struct client_request q = {.method = upper, .path = real_path, .body = example};
+    if (status == 400 && example)
+        q.body = "{";
+    if (status == 404 && example)
+        q.body = "{\"input\":\"x\",\"model\":\"none\"}";
+    if (status == 409) {
+        held = hold_response(s, id);
+        snprintf(body, sizeof(body), "{\"input\":\"x\",\"previous_response_id\":\"%s\"}", id);
+        q.body = body;
+    }
+    if (status == 413) {
+        big = malloc(3 << 20);
+        memset(big, ' ', 3 << 20);
+        q.body = big;
+        q.n_body = 3 << 20;
+    }
+    if (status == 415)
+        q.headers = xml;
+    if (status == 429)
+        held = hold_response(s, NULL); /* it takes the last place */
+    if (status == 504)
+        q.body = endless_response;
+    if (status == 503)
+        ask_while_loading(&q, reply);
+    else
+        client_send(s, &q, reply);
+    if (held >= 0)
+        close(held);
+    free(big);
+}
+
 /* Send what makes an operation answer with a status; false when nothing here can. */
 static bool provoke(const char *path, const char *method, int status, const char *example,
                     struct reply *reply)
 {
     bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
+    if (strstr(path, "/responses")) {
+        provoke_response(path, method, status, example, reply);
+        return true;
+    }
     if (strstr(path, "/sessions") || status == 409 || status == 412) {
         provoke_session(path, method, status, example, reply);
         return true;
@@ -749,8 +839,8 @@ static void test_statuses(void **state)
 static void test_full_replies(void **state)
 {
     (void)state;
-    static const char *const extras[] = {"", ",\"stream\":true,\"stream_options\":"
-                                             "{\"include_usage\":true}"};
+    static const char *const extras[] = {
+        "", ",\"stream\":true,\"stream_options\":{\"include_usage\":true}", "", ",\"stream\":true"};
     static const struct {
         const char *path, *body, *schemas[2];
     } cases[] = {
@@ -762,20 +852,25 @@ static void test_full_replies(void **state)
          "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"n\":2,\"logprobs\":true,"
          "\"top_logprobs\":2,\"return_token_ids\":true,\"max_tokens\":5%s}",
          {"ChatCompletion", "ChatChunk"}},
+        {"/v1/responses",
+         "{\"input\":\"x\",\"include\":[\"message.output_text.logprobs\"],\"top_logprobs\":2,"
+         "\"return_token_ids\":true,\"max_output_tokens\":5%s}",
+         {"Response", "ResponseEvent"}},
     };
     yaml_node_t *schemas =
         member(child(yaml_document_get_root_node(&document), "components"), "schemas");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 6; i++) {
         char body[600];
         bool streamed = i % 2;
-        snprintf(body, sizeof(body), cases[i / 2].body, extras[streamed]);
+        snprintf(body, sizeof(body), cases[i / 2].body, extras[i < 4 ? streamed : 2 + streamed]);
         struct reply reply;
         client_post(&plain, cases[i / 2].path, body, &reply);
         assert_int_equal(reply.code, 200);
         yaml_node_t *schema = child(schemas, cases[i / 2].schemas[streamed]);
         const char *text = reply.body.data;
         for (; text && *text; text = streamed ? strstr(text, "\n\n") + 2 : NULL) {
-            cJSON *v = cJSON_ParseWithOpts(text + (streamed ? 6 : 0), NULL, false);
+            const char *json = streamed ? strstr(text, "data: ") + 6 : text;
+            cJSON *v = cJSON_ParseWithOpts(json, NULL, false);
             if (!v) /* [DONE] is an array to be, and no JSON */
                 continue;
             const char *wrong = validate(v, schema, true);
