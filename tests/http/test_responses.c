@@ -164,7 +164,8 @@ static cJSON *ids_after(const struct id *previous, const char *settings)
  * out. The i-th turn ends in the i-th of these ways. */
 static void check_chain(const char *sampling)
 {
-    static const char *const ends[] = {"", "", ",\"stop\":[\"e\"]", ",\"ignore_eos\":true", ""};
+    static const char *const ends[] = {"", ",\"logit_bias\":{\"2\":100}", ",\"stop\":[\"e\"]",
+                                       ",\"ignore_eos\":true", ""};
     struct answer s = post("/v1/sessions", "{}");
     struct id session = id_of(s.json), previous = {""};
     int position = 0;
