@@ -52,11 +52,11 @@ static void call_free(struct call *c)
 {
     metrics_add(METRIC_TURNS_LOST, c->turn.active);
     session_abandon(c->routes->sessions, &c->turn);
-    image_release(c->turn.from);
     leave_response(c);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     stream_close(c->generation);
+    image_release(c->from);
     image_release(c->into);
     bytes_free(&c->reply);
     arena_free(&c->arena);
@@ -254,16 +254,21 @@ static void commit_turn(void *context, struct image *image, int32_t last, bool b
     memcpy(out->id, info.id, sizeof(info.id));
 }
 
+struct image *call_from(const struct call *c)
+{
+    return c->turn.active ? c->turn.from : c->from;
+}
+
 static enum status open_turn(struct call *c, struct stream_setup *setup, struct error *err)
 {
-    bool leaves_state = c->response && (c->request.store || c->turn.from);
+    bool leaves_state = c->response && (c->request.store || c->from);
     if (!c->turn.active && !leaves_state)
         return STATUS_OK;
     enum status st = image_new(&c->into, &c->routes->images, err);
     if (st)
         return st;
     c->stream_turn = (struct stream_turn){
-        .from = c->turn.from, .into = c->into, .commit = commit_turn, .commit_context = c};
+        .from = call_from(c), .into = c->into, .commit = commit_turn, .commit_context = c};
     setup->turn = &c->stream_turn;
     return STATUS_OK;
 }

@@ -63,10 +63,10 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
-    struct session_turn turn;  /* of a request with session_id, while it is under way; of a response
-                                * that continues another the state it begins with */
+    struct session_turn turn; /* of a request with session_id, while it is under way */
+    struct image *from; /* the state the prompts continue, of other requests; owned, or NULL */
+    struct image *into; /* the state after the turn, owned */
     struct response *response; /* of the Responses API, or NULL; held */
-    struct image *into;        /* the state after it, owned */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */
@@ -94,6 +94,9 @@ const struct served_model *call_model(struct http_request *http, struct routes *
 
 /* Handle a POST of this API. */
 void call_post(struct http_request *http, struct routes *r, enum codec_api api);
+
+/* The state that the prompts continue, NULL for that before any token. */
+struct image *call_from(const struct call *c);
 
 /* Everything before the engine: parse, check, tokenize; for tokenize and detokenize the whole
  * reply. Sets status, error and code. The request's parsed tree is gone afterwards: it may be

@@ -87,7 +87,7 @@ static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size
     }
     if (n > (size_t)limit)
         return too_long(c, limit, (int64_t)n);
-    return keep_prompt(&c->prompts[i], c->turn.from, ids, n, &c->error);
+    return keep_prompt(&c->prompts[i], call_from(c), ids, n, &c->error);
 }
 
 /* What echo gives back: the text as it was sent, or what the ids decode to. */
@@ -115,7 +115,7 @@ static enum status prepare_prompt(struct call *c, size_t i)
     const struct codec_prompt *p = &c->request.prompts[i];
     enum status st = STATUS_OK;
     if (p->text.data) {
-        bool begins = !image_length(c->turn.from);
+        bool begins = !image_length(call_from(c));
         unsigned flags = c->request.add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         struct token_list list = {0};
         st = encode(c, p->text, flags, &list);
@@ -162,7 +162,7 @@ static enum status render_turn(struct call *c, unsigned flags, struct bytes *tex
     if (at) {
         const char *stops[4];
         at += strlen(answer_before);
-        bool ended = c->turn.from->tail != CALL_TAIL_OPEN;
+        bool ended = call_from(c)->tail != CALL_TAIL_OPEN;
         int n_stops = ended ? chat_template_stops(c->model->chat_template, stops) : 0;
         for (int i = 0; i < n_stops; i++) {
             size_t length = strlen(stops[i]);
@@ -189,7 +189,7 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     unsigned flags = (q->add_generation_prompt ? CHAT_ADD_GENERATION_PROMPT : 0) |
                      (q->continue_final_message ? CHAT_CONTINUE_FINAL_MESSAGE : 0);
     struct bytes text = {0};
-    enum status st = image_length(c->turn.from)
+    enum status st = image_length(call_from(c))
                          ? render_turn(c, flags, &text)
                          : chat_template_render(c->model->chat_template, q->messages, q->n_messages,
                                                 flags, &text, &c->error);
@@ -200,7 +200,7 @@ static enum status encode_chat(struct call *c, struct token_list *list)
         st = fail(&c->error, STATUS_NOMEM, "out of memory for the text of a conversation");
     }
     if (!st) {
-        bool begins = !image_length(c->turn.from);
+        bool begins = !image_length(call_from(c));
         unsigned special = q->add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         st = encode(c, (struct codec_text){text.n ? text.data : "", text.n}, special, list);
     }
@@ -245,7 +245,7 @@ static enum status find_previous(struct call *c, struct response_instructions *i
     const struct codec_request *q = &c->request;
     struct response_instructions chain;
     enum status st = responses_state(c->routes->responses, q->previous_response_id, c->owner,
-                                     time(NULL), &c->turn.from, &chain, &c->error);
+                                     time(NULL), &c->from, &chain, &c->error);
     if (st) {
         c->code = st == STATUS_CONFLICT ? NULL : "previous_response_not_found";
         snprintf(c->error.field, sizeof(c->error.field), "previous_response_id");
@@ -280,7 +280,7 @@ static enum status prepare_response(struct call *c)
     c->response->model = c->model->name;
     c->response->instructions = instructions;
     c->response->lists_ids = q->return_token_ids;
-    c->response->cached_tokens = (int64_t)image_length(c->turn.from);
+    c->response->cached_tokens = (int64_t)image_length(c->from);
     return STATUS_OK;
 }
 
