@@ -8,6 +8,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "engine/base/base64.h"
 #include "server/metrics.h"
 
 enum {
@@ -41,6 +42,8 @@ static void call_free(struct call *c)
     stream_close(c->generation);
     image_release(c->from);
     image_release(c->into);
+    image_release(c->left);
+    bytes_free(&c->state);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
@@ -123,10 +126,34 @@ static void begin_stream(struct call *c)
     http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
 }
 
+static bool is_large_state(const struct call *c)
+{
+    return image_file_bytes(&c->routes->storage.images) > INLINE_BYTES;
+}
+
+/* The state to give back as text, which is empty when memory runs out. Any thread. */
+static void write_state(struct call *c)
+{
+    struct bytes file = {0};
+    image_write(c->left, &file);
+    base64_encode(file.data, file.n, &c->state);
+    if (file.failed || c->state.failed)
+        bytes_free(&c->state);
+    bytes_free(&file);
+    image_release(c->left);
+    c->left = NULL;
+    stream_give_state(c->generation, (struct codec_text){c->state.data, c->state.n});
+}
+
 static void write_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
+    if (c->left) {
+        write_state(c);
+        c->reply.failed |= !c->state.data;
+    }
     stream_write(c->generation, &c->reply);
+    bytes_free(&c->state);
 }
 
 static void on_written(struct work_item *item)
@@ -143,7 +170,8 @@ static void on_written(struct work_item *item)
 static void reply_whole(struct call *c)
 {
     c->item = (struct work_item){.run = write_on_worker, .done = on_written};
-    if (stream_held_bytes(c->generation) <= INLINE_BYTES) {
+    bool is_small = !c->left || !is_large_state(c);
+    if (is_small && stream_held_bytes(c->generation) <= INLINE_BYTES) {
         write_on_worker(&c->item);
         call_reply_json(c->http, &c->reply);
         return;
@@ -221,15 +249,10 @@ static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
     return CALL_TAIL_OPEN;
 }
 
-static void on_committed(void *context, const struct session_outcome *outcome)
+/* The turn is over, and the reply may end. */
+static void end_turn(struct call *c, const struct error *err)
 {
-    struct call *c = context;
-    const struct session_info *info = &outcome->info;
-    struct codec_session session = {.position = info->position, .version = info->version};
-    memcpy(session.id, info->id, sizeof(info->id));
-    c->committing = false;
-    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
-    stream_turn_committed(c->generation, &session, &outcome->error);
+    stream_turn_committed(c->generation, &c->session, err);
     if (c->in_commit)
         return; /* whoever polls the generation goes on */
     if (c->http)
@@ -238,23 +261,89 @@ static void on_committed(void *context, const struct session_outcome *outcome)
         call_free(c);
 }
 
+static void end_with_state(struct call *c)
+{
+    struct error err = {0};
+    if (c->http && !c->state.data)
+        fail(&err, STATUS_NOMEM, "out of memory for the state after the turn");
+    end_turn(c, &err);
+}
+
+static void write_state_on_worker(struct work_item *item)
+{
+    write_state((struct call *)item);
+}
+
+static void on_state_written(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    end_with_state(c);
+}
+
+/* The turn has been committed. The end of a stream has the state, where it is asked for; a whole
+ * reply gets it when it is written. */
+static void after_commit(struct call *c)
+{
+    struct error none = {0};
+    if (!c->left || !c->request.stream || !c->http) {
+        end_turn(c, &none);
+    } else if (!is_large_state(c)) {
+        write_state(c);
+        end_with_state(c);
+    } else {
+        c->item = (struct work_item){.run = write_state_on_worker, .done = on_state_written};
+        c->working = true;
+        workers_submit(c->routes->workers, &c->item);
+    }
+}
+
+static void on_committed(void *context, const struct session_outcome *outcome)
+{
+    struct call *c = context;
+    const struct session_info *info = &outcome->info;
+    c->session = (struct codec_session){.position = info->position, .version = info->version};
+    memcpy(c->session.id, info->id, sizeof(info->id));
+    c->committing = false;
+    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
+    if (outcome->error.status)
+        end_turn(c, &outcome->error);
+    else
+        after_commit(c);
+}
+
 static enum status commit_turn(void *context, struct image *image, const struct stream_end *end,
                                struct error *err)
 {
     struct call *c = context;
+    enum status st = STATUS_OK;
     image->tail = tail_of(c, end->last, end->by_token);
-    c->committing = c->in_commit = true;
-    enum status st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
-                                    end->n_chunked, end->n_single, on_committed, c, err);
+    if (c->request.return_state) {
+        image_hold(image);
+        c->left = image;
+    }
+    c->in_commit = true;
+    c->committing = c->turn.active;
+    if (c->turn.active)
+        st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
+                            end->n_chunked, end->n_single, on_committed, c, err);
+    else
+        after_commit(c);
     c->in_commit = false;
     if (st)
         c->committing = false;
     return st;
 }
 
+struct image *call_from(const struct call *c)
+{
+    return c->turn.active ? c->turn.from : c->from;
+}
+
 static void open_turn(struct call *c, struct stream_setup *setup)
 {
-    if (!c->turn.active)
+    setup->from = c->from;
+    if (!c->into)
         return;
     c->stream_turn = (struct stream_turn){
         .from = c->from, .into = c->into, .commit = commit_turn, .commit_context = c};
@@ -360,7 +449,7 @@ static void on_fetched(struct work_item *item)
 static void fetch_states(struct call *c)
 {
     struct error err;
-    if (!c->turn.active) {
+    if (!c->turn.active && !c->request.return_state) {
         start_generation(c);
         return;
     }

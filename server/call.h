@@ -63,10 +63,14 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
-    struct session_turn turn;  /* of a request with session_id, while it is under way */
-    struct image *from, *into; /* the states before and after it, held */
-    bool committing;           /* the journal has the turn: the call lives until that is over */
-    bool in_commit;            /* it is handed in just now */
+    struct session_turn turn;     /* of a request with session_id, while it is under way */
+    struct image *from, *into;    /* the states before and after it, held; without a turn, from is
+                                   * what the prompts continue, or NULL */
+    struct image *left;           /* the state to give back, held: into, or what a replay left */
+    struct bytes state;           /* its text */
+    struct codec_session session; /* where the session is after the turn */
+    bool committing;              /* the journal has the turn: the call lives until that is over */
+    bool in_commit;               /* it is handed in just now */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */
@@ -85,6 +89,10 @@ enum call_tail {
     CALL_TAIL_OPEN,   /* an assistant's message, without the template's end */
     CALL_TAIL_CLOSED, /* the template's end of a message is the session's last token */
 };
+
+/* The state that the prompts continue, NULL for that before any token. Its values need not be in
+ * memory. */
+struct image *call_from(const struct call *c);
 
 /* The version that If-Match asks a session to have; SESSION_ANY_VERSION without the header. */
 enum status call_if_match(struct http_request *http, int64_t *version, struct error *err);

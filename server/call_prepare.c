@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/base/base64.h"
+
 static const char *input_field(const struct call *c)
 {
     return c->request.n_messages ? "messages" : "prompt";
@@ -84,7 +86,7 @@ static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size
     }
     if (n > (size_t)limit)
         return too_long(c, limit, (int64_t)n);
-    return keep_prompt(&c->prompts[i], c->turn.from, ids, n, &c->error);
+    return keep_prompt(&c->prompts[i], call_from(c), ids, n, &c->error);
 }
 
 /* What echo gives back: the text as it was sent, or what the ids decode to. */
@@ -112,7 +114,7 @@ static enum status prepare_prompt(struct call *c, size_t i)
     const struct codec_prompt *p = &c->request.prompts[i];
     enum status st = STATUS_OK;
     if (p->text.data) {
-        bool begins = !image_length(c->turn.from);
+        bool begins = !image_length(call_from(c));
         unsigned flags = c->request.add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         struct token_list list = {0};
         st = encode(c, p->text, flags, &list);
@@ -159,7 +161,7 @@ static enum status render_turn(struct call *c, unsigned flags, struct bytes *tex
     if (at) {
         const char *stops[4];
         at += strlen(answer_before);
-        bool ended = c->turn.from->tail != CALL_TAIL_OPEN;
+        bool ended = call_from(c)->tail != CALL_TAIL_OPEN;
         int n_stops = ended ? chat_template_stops(c->model->chat_template, stops) : 0;
         for (int i = 0; i < n_stops; i++) {
             size_t length = strlen(stops[i]);
@@ -186,7 +188,7 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     unsigned flags = (q->add_generation_prompt ? CHAT_ADD_GENERATION_PROMPT : 0) |
                      (q->continue_final_message ? CHAT_CONTINUE_FINAL_MESSAGE : 0);
     struct bytes text = {0};
-    enum status st = image_length(c->turn.from)
+    enum status st = image_length(call_from(c))
                          ? render_turn(c, flags, &text)
                          : chat_template_render(c->model->chat_template, q->messages, q->n_messages,
                                                 flags, &text, &c->error);
@@ -197,7 +199,7 @@ static enum status encode_chat(struct call *c, struct token_list *list)
         st = fail(&c->error, STATUS_NOMEM, "out of memory for the text of a conversation");
     }
     if (!st) {
-        bool begins = !image_length(c->turn.from);
+        bool begins = !image_length(call_from(c));
         unsigned special = q->add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         st = encode(c, (struct codec_text){text.n ? text.data : "", text.n}, special, list);
     }
@@ -276,6 +278,33 @@ static enum status check_model(struct call *c)
                       shown.data, (int)ours.n, ours.data);
 }
 
+/* The state that came with the request. */
+static enum status read_state(struct call *c)
+{
+    const struct codec_text *text = &c->request.state;
+    struct bytes file = {0};
+    enum status st = base64_decode(text->data, text->n, &file, &c->error);
+    if (!st)
+        st = image_parse(&c->from, &c->routes->storage.images, file.n ? file.data : "", file.n,
+                         &c->error);
+    bytes_free(&file);
+    if (st != STATUS_INVALID)
+        return st;
+    c->code = "invalid_value";
+    snprintf(c->error.field, sizeof(c->error.field), "state");
+    return fail_context(&c->error, "Invalid 'state'");
+}
+
+/* What the prompts continue. */
+static enum status find_origin(struct call *c)
+{
+    const struct codec_request *q = &c->request;
+    if (q->session_id)
+        return session_begin(c->routes->storage.sessions, q->session_id, c->owner, c->version,
+                             &c->turn, &c->error);
+    return q->state.data ? read_state(c) : STATUS_OK;
+}
+
 /* Move what the generation reads of a request to the call's arena; the rest of it goes. */
 static enum status keep(struct call *c)
 {
@@ -311,9 +340,8 @@ void call_prepare(struct call *c)
     c->code = q->code;
     if (!st)
         st = check_model(c);
-    if (!st && q->session_id)
-        st = session_begin(c->routes->storage.sessions, q->session_id, c->owner, c->version,
-                           &c->turn, &c->error);
+    if (!st)
+        st = find_origin(c);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)

@@ -17,7 +17,7 @@
  * its bytes can no longer be looked at, with "Connection: close" or a closed connection, and
  * sends it again. After a refusal for what a header says about the body the connection is
  * closed, and so it is after every chunked body, on whose framing two readers might disagree. A
- * chunked body that goes on for --max-body-mb beyond the limit is cut off unanswered;
+ * chunked body that goes on for its limit once more is cut off unanswered;
  * one that announces its length is refused at once.
  *
  * Threads: http_notify by any thread; http_open, http_close by main; the rest by the io thread.
@@ -46,6 +46,8 @@ enum http_route_flags {
     HTTP_ROUTE_JSON =
         2, /* POST with a JSON body: 415 on another Content-Type, 411 without length */
     HTTP_ROUTE_SLASHES = 4, /* the parameter is the rest of the path, slashes too */
+    HTTP_ROUTE_STATE = 8,   /* the body is an exported state, or JSON with one as base64: its
+                             * limit follows from http_set_state_bytes */
 };
 
 /* A path may have one parameter, a segment of it, percent-decoded: "/v1/sessions/{id}/fork".
@@ -70,6 +72,10 @@ struct http_config {
 enum status http_open(struct http_server **out, const struct http_config *config,
                       struct error *err);
 enum status http_start(struct http_server *s, struct error *err);
+/* The size of an exported state. A body that is one may be so long, and a little longer, so that
+ * it is told what is wrong with it; JSON with one may exceed --max-body-mb by its base64. Any
+ * thread. */
+void http_set_state_bytes(struct http_server *s, size_t n_bytes);
 /* The port that is listened on (0 for a unix socket). */
 int http_port(const struct http_server *s);
 /* "http://127.0.0.1:8080", "http://[::1]:8080" or "unix:/run/latte.sock". */

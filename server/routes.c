@@ -151,8 +151,8 @@ static void get_openapi(struct http_request *http, void *context)
 }
 
 static const struct http_route table[] = {
-    {"POST", "/v1/completions", HTTP_ROUTE_JSON, post_completions},
-    {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON, post_chat},
+    {"POST", "/v1/completions", HTTP_ROUTE_JSON | HTTP_ROUTE_STATE, post_completions},
+    {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON | HTTP_ROUTE_STATE, post_chat},
     {"GET", "/v1/models", 0, get_models},
     {"GET", "/v1/models/{id}", HTTP_ROUTE_SLASHES, get_one_model},
     {"POST", "/v1/sessions", HTTP_ROUTE_JSON, sessions_post},
@@ -164,7 +164,7 @@ static const struct http_route table[] = {
     {"GET", "/v1/sessions/{id}/snapshots", 0, session_get_snapshots},
     {"POST", "/v1/sessions/{id}/rollback", HTTP_ROUTE_JSON, session_post_rollback},
     {"GET", "/v1/sessions/{id}/state", 0, session_get_state},
-    {"PUT", "/v1/sessions/{id}/state", 0, session_put_state},
+    {"PUT", "/v1/sessions/{id}/state", HTTP_ROUTE_STATE, session_put_state},
     {"POST", "/tokenize", HTTP_ROUTE_JSON, post_tokenize},
     {"POST", "/detokenize", HTTP_ROUTE_JSON, post_detokenize},
     {"GET", "/version", 0, get_version},
@@ -319,6 +319,7 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
     enum status st = storage_open(&r->storage, &storage, err);
     if (st)
         return st;
+    http_set_state_bytes(r->server, image_file_bytes(&r->storage.images));
     /* What decides a seed's outcome: the model, the program, and how it computes. */
     snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,
              latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);

@@ -29,12 +29,13 @@ struct turn {
     struct image *into; /* its image, owned */
     int32_t *replayed;  /* [n_replayed] its tokens, owned */
     size_t n_replayed;
-    bool committing;    /* it is being committed, which counts as running */
-    bool committed;     /* that is over, and not looked at yet */
-    bool settled;       /* the reply may end */
-    struct error error; /* of committing */
-    int32_t *ids;       /* [n] output tokens */
-    int64_t *ends;      /* [n] bytes of the choice's text after each */
+    bool committing;         /* it is being committed, which counts as running */
+    bool committed;          /* that is over, and not looked at yet */
+    bool settled;            /* the reply may end */
+    struct codec_text state; /* as the reply gives it, borrowed; data NULL: it does not */
+    struct error error;      /* of committing */
+    int32_t *ids;            /* [n] output tokens */
+    int64_t *ends;           /* [n] bytes of the choice's text after each */
     size_t n, cap;
     struct bytes text; /* of the choice */
     bool failed;       /* memory ran out */

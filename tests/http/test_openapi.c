@@ -465,6 +465,7 @@ static void test_request_fields(void **state)
         member(child(yaml_document_get_root_node(&document), "components"), "schemas");
     compare_fields("stream_options", child(schemas, "StreamOptions"), 0, codec_stream_option);
     compare_fields("message", child(schemas, "Message"), 0, codec_message_field);
+    compare_fields("from", child(schemas, "From"), 0, codec_from_field);
 }
 
 /* The first example of an operation's request body, as JSON text; NULL without a body. */
@@ -762,10 +763,17 @@ static void test_full_replies(void **state)
          "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"n\":2,\"logprobs\":true,"
          "\"top_logprobs\":2,\"return_token_ids\":true,\"max_tokens\":5%s}",
          {"ChatCompletion", "ChatChunk"}},
+        {"/v1/completions",
+         "{\"prompt\":\"a\",\"return_state\":true,\"max_tokens\":5%s}",
+         {"Completion", "Completion"}},
+        {"/v1/chat/completions",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"return_state\":true,"
+         "\"max_tokens\":5%s}",
+         {"ChatCompletion", "ChatChunk"}},
     };
     yaml_node_t *schemas =
         member(child(yaml_document_get_root_node(&document), "components"), "schemas");
-    for (int i = 0; i < 4; i++) {
+    for (size_t i = 0; i < 2 * COUNT_OF(cases); i++) {
         char body[600];
         bool streamed = i % 2;
         snprintf(body, sizeof(body), cases[i / 2].body, extras[streamed]);
