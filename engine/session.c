@@ -537,6 +537,27 @@ static struct kept *find_kept(const struct session *s, const char *name)
     return NULL;
 }
 
+static enum status no_snapshot(const struct session *s, const char *name, struct error *err)
+{
+    return fail_field(err, STATUS_NOT_FOUND, "snapshot", "Session '%s' has no snapshot '%.64s'.",
+                      s->id, name);
+}
+
+enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
+                             struct image **out, struct error *err)
+{
+    struct session *s = NULL;
+    pthread_mutex_lock(&t->lock);
+    enum status st = find(t, id, owner, &s, err);
+    struct kept *k = !st && name ? find_kept(s, name) : NULL;
+    if (!st && name && !k)
+        st = no_snapshot(s, name, err);
+    if (!st)
+        *out = session_hold_image(k ? k->image : s->now.image);
+    pthread_mutex_unlock(&t->lock);
+    return st;
+}
+
 static enum status check_new_name(const struct session *s, const char *name, struct error *err)
 {
     if (find_kept(s, name))
@@ -579,8 +600,7 @@ static enum status roll_back(const struct session *s, const char *name, struct c
 {
     const struct kept *k = name ? find_kept(s, name) : NULL;
     if (name && !k)
-        return fail_field(err, STATUS_NOT_FOUND, "snapshot",
-                          "Session '%s' has no snapshot '%.64s'.", s->id, name);
+        return no_snapshot(s, name, err);
     if (!name && !s->now.has_previous)
         return fail_field(err, STATUS_NOT_FOUND, "snapshot",
                           "Session '%s' has no turn to roll back.", s->id);

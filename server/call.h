@@ -18,6 +18,7 @@
 #include "engine/session.h"
 #include "server/codec.h"
 #include "server/output.h"
+#include "server/presets.h"
 #include "server/routes.h"
 #include "server/storage.h"
 #include "server/stream.h"
@@ -31,7 +32,8 @@ struct routes {
     struct workers *workers;
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
-    struct call *woken;    /* calls with news, to be looked at once each */
+    struct presets *presets;
+    struct call *woken; /* calls with news, to be looked at once each */
 
     /* Written before `model` is published, constant afterwards. */
     struct codec_context context;

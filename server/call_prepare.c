@@ -295,6 +295,17 @@ static enum status read_state(struct call *c)
     return fail_context(&c->error, "Invalid 'state'");
 }
 
+static enum status find_preset(struct call *c)
+{
+    enum status st =
+        presets_find(c->routes->presets, c->request.from_preset, &c->from, NULL, &c->error);
+    if (st == STATUS_NOT_FOUND) {
+        c->code = "preset_not_found";
+        snprintf(c->error.field, sizeof(c->error.field), "from.preset");
+    }
+    return st;
+}
+
 /* What the prompts continue. */
 static enum status find_origin(struct call *c)
 {
@@ -302,6 +313,8 @@ static enum status find_origin(struct call *c)
     if (q->session_id)
         return session_begin(c->routes->storage.sessions, q->session_id, c->owner, c->version,
                              &c->turn, &c->error);
+    if (q->from_preset)
+        return find_preset(c);
     return q->state.data ? read_state(c) : STATUS_OK;
 }
 

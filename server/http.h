@@ -106,10 +106,13 @@ void http_drop_body(struct http_request *r);
 /* Count n_bytes more that the request holds (its prompts' tokens, say) against
  * --max-buffered-mb, until it completes. False, and nothing is counted, when that is too much. */
 bool http_charge(struct http_request *r, size_t n_bytes);
+/* The body becomes the caller's, and counts until the request ends. */
+void http_take_body(struct http_request *r, struct bytes *out);
 struct arena *http_arena(struct http_request *r);
 const char *
 http_request_id(const struct http_request *r);    /* the client's X-Request-Id if sane, else ours */
 int http_key_index(const struct http_request *r); /* which API key, -1 when the API is open */
+bool http_is_admin(const struct http_request *r); /* an admin key, or --open-admin without keys */
 /* The API keys of a server, and a tag of one that is the same for the same key and secret. */
 enum { HTTP_TAG_SECRET_BYTES = 192, HTTP_TAG_BYTES = 16 };
 int http_n_keys(const struct http_server *s);

@@ -281,6 +281,13 @@ const char *http_body(const struct http_request *r, size_t *n)
     return r->body.data ? r->body.data : "";
 }
 
+void http_take_body(struct http_request *r, struct bytes *out)
+{
+    *out = r->body;
+    r->charged += r->body.cap;
+    r->body = (struct bytes){0};
+}
+
 struct arena *http_arena(struct http_request *r)
 {
     return &r->arena;
@@ -294,6 +301,12 @@ const char *http_request_id(const struct http_request *r)
 int http_key_index(const struct http_request *r)
 {
     return r->key_index;
+}
+
+bool http_is_admin(const struct http_request *r)
+{
+    const struct http_server *s = r->server;
+    return s->keys ? api_keys_is_admin(s->keys, r->key_index) : s->options.open_admin;
 }
 
 int64_t http_arrival_ns(const struct http_request *r)

@@ -351,7 +351,8 @@ static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
     bytes_format(out, "latte_sessions_by_tier{tier=\"store\"} %d\n",
                  c->n_sessions - c->n_in_memory);
     write_value(out, "latte_session_states", "gauge",
-                "States of sessions, of the turns before, and of snapshots, each once.",
+                "States of sessions, of the turns before, of snapshots, presets and requests under "
+                "way, each once.",
                 s->images.n_images);
     write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
                 (double)s->images.used_bytes);

@@ -10,6 +10,7 @@
 #include "server/call.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
+#include "server/routes_presets.h"
 #include "server/routes_sessions.h"
 
 enum { MAX_OPENAPI_BYTES = 4 << 20 };
@@ -165,6 +166,10 @@ static const struct http_route table[] = {
     {"POST", "/v1/sessions/{id}/rollback", HTTP_ROUTE_JSON, session_post_rollback},
     {"GET", "/v1/sessions/{id}/state", 0, session_get_state},
     {"PUT", "/v1/sessions/{id}/state", HTTP_ROUTE_STATE, session_put_state},
+    {"GET", "/v1/presets", 0, presets_get_list},
+    {"GET", "/v1/presets/{name}", 0, preset_get},
+    {"PUT", "/v1/presets/{name}", HTTP_ROUTE_STATE, preset_put},
+    {"DELETE", "/v1/presets/{name}", 0, preset_remove},
     {"POST", "/tokenize", HTTP_ROUTE_JSON, post_tokenize},
     {"POST", "/detokenize", HTTP_ROUTE_JSON, post_detokenize},
     {"GET", "/version", 0, get_version},
@@ -248,8 +253,11 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     atomic_init(&r->draining, false);
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
     if (!st)
+        st = presets_open(&r->presets, (int)options->max_presets, err);
+    if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
+        presets_close(r->presets);
         bytes_free(&r->openapi);
         free(r);
         return st;
@@ -271,6 +279,7 @@ void routes_close(struct routes *r)
     if (!r)
         return;
     routes_stop(r);
+    presets_close(r->presets);
     storage_close(&r->storage);
     bytes_free(&r->openapi);
     free(r);
@@ -317,6 +326,8 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
                                       .notify = notify,
                                       .context = r};
     enum status st = storage_open(&r->storage, &storage, err);
+    if (!st)
+        st = routes_load_presets(r, err);
     if (st)
         return st;
     http_set_state_bytes(r->server, image_file_bytes(&r->storage.images));

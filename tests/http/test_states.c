@@ -544,6 +544,268 @@ static void test_memory(void **state)
     server_stop(&s);
 }
 
+/* ---- presets ----------------------------------------------------------------------------------
+ */
+
+#define USER "Authorization: Bearer user-key-1"
+#define OTHER "Authorization: Bearer other-key-2"
+#define ADMIN "Authorization: Bearer admin-key-3"
+
+/* A session of two turns, and its exported state. */
+static struct id session_with_turns(const struct server *s, const char *key)
+{
+    struct id id;
+    struct answer a = send_body(s, "POST", "/v1/sessions", strdup("{}"), key);
+    expect_code(&a, 200);
+    snprintf(id.text, sizeof(id.text), "%s", text_member(a.json, "id"));
+    done(&a);
+    for (int i = 0; i < 2; i++) {
+        a = send_body(s, "POST", COMPLETIONS,
+                      text_of("{\"session_id\":\"%s\",\"prompt\":[%d],\"max_tokens\":4,\"seed\":1}",
+                              id.text, 300 + i),
+                      key);
+        expect_code(&a, 200);
+        done(&a);
+    }
+    return id;
+}
+
+/* What a request with this member says. */
+static struct ids say(const struct server *s, const char *path, const char *member_text,
+                      const char *key)
+{
+    struct ids ids = {0};
+    struct answer a =
+        send_body(s, "POST", path,
+                  text_of("{%s,\"%s\":%s,\"max_tokens\":8,\"seed\":3,"
+                          "\"logit_bias\":{\"0\":-100,\"2\":-100},"
+                          "\"return_token_ids\":true}",
+                          member_text, strcmp(path, CHAT) ? "prompt" : "messages",
+                          strcmp(path, CHAT) ? "[40]" : "[{\"role\":\"user\",\"content\":\"x\"}]"),
+                  key);
+    expect_code(&a, 200);
+    add_ids(&ids, member(cJSON_GetArrayItem(member(a.json, "choices"), 0), "token_ids"));
+    assert_int_equal(ids.n, 8);
+    done(&a);
+    return ids;
+}
+
+/* A file in the server's scratch directory. */
+static void write_file(const struct server *s, const char *name, const char *data, size_t n,
+                       char path[200])
+{
+    assert_int_equal(test_file_write(s->dir, name, data, n), 0);
+    snprintf(path, 200, "%s/%s", s->dir, name);
+}
+
+static struct answer put_preset(const struct server *s, const char *name, const char *data,
+                                size_t n, const char *key)
+{
+    char path[200];
+    const char *const headers[] = {"Content-Type: application/octet-stream", key, NULL};
+    snprintf(path, sizeof(path), "/v1/presets/%s", name);
+    struct client_request request = {
+        .method = "PUT", .path = path, .body = data, .n_body = n, .headers = headers};
+    struct reply reply;
+    client_send(s, &request, &reply);
+    struct answer a = {reply.code, cJSON_ParseWithLength(reply.body.data, reply.body.n)};
+    reply_free(&reply);
+    return a;
+}
+
+static void expect_preset(struct answer *a, const char *name, int position)
+{
+    expect_code(a, 200);
+    assert_string_equal(text_member(a->json, "name"), name);
+    assert_int_equal(member(a->json, "position")->valueint, position);
+    done(a);
+}
+
+/* Whatever continues a state and whatever begins from a preset of it says the same. */
+static void check_from(const struct server *s, const struct id *session, const char *preset)
+{
+    char text[200];
+    snprintf(text, sizeof(text), "\"from\":{\"preset\":\"%s\"}", preset);
+    struct ids completion = say(s, COMPLETIONS, text, OTHER);
+    struct ids chat = say(s, CHAT, text, OTHER), found;
+    const char *const origins[] = {text, "\"from\":{\"session\":\"%s\"}",
+                                   "\"from\":{\"session\":\"%s\",\"snapshot\":\"kept\"}"};
+    for (int i = 0; i < 6; i++) {
+        char body[200];
+        snprintf(body, sizeof(body), origins[i / 2], session->text);
+        const char *key = i < 2 ? OTHER : USER;
+        struct answer a = send_body(s, "POST", "/v1/sessions", text_of("{%s}", body), key);
+        expect_code(&a, 200);
+        assert_int_equal(member(a.json, "position")->valueint, 10);
+        assert_int_equal(member(a.json, "version")->valueint, 0);
+        snprintf(body, sizeof(body), "\"session_id\":\"%s\"", text_member(a.json, "id"));
+        done(&a);
+        found = say(s, i % 2 ? CHAT : COMPLETIONS, body, key);
+        assert_same(&found, i % 2 ? &chat : &completion);
+    }
+}
+
+static void check_preset_refusals(const struct server *s, const struct id *session,
+                                  const struct reply *exported)
+{
+    static const struct {
+        const char *name, *body, *key;
+        int code;
+        const char *words;
+    } cases[] = {
+        {"two", NULL, USER, 403, "admin"},
+        {"base", NULL, ADMIN, 409, "given at the server's start"},
+        {"a%20b", NULL, ADMIN, 400, "letters"},
+        {"x", "LATTEIMG", ADMIN, 400, "header"},
+        {"x", "{\"session\":\"%s\"}", ADMIN, 404, "no session"}, /* of another key */
+        {"x", "{\"session\":\"sess_none\"}", ADMIN, 404, "no session"},
+        {"x", "{\"preset\":\"base\"}", ADMIN, 400, "Unknown"},
+        {"x", "{}", ADMIN, 400, "'session'"},
+        {"x", "{", ADMIN, 400, "parse"},
+        {"three", NULL, ADMIN, 200, ""},
+        {"four", NULL, ADMIN, 429, "--max-presets"},
+    };
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        char body[200];
+        snprintf(body, sizeof(body), cases[i].body ? cases[i].body : "", session->text);
+        struct answer a =
+            cases[i].body
+                ? put_preset(s, cases[i].name, body, strlen(body), cases[i].key)
+                : put_preset(s, cases[i].name, exported->body.data, exported->body.n, cases[i].key);
+        if (cases[i].code == 200)
+            expect_preset(&a, cases[i].name, 10);
+        else
+            expect_refusal(&a, cases[i].code, NULL, cases[i].words);
+    }
+}
+
+static void check_preset_deletion(const struct server *s)
+{
+    struct answer a = send_body(s, "DELETE", "/v1/presets/three", NULL, USER);
+    expect_refusal(&a, 403, NULL, "admin");
+    a = send_body(s, "DELETE", "/v1/presets/base", NULL, ADMIN);
+    expect_refusal(&a, 409, "preset", "given at the server's start");
+    a = send_body(s, "DELETE", "/v1/presets/three", NULL, ADMIN);
+    expect_code(&a, 200);
+    done(&a);
+    a = send_body(s, "DELETE", "/v1/presets/three", NULL, ADMIN);
+    expect_refusal(&a, 404, "preset", "three");
+    a = send_body(s, "GET", "/v1/presets/three", NULL, USER);
+    expect_refusal(&a, 404, "preset", "three");
+    a = send_body(s, "POST", COMPLETIONS,
+                  strdup("{\"from\":{\"preset\":\"three\"},\"prompt\":\"x\"}"), USER);
+    expect_refusal(&a, 404, "from.preset", "three");
+    a = send_body(s, "POST", "/v1/sessions", strdup("{\"from\":{\"preset\":\"three\"}}"), USER);
+    expect_refusal(&a, 404, "from.preset", "three");
+    a = send_body(s, "GET", "/v1/presets", NULL, OTHER);
+    expect_code(&a, 200);
+    const cJSON *list = member(a.json, "data");
+    assert_int_equal(cJSON_GetArraySize(list), 2);
+    assert_string_equal(text_member(cJSON_GetArrayItem(list, 0), "name"), "base");
+    assert_string_equal(text_member(cJSON_GetArrayItem(list, 1), "name"), "two");
+    assert_true(cJSON_IsTrue(member(cJSON_GetArrayItem(list, 0), "fixed")));
+    done(&a);
+}
+
+static void test_presets(void **state)
+{
+    (void)state;
+    static const char keys[] = "user-key-1\nother-key-2\nadmin-key-3 admin\n";
+    char key_path[200], preset_path[200], option[240];
+    struct server s;
+    struct reply exported;
+    struct id first = session_with_turns(&tiny, NULL);
+    get_state(&tiny, &first, &exported);
+    write_file(&tiny, "keys", keys, sizeof(keys) - 1, key_path);
+    write_file(&tiny, "state", exported.body.data, exported.body.n, preset_path);
+    snprintf(option, sizeof(option), "base=%s", preset_path);
+    server_start(&s, (const char *const[]){"--preset", option, "--api-key-file", key_path,
+                                           "--max-presets", "3", NULL});
+    struct answer a = put_preset(&s, "two", exported.body.data, exported.body.n, ADMIN);
+    expect_preset(&a, "two", 10);
+
+    struct id session = session_with_turns(&s, USER);
+    char path[128];
+    snprintf(path, sizeof(path), "/v1/sessions/%s/snapshots", session.text);
+    a = send_body(&s, "POST", path, strdup("{\"name\":\"kept\"}"), USER);
+    expect_code(&a, 200);
+    done(&a);
+    check_from(&s, &session, "base");
+    check_from(&s, &session, "two");
+    check_preset_refusals(&s, &session, &exported);
+    check_preset_deletion(&s);
+
+    /* From a session of the admin's; it is another state then, in the same place. */
+    struct id own = session_with_turns(&s, ADMIN);
+    char body[200];
+    snprintf(body, sizeof(body), "\"session_id\":\"%s\"", own.text);
+    say(&s, COMPLETIONS, body, ADMIN);
+    snprintf(body, sizeof(body), " {\"session\":\"%s\"}", own.text);
+    a = put_preset(&s, "two", body, strlen(body), ADMIN);
+    expect_preset(&a, "two", 19);
+    a = send_body(&s, "GET", "/v1/presets/two", NULL, USER);
+    expect_preset(&a, "two", 19);
+    server_stop(&s);
+    reply_free(&exported);
+}
+
+/* Without keys nobody is an admin, or everybody. */
+static void test_open_admin(void **state)
+{
+    (void)state;
+    struct server s;
+    struct reply exported;
+    struct id session = session_with_turns(&wide, NULL);
+    get_state(&wide, &session, &exported);
+    struct answer a = put_preset(&wide, "p", exported.body.data, exported.body.n, NULL);
+    expect_refusal(&a, 403, NULL, "--open-admin");
+    server_start(&s, (const char *const[]){"--model", wide_model, "--open-admin", NULL});
+    a = put_preset(&s, "p", exported.body.data, exported.body.n, NULL);
+    expect_preset(&a, "p", 10);
+    char origin[128];
+    snprintf(origin, sizeof(origin), "\"session_id\":\"%s\"", session.text);
+    struct ids one = say(&wide, COMPLETIONS, origin, NULL);
+    struct ids two = say(&s, COMPLETIONS, "\"from\":{\"preset\":\"p\"}", NULL);
+    assert_same(&one, &two);
+    exported.body.data[900] ^= 1;
+    a = put_preset(&s, "p", exported.body.data, exported.body.n, NULL);
+    expect_refusal(&a, 400, NULL, "checksum");
+    reply_free(&exported);
+    server_stop(&s);
+}
+
+/* A preset that does not fit is named, and nothing is served. */
+static void test_presets_at_start(void **state)
+{
+    (void)state;
+    struct reply exported;
+    struct id session = session_with_turns(&tiny, NULL);
+    char good[200], bad[200], options[6][500];
+    get_state(&tiny, &session, &exported);
+    write_file(&tiny, "good", exported.body.data, exported.body.n, good);
+    exported.body.data[900] ^= 1;
+    write_file(&tiny, "bad", exported.body.data, exported.body.n, bad);
+    reply_free(&exported);
+    snprintf(options[0], sizeof(options[0]), "a=%s/none", tiny.dir);
+    snprintf(options[1], sizeof(options[1]), "a=%s,b=%s", good, bad);
+    snprintf(options[2], sizeof(options[2]), "a=%s,a=%s", good, good);
+    snprintf(options[3], sizeof(options[3]), "a b=%s", good);
+    snprintf(options[4], sizeof(options[4]), "%s", good);
+    snprintf(options[5], sizeof(options[5]), "a=%s", tiny.dir);
+    static const char *const words[] = {"--preset a=", "checksum of the state",
+                                        "given twice", "letters",
+                                        "NAME=FILE",   "--preset a="};
+    for (int i = 0; i < 6; i++) {
+        struct bytes output = {0};
+        int code = server_run((const char *const[]){"--model", tiny.model, "--port", "0",
+                                                    "--preset", options[i], NULL},
+                              &output);
+        if (code != 1 || !strstr(output.data, words[i]) || !strstr(output.data, "--preset"))
+            fail_msg("exit code %d, expected '%s' in: %s", code, words[i], output.data);
+        bytes_free(&output);
+    }
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
@@ -559,6 +821,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_nothing_is_kept),
         cmocka_unit_test(test_body_limits),
         cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_presets),
+        cmocka_unit_test(test_open_admin),
+        cmocka_unit_test(test_presets_at_start),
     };
     return cmocka_run_group_tests(tests, start_servers, stop_servers);
 }
