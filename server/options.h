@@ -82,7 +82,8 @@
       "most sequences (prompts x best_of) one request may ask for; never over --max-queue")        \
     X(request_timeout, INT, "request-timeout", "0", 0, 86400, "SECONDS",                           \
       "deadline of a request from its arrival; 0: none")                                           \
-    X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \
+    X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB",                                        \
+      "largest request body; one with a state may be longer by that")                              \
     X(max_buffered_mb, INT, "max-buffered-mb", "256", 1, 1048576, "MB",                            \
       "memory of all request bodies and prompts together; beyond it 503")                          \
     X(max_connections, INT, "max-connections", "4096", 1, 65536, "N", "open connections")          \

@@ -472,6 +472,25 @@ static void test_refusals(void **state)
     }
 }
 
+/* A session of two turns. */
+static struct id session_with_turns(const struct server *s, const char *key)
+{
+    struct id id;
+    struct answer a = send_body(s, "POST", "/v1/sessions", strdup("{}"), key);
+    expect_code(&a, 200);
+    snprintf(id.text, sizeof(id.text), "%s", text_member(a.json, "id"));
+    done(&a);
+    for (int i = 0; i < 2; i++) {
+        a = send_body(s, "POST", COMPLETIONS,
+                      text_of("{\"session_id\":\"%s\",\"prompt\":[%d],\"max_tokens\":4,\"seed\":1}",
+                              id.text, 300 + i),
+                      key);
+        expect_code(&a, 200);
+        done(&a);
+    }
+    return id;
+}
+
 /* ---- what is kept, and how much may come ------------------------------------------------------
  */
 
@@ -527,6 +546,67 @@ static void test_body_limits(void **state)
     free(t.state);
 }
 
+/* A client that leaves while its state is being computed, written or sent leaves nothing behind. */
+static bool leave(void *context, const char *data, size_t n)
+{
+    size_t *left = context;
+    (void)data;
+    *left -= n < *left ? n : *left;
+    return *left > 0;
+}
+
+static void test_hang_up(void **state)
+{
+    (void)state;
+    double before = server_metric(&wide, "latte_session_states");
+    for (size_t i = 0; i < 24; i++) {
+        size_t left = 1 + i * i * i * 200; /* bytes, up to more than there are */
+        struct client_request request = {
+            .path = i % 2 ? CHAT : COMPLETIONS,
+            .body = "{\"prompt\":\"x\",\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],"
+                    "\"max_tokens\":3,\"return_state\":true,\"stream\":true}",
+            .on_data = leave,
+            .context = &left};
+        struct reply reply;
+        client_send(&wide, &request, &reply);
+        reply_free(&reply);
+    }
+    assert_true(server_await_metric(&wide, "latte_session_states", before, 30000));
+}
+
+/* An import may be as long as a state, and a little longer, so that it is told what is wrong. */
+static void test_import_limits(void **state)
+{
+    (void)state;
+    struct id session = session_with_turns(&wide, NULL);
+    struct reply exported, reply;
+    char path[128], *long_body = calloc(1, 3 << 20);
+    get_state(&wide, &session, &exported);
+    snprintf(path, sizeof(path), "/v1/sessions/%s/state", session.text);
+    assert_true(exported.body.n > 1 << 20);
+    memcpy(long_body, exported.body.data, exported.body.n);
+    static const struct {
+        size_t more;
+        int code;
+        const char *words;
+    } cases[] = {
+        {0, 200, ""}, {1, 400, "length"}, {64 << 10, 400, "length"}, {65537, 413, "bytes"}};
+    for (int i = 0; i < 8; i++) {
+        bool chunked = i % 2; /* its length is known only when it has come */
+        struct client_request request = {.method = "PUT",
+                                         .path = path,
+                                         .body = long_body,
+                                         .n_body = exported.body.n + cases[i / 2].more,
+                                         .chunked = chunked};
+        client_send(&wide, &request, &reply);
+        if (reply.code != cases[i / 2].code || !strstr(reply.body.data, cases[i / 2].words))
+            fail_msg("%zu bytes more: %d %s", cases[i / 2].more, reply.code, reply.body.data);
+        reply_free(&reply);
+    }
+    free(long_body);
+    reply_free(&exported);
+}
+
 /* The states of requests under way count against --host-state-mb. */
 static void test_memory(void **state)
 {
@@ -550,25 +630,6 @@ static void test_memory(void **state)
 #define USER "Authorization: Bearer user-key-1"
 #define OTHER "Authorization: Bearer other-key-2"
 #define ADMIN "Authorization: Bearer admin-key-3"
-
-/* A session of two turns, and its exported state. */
-static struct id session_with_turns(const struct server *s, const char *key)
-{
-    struct id id;
-    struct answer a = send_body(s, "POST", "/v1/sessions", strdup("{}"), key);
-    expect_code(&a, 200);
-    snprintf(id.text, sizeof(id.text), "%s", text_member(a.json, "id"));
-    done(&a);
-    for (int i = 0; i < 2; i++) {
-        a = send_body(s, "POST", COMPLETIONS,
-                      text_of("{\"session_id\":\"%s\",\"prompt\":[%d],\"max_tokens\":4,\"seed\":1}",
-                              id.text, 300 + i),
-                      key);
-        expect_code(&a, 200);
-        done(&a);
-    }
-    return id;
-}
 
 /* What a request with this member says. */
 static struct ids say(const struct server *s, const char *path, const char *member_text,
@@ -820,6 +881,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_nothing_is_kept),
         cmocka_unit_test(test_body_limits),
+        cmocka_unit_test(test_hang_up),
+        cmocka_unit_test(test_import_limits),
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_presets),
         cmocka_unit_test(test_open_admin),
