@@ -6,6 +6,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
+#include <time.h>
+#define XXH_STATIC_LINKING_ONLY /* XXH3_state_t on the stack */
 #include <xxhash.h>
 
 #include "engine/model.h"
@@ -23,64 +26,381 @@ enum { FORMAT_VERSION = 1 };
 void image_store_init(struct image_store *store, const char *fingerprint, size_t n_values,
                       int32_t vocab_size, int64_t max_position, size_t limit_bytes)
 {
+    *store = (struct image_store){.n_values = n_values,
+                                  .vocab_size = vocab_size,
+                                  .max_position = max_position,
+                                  .limit_bytes = limit_bytes,
+                                  .next_id = 1};
     snprintf(store->fingerprint, sizeof(store->fingerprint), "%s", fingerprint);
-    store->n_values = n_values;
-    store->vocab_size = vocab_size;
-    store->max_position = max_position;
-    store->limit_bytes = limit_bytes;
-    atomic_init(&store->used_bytes, 0);
-    atomic_init(&store->n_images, 0);
-    atomic_init(&store->next_id, 1);
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&store->lock, NULL);
+    pthread_cond_init(&store->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
+void image_store_free(struct image_store *store)
+{
+    for (struct image *image; (image = image_list_take(&store->dead));)
+        image_free(image);
+    CHECK(store->n_images == 0);
+    pthread_cond_destroy(&store->changed);
+    pthread_mutex_destroy(&store->lock);
+}
+
+void image_count(struct image_store *store, struct image_counts *out)
+{
+    pthread_mutex_lock(&store->lock);
+    *out = (struct image_counts){
+        .n_images = store->n_images,
+        .n_in_memory = store->n_in_memory,
+        .used_bytes = store->used_bytes,
+        .n_evictions = store->n_evictions,
+        .n_reloads = store->n_reloads,
+        .n_replays = store->n_replays,
+        .n_errors = store->n_errors,
+    };
+    pthread_mutex_unlock(&store->lock);
+}
+
+static size_t values_bytes(const struct image_store *store)
+{
+    return store->n_values * sizeof(float);
 }
 
 size_t image_bytes(const struct image_store *store)
 {
-    return sizeof(struct image) + store->n_values * sizeof(float);
+    return sizeof(struct image) + values_bytes(store);
 }
 
 size_t image_file_bytes(const struct image_store *store)
 {
-    return IMAGE_HEAD_BYTES + store->n_values * sizeof(float) + IMAGE_TAIL_BYTES;
+    return IMAGE_HEAD_BYTES + values_bytes(store) + IMAGE_TAIL_BYTES;
 }
 
-enum status image_new(struct image **out, struct image_store *store, struct error *err)
+/* ---- lists; with the lock held ---- */
+
+static void unlist(struct image *image)
+{
+    struct image_list *list = image->list;
+    if (!list)
+        return;
+    *(image->previous ? &image->previous->next : &list->first) = image->next;
+    *(image->next ? &image->next->previous : &list->last) = image->previous;
+    list->n--;
+    image->list = NULL;
+    image->previous = image->next = NULL;
+}
+
+static void enlist(struct image_list *list, struct image *image)
+{
+    if (image->list == list)
+        return;
+    unlist(image);
+    if (!list)
+        return;
+    image->list = list;
+    image->previous = list->last;
+    *(list->last ? &list->last->next : &list->first) = image;
+    list->last = image;
+    list->n++;
+}
+
+struct image *image_list_take(struct image_list *list)
+{
+    struct image *image = list->first;
+    if (image)
+        unlist(image);
+    return image;
+}
+
+/* ---- memory; with the lock held ---- */
+
+static void free_values(struct image *image)
+{
+    struct image_store *store = image->store;
+    if (!image->values)
+        return;
+    free(image->values);
+    image->values = NULL;
+    store->used_bytes -= image_bytes(store);
+    store->n_in_memory--;
+    pthread_cond_broadcast(&store->changed);
+}
+
+/* Room for the values of one more image: those that nobody holds and that have a file go. */
+static bool make_room(struct image_store *store)
 {
     size_t n_bytes = image_bytes(store);
-    size_t before = atomic_fetch_add(&store->used_bytes, n_bytes);
-    struct image *image = NULL;
-    if (before + n_bytes > store->limit_bytes)
-        fail(err, STATUS_BUSY,
-             "states outside the device take %zu of %zu bytes; one more needs %zu", before,
-             store->limit_bytes, n_bytes);
-    else if (!(image = malloc(n_bytes)))
-        fail(err, STATUS_NOMEM, "out of memory for a state of %zu bytes", n_bytes);
-    if (!image) {
-        atomic_fetch_sub(&store->used_bytes, n_bytes);
-        return err->status;
+    while (store->used_bytes + n_bytes > store->limit_bytes && store->clean.first) {
+        free_values(image_list_take(&store->clean));
+        store->n_evictions++;
     }
-    *image = (struct image){.store = store, .id = atomic_fetch_add(&store->next_id, 1)};
-    atomic_init(&image->n_references, 1);
-    atomic_fetch_add(&store->n_images, 1);
-    *out = image;
-    return STATUS_OK;
+    if (store->used_bytes + n_bytes > store->limit_bytes) {
+        pthread_cond_broadcast(&store->changed);
+        return false;
+    }
+    store->used_bytes += n_bytes;
+    store->n_in_memory++;
+    return true;
+}
+
+static enum status fail_full(const struct image_store *store, struct error *err)
+{
+    return fail(err, STATUS_BUSY,
+                "states outside the device take %zu of %zu bytes; one more needs %zu",
+                store->used_bytes, store->limit_bytes, image_bytes(store));
+}
+
+static enum status fail_memory(const struct image_store *store, struct error *err)
+{
+    return fail(err, STATUS_NOMEM, "out of memory for a state of %zu bytes", image_bytes(store));
+}
+
+/* ---- references ---- */
+
+void image_free(struct image *image)
+{
+    CHECK(!image->values && !image->has_origin);
+    image->store->n_images--;
+    free(image->why);
+    free(image);
+}
+
+/* Nobody refers to it. Returns the image it comes from, with the reference it had. */
+static struct image *bury(struct image *image)
+{
+    struct image *parent = image->has_origin ? image->origin.parent : NULL;
+    free_values(image);
+    free(image->has_origin ? image->origin.tokens : NULL);
+    image->has_origin = false;
+    enlist(image->has_file ? &image->store->dead : NULL, image);
+    if (image->has_file)
+        pthread_cond_broadcast(&image->store->changed);
+    else
+        image_free(image);
+    return parent;
+}
+
+static struct image_list *place_of(struct image *image)
+{
+    struct image_store *store = image->store;
+    if (image->wants_file && !image->has_file && !image->is_busy && image->values)
+        return &store->wanted;
+    if (image->n_holds || !image->values)
+        return NULL;
+    if (image->has_file || (image->has_origin && image->n_replayed <= store->max_replay))
+        return &store->clean;
+    return store->has_files ? &store->dirty : NULL;
+}
+
+void image_settle(struct image *image)
+{
+    while (image && !image->n_holds && !image->n_keeps) {
+        image = bury(image);
+        if (image)
+            image->n_keeps--;
+    }
+    if (image)
+        enlist(place_of(image), image);
+}
+
+static void change(struct image *image, int *count, int by)
+{
+    if (!image)
+        return;
+    struct image_store *store = image->store;
+    pthread_mutex_lock(&store->lock);
+    CHECK(image->n_holds + image->n_keeps > 0);
+    *count += by;
+    CHECK(*count >= 0);
+    image_settle(image);
+    if (by < 0)
+        pthread_cond_broadcast(&store->changed);
+    pthread_mutex_unlock(&store->lock);
 }
 
 void image_hold(struct image *image)
 {
-    CHECK(atomic_fetch_add(&image->n_references, 1) > 0);
+    CHECK(image->values);
+    change(image, &image->n_holds, 1);
 }
 
 void image_release(struct image *image)
 {
+    change(image, image ? &image->n_holds : NULL, -1);
+}
+
+void image_keep(struct image *image)
+{
+    change(image, &image->n_keeps, 1);
+}
+
+void image_drop(struct image *image)
+{
+    change(image, image ? &image->n_keeps : NULL, -1);
+}
+
+bool image_try_hold(struct image *image)
+{
+    struct image_store *store = image->store;
+    pthread_mutex_lock(&store->lock);
+    CHECK(image->n_keeps > 0 || image->n_holds > 0);
+    bool is_here = image->values != NULL;
+    image->n_holds += is_here;
+    image_settle(image);
+    pthread_mutex_unlock(&store->lock);
+    return is_here;
+}
+
+/* ---- new ones ---- */
+
+static void random_name(uint8_t name[IMAGE_NAME_BYTES])
+{
+    while (getrandom(name, IMAGE_NAME_BYTES, 0) < IMAGE_NAME_BYTES)
+        ;
+}
+
+static struct image *new_node(struct image_store *store)
+{
+    struct image *image = calloc(1, sizeof(*image));
     if (!image)
-        return;
-    int before = atomic_fetch_sub(&image->n_references, 1);
-    CHECK(before > 0);
-    if (before > 1)
-        return;
-    atomic_fetch_sub(&image->store->used_bytes, image_bytes(image->store));
-    atomic_fetch_sub(&image->store->n_images, 1);
-    free(image);
+        return NULL;
+    image->store = store;
+    image->id = store->next_id++;
+    store->n_images++;
+    return image;
+}
+
+/* With the lock held. */
+static enum status new_held(struct image **out, struct image_store *store, struct error *err)
+{
+    if (!make_room(store))
+        return fail_full(store, err);
+    float *values = malloc(values_bytes(store) ? values_bytes(store) : 1);
+    struct image *image = values ? new_node(store) : NULL;
+    if (!image) {
+        free(values);
+        store->used_bytes -= image_bytes(store);
+        store->n_in_memory--;
+        return fail_memory(store, err);
+    }
+    random_name(image->name);
+    image->values = values;
+    image->n_holds = 1;
+    *out = image;
+    return STATUS_OK;
+}
+
+enum status image_new(struct image **out, struct image_store *store, struct error *err)
+{
+    pthread_mutex_lock(&store->lock);
+    enum status st = new_held(out, store, err);
+    pthread_mutex_unlock(&store->lock);
+    return st;
+}
+
+enum status image_new_wait(struct image **out, struct image_store *store, int wait_ms,
+                           struct error *err)
+{
+    struct timespec end;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += wait_ms / 1000;
+    end.tv_nsec += wait_ms % 1000 * 1000000L;
+    if (end.tv_nsec >= 1000000000) {
+        end.tv_sec++;
+        end.tv_nsec -= 1000000000;
+    }
+    pthread_mutex_lock(&store->lock);
+    enum status st = new_held(out, store, err);
+    while (st == STATUS_BUSY && store->has_files &&
+           !pthread_cond_timedwait(&store->changed, &store->lock, &end))
+        st = new_held(out, store, err);
+    pthread_mutex_unlock(&store->lock);
+    return st;
+}
+
+enum status image_new_named(struct image **out, struct image_store *store,
+                            const uint8_t name[IMAGE_NAME_BYTES], struct error *err)
+{
+    pthread_mutex_lock(&store->lock);
+    struct image *image = new_node(store);
+    pthread_mutex_unlock(&store->lock);
+    if (!image)
+        return fail(err, STATUS_NOMEM, "out of memory for a state");
+    memcpy(image->name, name, IMAGE_NAME_BYTES);
+    image->n_keeps = 1;
+    *out = image;
+    return STATUS_OK;
+}
+
+/* ---- where their values are ---- */
+
+enum status image_set_origin(struct image *image, struct image *parent, const int32_t *tokens,
+                             size_t n_chunked, size_t n_single, struct error *err)
+{
+    CHECK(!image->has_origin && !image->has_file);
+    size_t n = n_chunked + n_single;
+    int32_t *copy = malloc((n ? n : 1) * sizeof(*copy));
+    if (!copy)
+        return fail(err, STATUS_NOMEM, "out of memory for the origin of a state");
+    memcpy(copy, tokens, n * sizeof(*copy));
+    if (parent)
+        image_keep(parent);
+    pthread_mutex_lock(&image->store->lock);
+    image->origin = (struct image_origin){parent, copy, n_chunked, n_single};
+    image->has_origin = true;
+    image->n_replayed = n + (parent && !parent->has_file ? parent->n_replayed : 0);
+    pthread_mutex_unlock(&image->store->lock);
+    return STATUS_OK;
+}
+
+void image_set_file(struct image *image)
+{
+    struct image_store *store = image->store;
+    pthread_mutex_lock(&store->lock);
+    struct image *parent = image->has_origin ? image->origin.parent : NULL;
+    free(image->has_origin ? image->origin.tokens : NULL);
+    image->has_origin = false;
+    image->has_file = true;
+    image->n_replayed = 0;
+    image_settle(image);
+    if (parent) {
+        parent->n_keeps--;
+        image_settle(parent);
+    }
+    pthread_cond_broadcast(&store->changed);
+    pthread_mutex_unlock(&store->lock);
+}
+
+void image_move_values(struct image *from, struct image *to)
+{
+    struct image_store *store = to->store;
+    pthread_mutex_lock(&store->lock);
+    CHECK(from->n_holds == 1 && !from->n_keeps && from->values && !to->values);
+    to->values = from->values;
+    from->values = NULL;
+    image_settle(to);
+    pthread_mutex_unlock(&store->lock);
+}
+
+void image_want_file(struct image *image)
+{
+    struct image_store *store = image->store;
+    pthread_mutex_lock(&store->lock);
+    image->wants_file = store->has_files;
+    image_settle(image);
+    pthread_cond_broadcast(&store->changed);
+    pthread_mutex_unlock(&store->lock);
+}
+
+void image_set_lost(struct image *image, const char *why)
+{
+    pthread_mutex_lock(&image->store->lock);
+    if (!image->why)
+        image->why = strdup(why);
+    pthread_mutex_unlock(&image->store->lock);
 }
 
 uint64_t image_length(const struct image *image)
@@ -163,10 +483,12 @@ static void put_fingerprint(unsigned char *at, const char *fingerprint)
     }
 }
 
-void image_write(const struct image *image, struct bytes *out)
+void image_frame(const struct image *image, unsigned char head[IMAGE_HEAD_BYTES],
+                 unsigned char tail[IMAGE_TAIL_BYTES])
 {
     const struct image_store *store = image->store;
-    unsigned char head[IMAGE_HEAD_BYTES] = {0}, hash[IMAGE_TAIL_BYTES];
+    XXH3_state_t hash;
+    memset(head, 0, IMAGE_HEAD_BYTES);
     memcpy(head, magic, sizeof(magic));
     put_u32(head + 8, FORMAT_VERSION);
     put_u32(head + 12, image->tail);
@@ -175,13 +497,19 @@ void image_write(const struct image *image, struct bytes *out)
     put_u64(head + 40, store->n_values);
     put_u32(head + 48, (uint32_t)image->n_pending);
     put_u32(head + 52, image->n_pending ? (uint32_t)image->pending[0] : 0);
-    size_t start = out->n;
+    XXH3_64bits_reset(&hash);
+    XXH3_64bits_update(&hash, head, IMAGE_HEAD_BYTES);
+    XXH3_64bits_update(&hash, image->values, values_bytes(store));
+    put_u64(tail, XXH3_64bits_digest(&hash));
+}
+
+void image_write(const struct image *image, struct bytes *out)
+{
+    unsigned char head[IMAGE_HEAD_BYTES], tail[IMAGE_TAIL_BYTES];
+    image_frame(image, head, tail);
     bytes_append(out, head, sizeof(head));
-    bytes_append(out, image->values, store->n_values * sizeof(float));
-    if (out->failed)
-        return;
-    put_u64(hash, XXH3_64bits(out->data + start, out->n - start));
-    bytes_append(out, hash, sizeof(hash));
+    bytes_append(out, image->values, values_bytes(image->store));
+    bytes_append(out, tail, sizeof(tail));
 }
 
 static enum status check_file(const struct image_store *store, const char *data, size_t n,
@@ -197,10 +525,14 @@ static enum status check_file(const struct image_store *store, const char *data,
         return fail(err, STATUS_INVALID, "format version of the state: expected %d, found %" PRIu32,
                     FORMAT_VERSION, get_u32(data + 8));
     put_fingerprint(fingerprint, store->fingerprint);
-    if (memcmp(data + 16, fingerprint, sizeof(fingerprint)))
+    if (memcmp(data + 16, fingerprint, sizeof(fingerprint))) {
+        char found[2 * sizeof(fingerprint) + 1];
+        for (size_t i = 0; i < sizeof(fingerprint); i++)
+            snprintf(found + 2 * i, 3, "%02x", (unsigned char)data[16 + i]);
         return fail(err, STATUS_INVALID,
-                    "model fingerprint of the state: expected %s, found another model's",
-                    store->fingerprint);
+                    "model fingerprint of the state: expected %s, found %s, another model's",
+                    store->fingerprint, found);
+    }
     if (get_u64(data + 40) != store->n_values || n != image_file_bytes(store))
         return fail(err, STATUS_INVALID,
                     "length of the state: expected %zu values in %zu bytes, found %" PRIu64
@@ -234,6 +566,26 @@ static enum status check_numbers(const struct image_store *store, const char *da
     return STATUS_OK;
 }
 
+static void take_head(struct image *image, const char *head)
+{
+    image->tail = get_u32(head + 12);
+    image->position = get_u64(head + 32);
+    image->n_pending = (int)get_u32(head + 48);
+    image->pending[0] = (int32_t)get_u32(head + 52);
+}
+
+bool image_read_head(struct image *image, const char head[IMAGE_HEAD_BYTES])
+{
+    unsigned char fingerprint[16];
+    put_fingerprint(fingerprint, image->store->fingerprint);
+    if (memcmp(head, magic, sizeof(magic)) || get_u32(head + 8) != FORMAT_VERSION ||
+        memcmp(head + 16, fingerprint, sizeof(fingerprint)) ||
+        get_u64(head + 40) != image->store->n_values || check_numbers(image->store, head, NULL))
+        return false;
+    take_head(image, head);
+    return true;
+}
+
 enum status image_parse(struct image **out, struct image_store *store, const char *data, size_t n,
                         struct error *err)
 {
@@ -245,11 +597,27 @@ enum status image_parse(struct image **out, struct image_store *store, const cha
         st = image_new(&image, store, err);
     if (st)
         return st;
-    image->tail = get_u32(data + 12);
-    image->position = get_u64(data + 32);
-    image->n_pending = (int)get_u32(data + 48);
-    image->pending[0] = (int32_t)get_u32(data + 52);
-    memcpy(image->values, data + IMAGE_HEAD_BYTES, store->n_values * sizeof(float));
+    take_head(image, data);
+    memcpy(image->values, data + IMAGE_HEAD_BYTES, values_bytes(store));
     *out = image;
+    return STATUS_OK;
+}
+
+enum status image_check_file(const struct image *image, const char *data, size_t n,
+                             struct error *err)
+{
+    const struct image_store *store = image->store;
+    enum status st = check_file(store, data, n, err);
+    if (!st)
+        st = check_numbers(store, data, err);
+    if (st)
+        return st;
+    if (get_u64(data + 32) != image->position || get_u32(data + 12) != image->tail ||
+        get_u32(data + 48) != (uint32_t)image->n_pending ||
+        (image->n_pending && get_u32(data + 52) != (uint32_t)image->pending[0]))
+        return fail(err, STATUS_INVALID,
+                    "the state is another one: expected position %" PRIu64 " with %d pending, "
+                    "found %" PRIu64 " with %" PRIu32,
+                    image->position, image->n_pending, get_u64(data + 32), get_u32(data + 48));
     return STATUS_OK;
 }

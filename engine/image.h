@@ -8,6 +8,11 @@
  *   pending     the last drawn token, when no step has fed it: the first token of the next turn
  *   tail        how the last turn ended, for whoever renders the next one; carried, not read
  *
+ * An image can be somewhere else than in memory: in a file of its own, or nowhere, as its origin
+ * says: the image before it and the tokens that led from there to here (state_store.h fetches
+ * both kinds back). So there are two kinds of references: who holds an image finds its values in
+ * memory; who keeps it only wants it to exist.
+ *
  * Bytes of an exported image, little-endian (image_write, image_parse):
  *
  *      0  8  magic "LATTEIMG"
@@ -21,16 +26,17 @@
  *     56  4 n_values   the tensors, f32, in the order of model_state_tensor
  *    end  8  XXH3-64 of all bytes before
  *
- * Threads: image_load and image_save by the engine thread of the model; references counted
- *          atomically, by any; a complete image may be read by any.
- * Memory:  all images of a store together are bounded by its limit; the last release frees.
+ * Threads: image_load and image_save by the engine thread of the model; references by any; the
+ *          values of a complete image may be read by any that holds it.
+ * Memory:  the values of all images of a store together are bounded by its limit. Where there is
+ *          a state store, values that nobody holds and that have a file make room for new ones.
  * Errors:  BUSY when the store is full; INVALID naming what of a file does not fit, with what
  *          was expected and found; DEVICE from the model.
  */
 #ifndef LATTE_ENGINE_IMAGE_H
 #define LATTE_ENGINE_IMAGE_H
 
-#include <stdatomic.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -39,40 +45,96 @@
 #include "engine/base/error.h"
 
 struct model;
+struct image;
 
-enum { IMAGE_HEAD_BYTES = 56, IMAGE_TAIL_BYTES = 8, IMAGE_MAX_PENDING = 1 };
+enum {
+    IMAGE_HEAD_BYTES = 56,
+    IMAGE_TAIL_BYTES = 8,
+    IMAGE_MAX_PENDING = 1,
+    IMAGE_NAME_BYTES = 16,
+};
 
-/* What all images of a model have in common, and the memory they may take. Zero-initialised,
- * then image_store_init. */
+struct image_list {
+    struct image *first, *last;
+    int n;
+};
+
+/* What all images of a model have in common, and the memory they may take. image_store_init,
+ * then image_store_free once no image is left. */
 struct image_store {
     char fingerprint[33];
     size_t n_values;      /* f32 values of one image */
     int32_t vocab_size;   /* pending tokens are 0..vocab_size-1 */
     int64_t max_position; /* of the model, 0: no limit */
     size_t limit_bytes;
-    atomic_size_t used_bytes;
-    atomic_int n_images;
-    _Atomic uint64_t next_id;
+    bool has_files;    /* a state store is there: values may be written and dropped */
+    size_t max_replay; /* values may be dropped that so few tokens give again, bit for bit */
+
+    pthread_mutex_t lock;   /* guards all that follows, and what images say is under it */
+    pthread_cond_t changed; /* values came or went; work for the state store */
+    size_t used_bytes;      /* of values */
+    int n_images, n_in_memory;
+    uint64_t next_id;
+    struct image_list clean;  /* not held, with a file: may be dropped, the least used first */
+    struct image_list dirty;  /* not held, without a file: to be written when memory is short */
+    struct image_list wanted; /* to be written now */
+    struct image_list dead;   /* not kept either: their files are to be removed */
+    uint64_t n_evictions, n_reloads, n_replays, n_errors;
+};
+
+/* Where an image without a file comes from: tokens that were fed to another image's state, the
+ * first n_chunked in chunks, then n_single one by one. */
+struct image_origin {
+    struct image *parent; /* kept; NULL: the state before any token */
+    int32_t *tokens;      /* [n_chunked + n_single] */
+    size_t n_chunked, n_single;
 };
 
 struct image {
-    struct image_store *store; /* borrowed; outlives its images */
-    uint64_t id;               /* of this content; never used again by this process */
-    atomic_int n_references;
+    struct image_store *store;      /* borrowed; outlives its images */
+    uint64_t id;                    /* of this content; never used again by this process */
+    uint8_t name[IMAGE_NAME_BYTES]; /* random, for ever */
     uint64_t position;
     int n_pending;
     int32_t pending[IMAGE_MAX_PENDING];
     uint32_t tail;
-    float values[]; /* [store->n_values] */
+    float *values; /* [store->n_values]; NULL only for those who do not hold it */
+
+    /* Under the store's lock. */
+    int n_holds, n_keeps;
+    bool has_file, has_origin, wants_file;
+    bool is_busy;               /* the state store reads or writes it */
+    char *why;                  /* it cannot be had any more, for this reason; else NULL */
+    struct image_origin origin; /* if has_origin */
+    size_t n_replayed;          /* tokens from the nearest image with a file to this one */
+    uint64_t mark;              /* the pass over all images that came by last */
+    struct image_list *list;    /* of the store, where it waits, or NULL */
+    struct image *previous, *next;
 };
 
 void image_store_init(struct image_store *store, const char *fingerprint, size_t n_values,
                       int32_t vocab_size, int64_t max_position, size_t limit_bytes);
+void image_store_free(struct image_store *store);
 
-/* An image to be filled: by image_save, or by image_parse. One reference, the caller's. */
+struct image_counts {
+    int n_images, n_in_memory;
+    size_t used_bytes;
+    uint64_t n_evictions, n_reloads, n_replays, n_errors;
+};
+void image_count(struct image_store *store, struct image_counts *out);
+
+/* An image to be filled: by image_save, or by image_parse. Held once, by the caller. */
 enum status image_new(struct image **out, struct image_store *store, struct error *err);
+/* The same, waiting for others' values to be written and dropped, up to wait_ms, where that is
+ * possible. */
+enum status image_new_wait(struct image **out, struct image_store *store, int wait_ms,
+                           struct error *err);
 void image_hold(struct image *image);
 void image_release(struct image *image); /* accepts NULL */
+/* Hold an image that is kept, if its values are in memory. */
+bool image_try_hold(struct image *image);
+void image_keep(struct image *image);
+void image_drop(struct image *image); /* accepts NULL */
 
 /* Tokens of a session that has this image; NULL is the state before any token. */
 uint64_t image_length(const struct image *image);
@@ -87,9 +149,40 @@ size_t image_values_of(const struct model *model);
 enum status image_load(struct model *model, int slot, const struct image *image, struct error *err);
 enum status image_save(struct model *model, int slot, struct image *image, struct error *err);
 
+/* The bytes around the values of a held image: its head, and the checksum of all. */
+void image_frame(const struct image *image, unsigned char head[IMAGE_HEAD_BYTES],
+                 unsigned char tail[IMAGE_TAIL_BYTES]);
 void image_write(const struct image *image, struct bytes *out);
 /* A new image from exported bytes [n]; nothing is kept of them. */
 enum status image_parse(struct image **out, struct image_store *store, const char *data, size_t n,
                         struct error *err);
+
+/* ---- for the state store ---- */
+
+/* An image that is known by name only, kept once by the caller. */
+enum status image_new_named(struct image **out, struct image_store *store,
+                            const uint8_t name[IMAGE_NAME_BYTES], struct error *err);
+/* Where it comes from; tokens are copied. Before others know the image. NOMEM. */
+enum status image_set_origin(struct image *image, struct image *parent, const int32_t *tokens,
+                             size_t n_chunked, size_t n_single, struct error *err);
+/* Its file is there: its origin is not needed any more. */
+void image_set_file(struct image *image);
+/* The values of an image that the caller holds become another's, whose state is the same. */
+void image_move_values(struct image *from, struct image *to);
+/* It wants a file soon, without giving its values up. */
+void image_want_file(struct image *image);
+/* With the lock held: find the list on which the image belongs now, after a change. It may be
+ * gone afterwards. */
+void image_settle(struct image *image);
+void image_set_lost(struct image *image, const char *why);
+void image_free(struct image *image); /* one of the dead, taken from their list */
+/* The first image of a list, taken off; NULL when it is empty. With the lock held. */
+struct image *image_list_take(struct image_list *list);
+/* What the head of exported bytes says of the state, into an image that is known by name only.
+ * False: it is not a head of this model's. */
+bool image_read_head(struct image *image, const char head[IMAGE_HEAD_BYTES]);
+/* Check exported bytes against what is known of the image. */
+enum status image_check_file(const struct image *image, const char *data, size_t n,
+                             struct error *err);
 
 #endif

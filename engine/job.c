@@ -15,6 +15,7 @@ struct job {
     /* Fixed after job_new and job_attach. */
     struct job_request request; /* its prompt is always shared: a reference */
     struct logit_bias *bias;    /* [n_logit_bias], owned */
+    struct job_run *runs;       /* [n_runs], owned */
     size_t ring_size;
     int64_t deadline_ns;
 
@@ -42,10 +43,22 @@ int64_t job_clock_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+/* Runs that are given are the prompt, cut. */
+static bool runs_fit(const struct job_request *r)
+{
+    size_t n = 0;
+    for (int i = 0; i < r->n_runs; i++)
+        n += r->runs[i].n_chunked + r->runs[i].n_single;
+    return r->n_runs == 0 || n == r->n_prompt;
+}
+
 static enum status check_request(const struct job_request *r, struct error *err)
 {
     if (!r->prompt || r->n_prompt == 0)
         return fail_field(err, STATUS_INVALID, "prompt", "the prompt has no tokens");
+    if (!runs_fit(r))
+        return fail(err, STATUS_INVALID, "the %d runs of a replay are not its %zu tokens",
+                    r->n_runs, r->n_prompt);
     if (r->max_tokens < 0)
         return fail_field(err, STATUS_INVALID, "max_tokens",
                           "max_tokens is %lld; it must be 0 or more", (long long)r->max_tokens);
@@ -87,6 +100,7 @@ static void free_job(struct job *job)
     image_release(job->request.from);
     image_release(job->request.into);
     free(job->bias);
+    free(job->runs);
     free(job->ring);
     free(job);
 }
@@ -119,8 +133,9 @@ enum status job_new(struct job **out, const struct job_request *request, struct 
         image_hold(request->into);
     job->ring_size = ring_size(request);
     job->bias = copy_of(sampling->logit_bias, (size_t)sampling->n_logit_bias, sizeof(*job->bias));
+    job->runs = copy_of(request->runs, (size_t)request->n_runs, sizeof(*job->runs));
     job->ring = calloc(job->ring_size, sizeof(*job->ring));
-    if (!job->bias || !job->ring)
+    if (!job->bias || !job->runs || !job->ring)
         st = fail(err, STATUS_NOMEM, "job: out of memory");
     if (!st)
         st = hold_prompt(&job->request.shared, request, err);
@@ -130,6 +145,7 @@ enum status job_new(struct job **out, const struct job_request *request, struct 
     }
     job->request.prompt = prompt_ids(job->request.shared);
     job->request.sampling.logit_bias = job->bias;
+    job->request.runs = job->runs;
     atomic_init(&job->n_references, 1);
     atomic_init(&job->cancelled, false);
     atomic_init(&job->user, request->user);

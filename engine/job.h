@@ -28,6 +28,11 @@
 
 struct job;
 
+/* Tokens as they came in one turn: first a prompt in chunks, then outputs one by one. */
+struct job_run {
+    size_t n_chunked, n_single;
+};
+
 struct job_request {
     const int32_t *prompt; /* [n_prompt], at least 1 token, each in 0..V-1; copied if not shared */
     size_t n_prompt;
@@ -40,7 +45,11 @@ struct job_request {
                                       * first; NULL: that before any token. Held by the job */
     struct image *into;              /* new: filled with the state that the job leaves when it
                                       * ends with STOP or LENGTH. Held by the job; NULL: none */
-    void *user;                      /* the reader's own pointer, see job_user */
+    const struct job_run *runs;      /* [n_runs], copied: a replay. The prompt is made of these runs
+                                      * and is cut where they were, so that the state is the same
+                                      * bits as theirs. NULL: one run, chunked */
+    int n_runs;
+    void *user; /* the reader's own pointer, see job_user */
 };
 
 enum job_finish {

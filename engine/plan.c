@@ -218,14 +218,37 @@ static int list_targets(struct plan *plan, const struct slot *slot, struct stepp
     return seq->n_rows - ends;
 }
 
+/* Where a replay's next rows end. */
+static size_t end_in_run(struct slot *slot, size_t chunk)
+{
+    const struct job_run *run = &slot->request->runs[slot->run];
+    while (slot->n_fed == slot->run_begin + run->n_chunked + run->n_single) {
+        slot->run_begin = slot->n_fed;
+        run = &slot->request->runs[++slot->run];
+    }
+    size_t at = slot->n_fed - slot->run_begin, end = (at / chunk + 1) * chunk;
+    if (at >= run->n_chunked)
+        return slot->n_fed + 1;
+    return slot->run_begin + (end < run->n_chunked ? end : run->n_chunked);
+}
+
+/* Where the prompt's next chunk ends: at a multiple of `chunk`, whatever the load. */
+static size_t chunk_end(struct slot *slot, size_t chunk)
+{
+    const struct job_request *request = slot->request;
+    size_t end = (slot->n_fed / chunk + 1) * chunk;
+    if (request->n_runs)
+        return end_in_run(slot, chunk);
+    return end < request->n_prompt ? end : request->n_prompt;
+}
+
 /* The prompt's next chunk. False: the step has no room for it. */
 static bool plan_chunk(struct planner *p, struct plan *plan, struct slot *slot)
 {
     const struct job_request *request = slot->request;
     bool scored = is_scored(slot);
     size_t chunk = (size_t)(scored ? p->scored_chunk : p->limits.chunk_tokens);
-    size_t end = (slot->n_fed / chunk + 1) * chunk;
-    end = end < request->n_prompt ? end : request->n_prompt;
+    size_t end = chunk_end(slot, chunk);
     struct stepper_seq seq = seq_of(p, slot);
     seq.n_rows = (int)(end - slot->n_fed);
     seq.tokens = request->prompt + slot->n_fed;

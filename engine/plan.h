@@ -43,6 +43,8 @@ struct slot {
     uint32_t generation; /* a new one for each job */
     uint64_t n_before;   /* tokens the slot's state had seen before the prompt */
     size_t n_fed;        /* prompt tokens queued */
+    int run;             /* of request->runs, where n_fed is */
+    size_t run_begin;    /* prompt token with which that run begins */
     int64_t n_draws;     /* output tokens queued to be drawn */
     int64_t max_draws;   /* output tokens it may have: max_tokens, or less at the position limit */
     int64_t n_output;    /* output tokens that came back */

@@ -1,52 +1,27 @@
-/* session.c - see session.h */
-#include "engine/session.h"
+/* session.c - see session.h and session_private.h */
+#include "engine/session_private.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
 
-struct kept {
-    struct session_snapshot about;
-    struct image *image; /* NULL: before any token */
-};
-
-struct session {
-    char id[SESSION_ID_BYTES];
-    int owner;
-    uint64_t version;
-    int64_t created, used, idle_s;
-    char *metadata;
-    struct image *image;    /* NULL: before any token */
-    struct image *previous; /* where the last turn began, if has_previous */
-    bool has_previous, in_turn;
-    struct kept *kept; /* [n_kept], oldest first */
-    int n_kept;
-    struct session *chain;         /* of the hash table */
-    struct session *older, *newer; /* by creation */
-};
-
-struct sessions {
-    struct session_options options;
-    pthread_mutex_t lock;     /* guards all that follows */
-    struct session **buckets; /* [n_buckets], a power of two */
-    size_t n_buckets;
-    struct session *newest, *oldest;
-    int n;
-};
-
 /* ---- ids ---- */
 
-static void make_id(char out[SESSION_ID_BYTES])
+static void make_id(struct session *s)
 {
-    uint64_t r[2] = {0};
-    while (getrandom(r, sizeof(r), 0) < 0 && errno == EINTR)
+    while (getrandom(s->key, sizeof(s->key), 0) < (ssize_t)sizeof(s->key))
         ;
-    snprintf(out, SESSION_ID_BYTES, "sess_%016llx%016llx", (unsigned long long)r[0],
-             (unsigned long long)r[1]);
+    session_name(s);
+}
+
+void session_name(struct session *s)
+{
+    int n = snprintf(s->id, sizeof(s->id), "sess_");
+    for (size_t i = 0; i < sizeof(s->key); i++)
+        n += snprintf(s->id + n, sizeof(s->id) - (size_t)n, "%02x", s->key[i]);
 }
 
 /* Ids are random: their digits are the hash. */
@@ -63,76 +38,145 @@ static enum status not_found(const char *id, struct error *err)
     return fail_field(err, STATUS_NOT_FOUND, "session_id", "There is no session '%.64s'.", id);
 }
 
-/* With the lock held, as everything that takes a struct session. */
-static struct session *find(const struct sessions *t, const char *id, int owner)
+static struct session *find_any(const struct sessions *t, const char *id)
 {
-    for (struct session *s = *bucket_of(t, id); s; s = s->chain)
-        if (!strcmp(s->id, id) && s->owner == owner)
-            return s;
-    return NULL;
+    struct session *s = *bucket_of(t, id);
+    while (s && strcmp(s->id, id))
+        s = s->chain;
+    return s;
+}
+
+struct session *session_find_key(const struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES])
+{
+    struct session wanted;
+    memcpy(wanted.key, key, sizeof(wanted.key));
+    session_name(&wanted);
+    return find_any(t, wanted.id);
+}
+
+/* The owner's session of this id, readable or not. */
+static struct session *find_owned(const struct sessions *t, const char *id, int owner)
+{
+    struct session *s = find_any(t, id);
+    bool is_seen = s && !s->is_new && (s->owner == owner || s->owner == OWNER_UNKNOWN);
+    return is_seen ? s : NULL;
+}
+
+static enum status find(const struct sessions *t, const char *id, int owner, struct session **out,
+                        struct error *err)
+{
+    struct session *s = find_owned(t, id, owner);
+    if (!s)
+        return not_found(id, err);
+    if (s->why)
+        return fail_field(err, STATUS_LOST, "session_id",
+                          "Session '%.64s' cannot be read from the store: %.300s", id, s->why);
+    *out = s;
+    return STATUS_OK;
+}
+
+static enum status in_a_turn(const struct session *s, struct error *err)
+{
+    return fail_field(err, STATUS_CONFLICT, "session_id",
+                      "Session '%.64s' is in a turn; try again when that has ended.", s->id);
 }
 
 static enum status find_idle(const struct sessions *t, const char *id, int owner,
                              struct session **out, struct error *err)
 {
-    struct session *s = find(t, id, owner);
-    if (!s)
-        return not_found(id, err);
-    if (s->in_turn)
-        return fail_field(err, STATUS_CONFLICT, "session_id",
-                          "Session '%.64s' is in a turn; try again when that has ended.", id);
-    *out = s;
-    return STATUS_OK;
+    struct session *s = NULL;
+    enum status st = find(t, id, owner, &s, err);
+    if (!st && s->in_turn)
+        st = in_a_turn(s, err);
+    if (!st)
+        *out = s;
+    return st;
 }
 
 static enum status check_version(const struct session *s, int64_t version, struct error *err)
 {
-    if (version == SESSION_ANY_VERSION || (uint64_t)version == s->version)
+    if (version == SESSION_ANY_VERSION || (uint64_t)version == s->now.version)
         return STATUS_OK;
     return fail_field(err, STATUS_PRECONDITION, "session_id",
                       "Session '%s' is at version %llu; expected version %lld.", s->id,
-                      (unsigned long long)s->version, (long long)version);
+                      (unsigned long long)s->now.version, (long long)version);
 }
 
-/* ---- references ---- */
+/* ---- contents ---- */
 
-static struct image *hold(struct image *image)
+struct image *session_hold_image(struct image *image)
 {
     if (image)
-        image_hold(image);
+        image_keep(image);
     return image;
 }
 
 static void set_image(struct image **place, struct image *image)
 {
-    hold(image);
-    image_release(*place);
+    session_hold_image(image);
+    image_drop(*place);
     *place = image;
 }
 
-static int64_t now_s(void)
+void content_free(struct content *c)
+{
+    image_drop(c->image);
+    image_drop(c->previous);
+    for (int i = 0; i < c->n_kept; i++)
+        image_drop(c->kept[i].image);
+    free(c->kept);
+    *c = (struct content){0};
+}
+
+/* With room for one snapshot more. */
+enum status content_copy(const struct content *c, struct content *out, struct error *err)
+{
+    struct kept *kept = calloc((size_t)c->n_kept + 1, sizeof(*kept));
+    if (!kept)
+        return fail(err, STATUS_NOMEM, "out of memory for the change of a session");
+    *out = *c;
+    out->kept = kept;
+    session_hold_image(c->image);
+    session_hold_image(c->previous);
+    for (int i = 0; i < c->n_kept; i++) {
+        kept[i] = c->kept[i];
+        session_hold_image(kept[i].image);
+    }
+    return STATUS_OK;
+}
+
+int64_t session_now_s(void)
 {
     return (int64_t)time(NULL);
 }
 
 static bool is_overdue(const struct session *s, int64_t now)
 {
-    return s->idle_s && !s->in_turn && now >= s->used + s->idle_s;
+    return s->idle_s && !s->in_turn && now >= s->now.used + s->idle_s;
 }
 
-static enum status describe(const struct session *s, struct session_info *out, struct error *err)
+void session_describe(const struct session *s, struct session_info *out)
 {
-    struct session_info info = {
-        .position = image_length(s->image),
-        .version = s->version,
+    *out = (struct session_info){
+        .position = image_length(s->now.image),
+        .version = s->now.version,
         .created = s->created,
-        .used = s->used,
-        .expires = s->idle_s ? s->used + s->idle_s : 0,
+        .used = s->now.used,
+        .expires = s->idle_s ? s->now.used + s->idle_s : 0,
         .in_turn = s->in_turn,
-        .n_snapshots = s->n_kept,
-        .metadata = strdup(s->metadata),
+        .in_memory = !s->now.image || s->now.image->values,
+        .n_snapshots = s->now.n_kept,
+        .metadata = s->metadata,
     };
-    memcpy(info.id, s->id, sizeof(info.id));
+    memcpy(out->id, s->id, sizeof(out->id));
+}
+
+static enum status describe_copy(const struct session *s, struct session_info *out,
+                                 struct error *err)
+{
+    struct session_info info;
+    session_describe(s, &info);
+    info.metadata = strdup(s->metadata);
     if (!info.metadata)
         return fail(err, STATUS_NOMEM, "out of memory for a session");
     *out = info;
@@ -164,23 +208,21 @@ enum status sessions_open(struct sessions **out, const struct session_options *o
     t->options = *options;
     t->buckets = buckets;
     t->n_buckets = n_buckets;
+    t->held_end = &t->held;
     pthread_mutex_init(&t->lock, NULL);
     *out = t;
     return STATUS_OK;
 }
 
-static void free_session(struct session *s)
+void session_free(struct session *s)
 {
-    image_release(s->image);
-    image_release(s->previous);
-    for (int i = 0; i < s->n_kept; i++)
-        image_release(s->kept[i].image);
-    free(s->kept);
+    content_free(&s->now);
     free(s->metadata);
+    free(s->why);
     free(s);
 }
 
-static void enter(struct sessions *t, struct session *s)
+void session_enter(struct sessions *t, struct session *s)
 {
     struct session **bucket = bucket_of(t, s->id);
     s->chain = *bucket;
@@ -191,7 +233,7 @@ static void enter(struct sessions *t, struct session *s)
     t->n++;
 }
 
-static void leave(struct sessions *t, struct session *s)
+void session_leave(struct sessions *t, struct session *s)
 {
     struct session **link = bucket_of(t, s->id);
     while (*link != s)
@@ -200,7 +242,7 @@ static void leave(struct sessions *t, struct session *s)
     *(s->newer ? &s->newer->older : &t->newest) = s->older;
     *(s->older ? &s->older->newer : &t->oldest) = s->newer;
     t->n--;
-    free_session(s);
+    session_free(s);
 }
 
 void sessions_close(struct sessions *t)
@@ -208,40 +250,27 @@ void sessions_close(struct sessions *t)
     if (!t)
         return;
     while (t->newest)
-        leave(t, t->newest);
+        session_leave(t, t->newest);
     pthread_mutex_destroy(&t->lock);
     free(t->buckets);
     free(t);
 }
 
-int sessions_count(struct sessions *t)
+void sessions_count(struct sessions *t, struct session_counts *out)
 {
+    *out = (struct session_counts){0};
     pthread_mutex_lock(&t->lock);
-    int n = t->n;
+    out->n_sessions = t->n;
+    out->n_pending = t->n_pending;
+    for (const struct session *s = t->oldest; s; s = s->newer)
+        out->n_in_memory += !s->now.image || s->now.image->values;
     pthread_mutex_unlock(&t->lock);
-    return n;
-}
-
-int sessions_expire(struct sessions *t)
-{
-    int n = 0;
-    int64_t now = now_s();
-    pthread_mutex_lock(&t->lock);
-    for (struct session *s = t->oldest, *newer; s; s = newer) {
-        newer = s->newer;
-        if (is_overdue(s, now)) {
-            leave(t, s);
-            n++;
-        }
-    }
-    pthread_mutex_unlock(&t->lock);
-    return n;
 }
 
 /* ---- sessions ---- */
 
-static enum status create(struct sessions *t, const struct session_request *q,
-                          struct session_info *out, struct error *err)
+static enum status new_session(struct sessions *t, const struct session_request *q,
+                               struct session **out, struct error *err)
 {
     if (t->n >= t->options.max_sessions)
         return fail(err, STATUS_BUSY,
@@ -257,49 +286,99 @@ static enum status create(struct sessions *t, const struct session_request *q,
     }
     *s = (struct session){
         .owner = q->owner,
-        .created = now_s(),
-        .used = now_s(),
+        .created = session_now_s(),
         .idle_s = q->idle_s ? q->idle_s : t->options.idle_s,
         .metadata = metadata,
-        .image = hold(q->from),
+        .is_new = true,
+        .now = {.used = session_now_s()},
     };
-    make_id(s->id);
-    enum status st = describe(s, out, err);
+    if (q->owner >= 0 && q->owner < t->options.n_owners)
+        memcpy(s->owner_tag, t->options.owners[q->owner], sizeof(s->owner_tag));
+    make_id(s);
+    *out = s;
+    return STATUS_OK;
+}
+
+/* Hand a change in that is ready, or was refused. Without the lock afterwards. */
+static enum status hand_in(struct sessions *t, struct change *c, enum status st)
+{
+    struct change *at_once = NULL;
     if (st)
-        free_session(s);
+        change_free(c);
     else
-        enter(t, s);
+        at_once = change_submit(t, c);
+    pthread_mutex_unlock(&t->lock);
+    change_finish(t, at_once);
     return st;
 }
 
 enum status session_create(struct sessions *t, const struct session_request *request,
-                           struct session_info *out, struct error *err)
+                           session_done *done, void *context, struct error *err)
 {
+    struct session *s = NULL;
+    struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
-    enum status st = create(t, request, out, err);
-    pthread_mutex_unlock(&t->lock);
-    return st;
+    enum status st = new_session(t, request, &s, err);
+    if (!st)
+        st = change_new(&c, s, done, context, err);
+    if (st && s)
+        session_free(s);
+    if (!st) {
+        set_image(&c->next.image, request->from);
+        session_enter(t, s);
+    }
+    return hand_in(t, c, st);
 }
 
 enum status session_show(struct sessions *t, const char *id, int owner, struct session_info *out,
                          struct error *err)
 {
+    struct session *s = NULL;
     pthread_mutex_lock(&t->lock);
-    struct session *s = find(t, id, owner);
-    enum status st = s ? describe(s, out, err) : not_found(id, err);
+    enum status st = find(t, id, owner, &s, err);
+    if (!st)
+        st = describe_copy(s, out, err);
     pthread_mutex_unlock(&t->lock);
     return st;
 }
 
-enum status session_delete(struct sessions *t, const char *id, int owner, struct error *err)
+enum status session_delete(struct sessions *t, const char *id, int owner, session_done *done,
+                           void *context, struct error *err)
 {
-    struct session *s = NULL;
+    struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
-    enum status st = find_idle(t, id, owner, &s, err);
+    struct session *s = find_owned(t, id, owner); /* also one that is lost */
+    enum status st = !s ? not_found(id, err) : s->in_turn ? in_a_turn(s, err) : STATUS_OK;
     if (!st)
-        leave(t, s);
+        st = change_new(&c, s, done, context, err);
+    if (!st)
+        c->is_delete = true;
+    return hand_in(t, c, st);
+}
+
+int sessions_expire(struct sessions *t)
+{
+    int n = 0;
+    int64_t now = session_now_s();
+    struct change *first = NULL, **end = &first;
+    pthread_mutex_lock(&t->lock);
+    for (struct session *s = t->oldest; s; s = s->newer) {
+        struct error ignored;
+        struct change *c = NULL;
+        if (!is_overdue(s, now) || change_new(&c, s, NULL, NULL, &ignored))
+            continue;
+        c->is_delete = true;
+        n++;
+        if ((*end = change_submit(t, c)))
+            end = &(*end)->next_held;
+    }
     pthread_mutex_unlock(&t->lock);
-    return st;
+    while (first) {
+        struct change *c = first;
+        first = c->next_held;
+        change_finish(t, c);
+    }
+    return n;
 }
 
 static enum status list(struct sessions *t, int owner, const char *after, struct session_info *out,
@@ -307,7 +386,7 @@ static enum status list(struct sessions *t, int owner, const char *after, struct
 {
     struct session *s = t->newest;
     if (after) {
-        s = find(t, after, owner);
+        s = find_owned(t, after, owner);
         if (!s)
             return not_found(after, err);
         s = s->older;
@@ -315,13 +394,13 @@ static enum status list(struct sessions *t, int owner, const char *after, struct
     *n = 0;
     *has_more = false;
     for (; s; s = s->older) {
-        if (s->owner != owner)
+        if (s->owner != owner || s->is_new || s->why)
             continue;
         if (*n == max) {
             *has_more = true;
             break;
         }
-        enum status st = describe(s, &out[*n], err);
+        enum status st = describe_copy(s, &out[*n], err);
         if (st) {
             while (*n)
                 session_info_free(&out[--*n]);
@@ -353,8 +432,8 @@ enum status session_begin(struct sessions *t, const char *id, int owner, int64_t
         st = check_version(s, version, err);
     if (!st) {
         s->in_turn = true;
-        s->used = now_s();
-        *out = (struct session_turn){.from = hold(s->image), .active = true};
+        s->now.used = session_now_s();
+        *out = (struct session_turn){.from = session_hold_image(s->now.image), .active = true};
         memcpy(out->id, s->id, sizeof(out->id));
     }
     pthread_mutex_unlock(&t->lock);
@@ -364,46 +443,40 @@ enum status session_begin(struct sessions *t, const char *id, int owner, int64_t
 /* The turn's session, whoever owns it: nobody can delete it meanwhile. */
 static struct session *session_of(const struct sessions *t, const struct session_turn *turn)
 {
-    struct session *s = *bucket_of(t, turn->id);
-    while (s && strcmp(s->id, turn->id))
-        s = s->chain;
+    struct session *s = find_any(t, turn->id);
     CHECK(s && s->in_turn);
     return s;
 }
 
-static void end_turn(struct session *s, struct session_turn *turn)
-{
-    s->in_turn = false;
-    s->used = now_s();
-    image_release(turn->from);
-    turn->from = NULL;
-    turn->active = false;
-}
-
 /* A session goes on from another image; the one before is kept. */
-static void advance(struct session *s, struct image *image)
+static void advance(struct content *c, struct image *image)
 {
-    set_image(&s->previous, s->image);
-    s->has_previous = true;
-    set_image(&s->image, image);
-    s->version++;
-    s->used = now_s();
+    set_image(&c->previous, c->image);
+    c->has_previous = true;
+    set_image(&c->image, image);
+    c->version++;
+    c->used = session_now_s();
 }
 
-void session_commit(struct sessions *t, struct session_turn *turn, struct image *image,
-                    struct session_info *info)
+enum status session_commit(struct sessions *t, struct session_turn *turn, struct image *image,
+                           const int32_t *tokens, size_t n_chunked, size_t n_single,
+                           session_done *done, void *context, struct error *err)
 {
     CHECK(turn->active);
+    struct change *c = NULL;
+    enum status st = STATUS_OK;
+    if (t->options.store)
+        st = image_set_origin(image, turn->from, tokens, n_chunked, n_single, err);
     pthread_mutex_lock(&t->lock);
-    struct session *s = session_of(t, turn);
-    advance(s, image);
-    end_turn(s, turn);
-    *info = (struct session_info){.position = image_length(s->image),
-                                  .version = s->version,
-                                  .created = s->created,
-                                  .used = s->used};
-    memcpy(info->id, s->id, sizeof(info->id));
-    pthread_mutex_unlock(&t->lock);
+    if (!st)
+        st = change_new(&c, session_of(t, turn), done, context, err);
+    if (!st) {
+        advance(&c->next, image);
+        c->turn = turn;
+        if (t->options.store)
+            record_origin(&c->entry.payload, image);
+    }
+    return hand_in(t, c, st);
 }
 
 void session_abandon(struct sessions *t, struct session_turn *turn)
@@ -411,8 +484,16 @@ void session_abandon(struct sessions *t, struct session_turn *turn)
     if (!turn->active)
         return;
     pthread_mutex_lock(&t->lock);
-    end_turn(session_of(t, turn), turn);
+    session_end_turn(session_of(t, turn), turn);
     pthread_mutex_unlock(&t->lock);
+}
+
+void session_end_turn(struct session *s, struct session_turn *turn)
+{
+    s->in_turn = false;
+    image_drop(turn->from);
+    turn->from = NULL;
+    turn->active = false;
 }
 
 /* ---- states ---- */
@@ -420,135 +501,142 @@ void session_abandon(struct sessions *t, struct session_turn *turn)
 enum status session_image(struct sessions *t, const char *id, int owner, struct image **out,
                           struct session_info *info, struct error *err)
 {
+    struct session *s = NULL;
     pthread_mutex_lock(&t->lock);
-    struct session *s = find(t, id, owner);
-    enum status st = s ? describe(s, info, err) : not_found(id, err);
+    enum status st = find(t, id, owner, &s, err);
     if (!st)
-        *out = hold(s->image);
+        st = describe_copy(s, info, err);
+    if (!st)
+        *out = session_hold_image(s->now.image);
     pthread_mutex_unlock(&t->lock);
     return st;
 }
 
 enum status session_replace(struct sessions *t, const char *id, int owner, int64_t version,
-                            struct image *image, struct session_info *info, struct error *err)
+                            struct image *image, session_done *done, void *context,
+                            struct error *err)
 {
     struct session *s = NULL;
+    struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
     enum status st = find_idle(t, id, owner, &s, err);
     if (!st)
         st = check_version(s, version, err);
     if (!st)
-        advance(s, image);
+        st = change_new(&c, s, done, context, err);
     if (!st)
-        st = describe(s, info, err);
-    pthread_mutex_unlock(&t->lock);
-    return st;
+        advance(&c->next, image);
+    return hand_in(t, c, st);
 }
 
 static struct kept *find_kept(const struct session *s, const char *name)
 {
-    for (int i = 0; i < s->n_kept; i++)
-        if (!strcmp(s->kept[i].about.name, name))
-            return &s->kept[i];
+    for (int i = 0; i < s->now.n_kept; i++)
+        if (!strcmp(s->now.kept[i].about.name, name))
+            return &s->now.kept[i];
     return NULL;
 }
 
-static enum status keep(struct session *s, const char *name, struct session_snapshot *out,
-                        struct error *err)
+static enum status no_snapshot(const struct session *s, const char *name, struct error *err)
+{
+    return fail_field(err, STATUS_NOT_FOUND, "snapshot", "Session '%s' has no snapshot '%.64s'.",
+                      s->id, name);
+}
+
+enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
+                             struct image **out, struct error *err)
+{
+    struct session *s = NULL;
+    pthread_mutex_lock(&t->lock);
+    enum status st = find(t, id, owner, &s, err);
+    struct kept *k = !st && name ? find_kept(s, name) : NULL;
+    if (!st && name && !k)
+        st = no_snapshot(s, name, err);
+    if (!st)
+        *out = session_hold_image(k ? k->image : s->now.image);
+    pthread_mutex_unlock(&t->lock);
+    return st;
+}
+
+static enum status check_new_name(const struct session *s, const char *name, struct error *err)
 {
     if (find_kept(s, name))
         return fail_field(err, STATUS_CONFLICT, "name",
                           "Session '%s' has a snapshot '%s' already; snapshots do not change.",
                           s->id, name);
-    if (s->n_kept == SESSION_MAX_SNAPSHOTS)
+    if (s->now.n_kept == SESSION_MAX_SNAPSHOTS)
         return fail_field(err, STATUS_BUSY, "name",
                           "Session '%s' has %d snapshots, the most there can be.", s->id,
-                          s->n_kept);
-    struct kept *grown = realloc(s->kept, (size_t)(s->n_kept + 1) * sizeof(*grown));
-    if (!grown)
-        return fail(err, STATUS_NOMEM, "out of memory for a snapshot");
-    s->kept = grown;
-    struct kept *k = &s->kept[s->n_kept++];
-    *k = (struct kept){.image = hold(s->image)};
-    snprintf(k->about.name, sizeof(k->about.name), "%s", name);
-    k->about.position = image_length(s->image);
-    k->about.created = now_s();
-    *out = k->about;
+                          s->now.n_kept);
     return STATUS_OK;
 }
 
 enum status session_keep(struct sessions *t, const char *id, int owner, const char *name,
-                         struct session_snapshot *out, struct error *err)
+                         session_done *done, void *context, struct error *err)
 {
     struct session *s = NULL;
+    struct change *c = NULL;
     CHECK(strlen(name) < SESSION_NAME_BYTES);
     pthread_mutex_lock(&t->lock);
     enum status st = find_idle(t, id, owner, &s, err);
     if (!st)
-        st = keep(s, name, out, err);
-    pthread_mutex_unlock(&t->lock);
-    return st;
+        st = check_new_name(s, name, err);
+    if (!st)
+        st = change_new(&c, s, done, context, err);
+    if (!st) {
+        struct kept *k = &c->next.kept[c->next.n_kept++];
+        k->image = session_hold_image(s->now.image);
+        snprintf(k->about.name, sizeof(k->about.name), "%s", name);
+        k->about.position = image_length(s->now.image);
+        k->about.created = session_now_s();
+        c->snapshot = k->about;
+    }
+    return hand_in(t, c, st);
 }
 
-/* Back to where the last turn began: that turn is undone, and there is none before it. */
-static enum status undo_turn(struct session *s, struct error *err)
+/* To a snapshot, or to where the last turn began: then there is none before it. */
+static enum status roll_back(const struct session *s, const char *name, struct content *c,
+                             struct error *err)
 {
-    if (!s->has_previous)
+    const struct kept *k = name ? find_kept(s, name) : NULL;
+    if (name && !k)
+        return no_snapshot(s, name, err);
+    if (!name && !s->now.has_previous)
         return fail_field(err, STATUS_NOT_FOUND, "snapshot",
                           "Session '%s' has no turn to roll back.", s->id);
-    set_image(&s->image, s->previous);
-    set_image(&s->previous, NULL);
-    s->has_previous = false;
-    return STATUS_OK;
-}
-
-static enum status roll_back(struct session *s, const char *name, struct error *err)
-{
-    enum status st = STATUS_OK;
-    struct kept *k = name ? find_kept(s, name) : NULL;
-    if (k)
-        set_image(&s->image, k->image);
-    else if (!name)
-        st = undo_turn(s, err);
-    else
-        st = fail_field(err, STATUS_NOT_FOUND, "snapshot", "Session '%s' has no snapshot '%.64s'.",
-                        s->id, name);
-    if (st)
-        return st;
-    if (k) {
-        set_image(&s->previous, NULL);
-        s->has_previous = false;
-    }
-    s->version++;
-    s->used = now_s();
+    set_image(&c->image, k ? k->image : s->now.previous);
+    set_image(&c->previous, NULL);
+    c->has_previous = false;
+    c->version++;
+    c->used = session_now_s();
     return STATUS_OK;
 }
 
 enum status session_rollback(struct sessions *t, const char *id, int owner, const char *name,
-                             struct session_info *info, struct error *err)
+                             session_done *done, void *context, struct error *err)
 {
     struct session *s = NULL;
+    struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
     enum status st = find_idle(t, id, owner, &s, err);
     if (!st)
-        st = roll_back(s, name, err);
+        st = change_new(&c, s, done, context, err);
     if (!st)
-        st = describe(s, info, err);
-    pthread_mutex_unlock(&t->lock);
-    return st;
+        st = roll_back(s, name, &c->next, err);
+    return hand_in(t, c, st);
 }
 
 enum status session_snapshots(struct sessions *t, const char *id, int owner,
                               struct session_snapshot out[SESSION_MAX_SNAPSHOTS], int *n,
                               struct error *err)
 {
+    struct session *s = NULL;
     pthread_mutex_lock(&t->lock);
-    struct session *s = find(t, id, owner);
-    enum status st = s ? STATUS_OK : not_found(id, err);
-    for (int i = 0; s && i < s->n_kept; i++)
-        out[i] = s->kept[i].about;
-    if (s)
-        *n = s->n_kept;
+    enum status st = find(t, id, owner, &s, err);
+    for (int i = 0; !st && i < s->now.n_kept; i++)
+        out[i] = s->now.kept[i].about;
+    if (!st)
+        *n = s->now.n_kept;
     pthread_mutex_unlock(&t->lock);
     return st;
 }

@@ -6,13 +6,21 @@
  * version. Snapshots and forks are references to images and cost no copy. The state before the
  * last turn is kept as well, for a rollback without a name ("regenerate").
  *
- * Owners: a session is seen by the owner that made it (an API key's index, -1 where the API is
- * open); for everybody else it is not there.
+ * Where there is a state store (state_store.h), a change is in its journal before it is done:
+ * until then nobody sees it, and if it cannot be written it has not been. So what a client was
+ * told is what the next start finds. A turn's entry holds the tokens that led to its state, a
+ * few bytes each; the state itself is written later, if at all.
  *
- * Threads: any; one lock around everything. Nothing in here waits or copies a state.
+ * Owners: a session is seen by the owner that made it (an API key's index, -1 where the API is
+ * open); for everybody else it is not there. In the store an owner is a tag, so that sessions
+ * find their key again when the file of keys has been changed.
+ *
+ * Threads: any; one lock around everything. Nothing in here waits or copies a state. Changes are
+ *          done in the call, or later in sessions_reap, by the thread that calls that.
  * Memory:  bounded by max_sessions, SESSION_MAX_SNAPSHOTS each, and the image store's limit.
  * Errors:  NOT_FOUND; CONFLICT for a session that is in a turn; BUSY at the limits, naming them;
- *          PRECONDITION when the version is not the expected one; NOMEM.
+ *          PRECONDITION when the version is not the expected one; LOST for a session whose place
+ *          in the store is damaged; IO when the store cannot be written; NOMEM.
  */
 #ifndef LATTE_ENGINE_SESSION_H
 #define LATTE_ENGINE_SESSION_H
@@ -25,12 +33,14 @@
 #include "engine/image.h"
 
 struct sessions;
+struct state_store;
 
 enum {
     SESSION_ID_BYTES = 38, /* "sess_", 32 hex digits, the terminator */
     SESSION_MAX_SNAPSHOTS = 64,
     SESSION_NAME_BYTES = 65, /* of a snapshot's name, with the terminator */
     SESSION_ANY_VERSION = -1,
+    SESSION_OWNER_BYTES = 16,
 };
 
 /* A copy of what there is to tell. Times are Unix seconds. */
@@ -41,6 +51,7 @@ struct session_info {
     int64_t created, used;
     int64_t expires; /* 0: never */
     bool in_turn;
+    bool in_memory; /* its state, or it has none yet; else it is in the store only */
     int n_snapshots;
     char *metadata; /* a JSON object, "{}" at least; the copy's own */
 };
@@ -55,30 +66,56 @@ struct session_snapshot {
 struct session_options {
     int max_sessions;
     int64_t idle_s; /* a session unused so long is forgotten; 0: never */
+    struct state_store
+        *store; /* borrowed; opened, not started. NULL: nothing outlives the process */
+    const uint8_t (*owners)[SESSION_OWNER_BYTES]; /* [n_owners], their tags, by index */
+    int n_owners;
+};
+
+/* What opening found in the store. */
+struct session_found {
+    int n_sessions, n_lost;
+    uint64_t n_entries, n_damaged, n_cut_bytes;
 };
 
 enum status sessions_open(struct sessions **out, const struct session_options *options,
                           struct error *err);
-void sessions_close(struct sessions *t); /* accepts NULL; no turn may be under way */
+/* Read the store's journal, if there is one: before anything else. */
+enum status sessions_recover(struct sessions *t, struct session_found *found, struct error *err);
+/* The store is closed. Accepts NULL; no turn may be under way. */
+void sessions_close(struct sessions *t);
+/* Changes that the journal has taken, or not, are done. Soon after the journal notified. */
+void sessions_reap(struct sessions *t);
+
+/* How a change ended. What it points to is valid until the function returns. */
+struct session_outcome {
+    struct error error;               /* status OK, or nothing has changed */
+    struct session_info info;         /* as it is now; of a deleted one only its id */
+    struct session_snapshot snapshot; /* of session_keep */
+};
+/* Called exactly once for a change that was not refused at once. */
+typedef void session_done(void *context, const struct session_outcome *outcome);
 
 struct session_request {
     int owner;
-    struct image *from;   /* the state it begins with, held by the session; NULL: an empty one */
+    struct image *from;   /* the state it begins with, secured; kept by the session; NULL: none */
     const char *metadata; /* copied; a JSON object or NULL */
     int64_t idle_s;       /* 0: as the options say */
 };
 enum status session_create(struct sessions *t, const struct session_request *request,
-                           struct session_info *out, struct error *err);
+                           session_done *done, void *context, struct error *err);
 enum status session_show(struct sessions *t, const char *id, int owner, struct session_info *out,
                          struct error *err);
-enum status session_delete(struct sessions *t, const char *id, int owner, struct error *err);
+enum status session_delete(struct sessions *t, const char *id, int owner, session_done *done,
+                           void *context, struct error *err);
 
 /* Up to max of the owner's sessions, newest first, those after the one named `after` (NULL: from
  * the first). has_more: there are others. */
 enum status session_list(struct sessions *t, int owner, const char *after, struct session_info *out,
                          int max, int *n, bool *has_more, struct error *err);
 
-/* A turn. from: a reference of the caller's, NULL for a session without tokens. */
+/* A turn. from: a reference of the turn's, which keeps the image; NULL for a session without
+ * tokens. */
 struct session_turn {
     char id[SESSION_ID_BYTES];
     struct image *from;
@@ -86,24 +123,32 @@ struct session_turn {
 };
 enum status session_begin(struct sessions *t, const char *id, int owner, int64_t version,
                           struct session_turn *out, struct error *err);
-/* The session goes on from this image; info tells where it is then. The turn is over. */
-void session_commit(struct sessions *t, struct session_turn *turn, struct image *image,
-                    struct session_info *info);
+/* The session goes on from this image, which is `from` after these tokens: n_chunked in chunks,
+ * then n_single one by one, all that were fed. The turn, and the change, are over when done is
+ * called; if it failed the turn was abandoned. A refusal leaves the turn as it is. */
+enum status session_commit(struct sessions *t, struct session_turn *turn, struct image *image,
+                           const int32_t *tokens, size_t n_chunked, size_t n_single,
+                           session_done *done, void *context, struct error *err);
 /* The session stays as it was. Accepts a turn that is over. */
 void session_abandon(struct sessions *t, struct session_turn *turn);
 
-/* The session's image, with a reference; *out NULL for one without tokens. */
+/* The session's image, kept for the caller; *out NULL for one without tokens. */
 enum status session_image(struct sessions *t, const char *id, int owner, struct image **out,
                           struct session_info *info, struct error *err);
-/* Put another image in its place, not as a turn: an import. */
+/* The image of one of its snapshots, or the session's own for a name of NULL; kept for the caller.
+ */
+enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
+                             struct image **out, struct error *err);
+/* Put another image, secured, in its place, not as a turn: an import. */
 enum status session_replace(struct sessions *t, const char *id, int owner, int64_t version,
-                            struct image *image, struct session_info *info, struct error *err);
+                            struct image *image, session_done *done, void *context,
+                            struct error *err);
 
 enum status session_keep(struct sessions *t, const char *id, int owner, const char *name,
-                         struct session_snapshot *out, struct error *err);
+                         session_done *done, void *context, struct error *err);
 /* name NULL: to where the last turn began. */
 enum status session_rollback(struct sessions *t, const char *id, int owner, const char *name,
-                             struct session_info *info, struct error *err);
+                             session_done *done, void *context, struct error *err);
 enum status session_snapshots(struct sessions *t, const char *id, int owner,
                               struct session_snapshot out[SESSION_MAX_SNAPSHOTS], int *n,
                               struct error *err);
@@ -111,6 +156,10 @@ enum status session_snapshots(struct sessions *t, const char *id, int owner,
 /* Forget what is overdue; returns how many. About once a second. */
 int sessions_expire(struct sessions *t);
 
-int sessions_count(struct sessions *t);
+struct session_counts {
+    int n_sessions, n_in_memory; /* the others' states are in the store only */
+    int n_pending;               /* changes that wait for the journal */
+};
+void sessions_count(struct sessions *t, struct session_counts *out);
 
 #endif

@@ -8,6 +8,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "engine/base/base64.h"
 #include "server/metrics.h"
 
 enum {
@@ -51,13 +52,16 @@ static void leave_response(struct call *c)
 static void call_free(struct call *c)
 {
     metrics_add(METRIC_TURNS_LOST, c->turn.active);
-    session_abandon(c->routes->sessions, &c->turn);
+    if (c->turn.active)
+        session_abandon(c->routes->storage.sessions, &c->turn);
     leave_response(c);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     stream_close(c->generation);
     image_release(c->from);
     image_release(c->into);
+    image_release(c->left);
+    bytes_free(&c->state);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     free(c);
@@ -110,7 +114,7 @@ static void on_close(void *context, bool delivered)
     unlist_starting(c);
     unlist_woken(c);
     c->http = NULL;
-    if (!c->working)
+    if (!c->working && !c->committing)
         call_free(c);
 }
 
@@ -140,10 +144,34 @@ static void begin_stream(struct call *c)
     http_stream(c->http, 200, "text/event-stream; charset=utf-8", stream_read, c->generation);
 }
 
+static bool is_large_state(const struct call *c)
+{
+    return image_file_bytes(&c->routes->storage.images) > INLINE_BYTES;
+}
+
+/* The state to give back as text, which is empty when memory runs out. Any thread. */
+static void write_state(struct call *c)
+{
+    struct bytes file = {0};
+    image_write(c->left, &file);
+    base64_encode(file.data, file.n, &c->state);
+    if (file.failed || c->state.failed)
+        bytes_free(&c->state);
+    bytes_free(&file);
+    image_release(c->left);
+    c->left = NULL;
+    stream_give_state(c->generation, (struct codec_text){c->state.data, c->state.n});
+}
+
 static void write_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
+    if (c->left) {
+        write_state(c);
+        c->reply.failed |= !c->state.data;
+    }
     stream_write(c->generation, &c->reply);
+    bytes_free(&c->state);
 }
 
 static void on_written(struct work_item *item)
@@ -160,7 +188,8 @@ static void on_written(struct work_item *item)
 static void reply_whole(struct call *c)
 {
     c->item = (struct work_item){.run = write_on_worker, .done = on_written};
-    if (stream_held_bytes(c->generation) <= INLINE_BYTES) {
+    bool is_small = !c->left || !is_large_state(c);
+    if (is_small && stream_held_bytes(c->generation) <= INLINE_BYTES) {
         write_on_worker(&c->item);
         call_reply_json(c->http, &c->reply);
         return;
@@ -238,20 +267,92 @@ static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
     return CALL_TAIL_OPEN;
 }
 
-static void commit_turn(void *context, struct image *image, int32_t last, bool by_token,
-                        struct codec_session *out)
+/* The turn is over, and the reply may end. */
+static void end_turn(struct call *c, const struct error *err)
+{
+    stream_turn_committed(c->generation, &c->session, err);
+    if (c->in_commit)
+        return; /* whoever polls the generation goes on */
+    if (c->http)
+        call_wake(c);
+    else
+        call_free(c);
+}
+
+static void end_with_state(struct call *c)
+{
+    struct error err = {0};
+    if (c->http && !c->state.data)
+        fail(&err, STATUS_NOMEM, "out of memory for the state after the turn");
+    end_turn(c, &err);
+}
+
+static void write_state_on_worker(struct work_item *item)
+{
+    write_state((struct call *)item);
+}
+
+static void on_state_written(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    end_with_state(c);
+}
+
+/* The turn has been committed. The end of a stream has the state, where it is asked for; a whole
+ * reply gets it when it is written. */
+static void after_commit(struct call *c)
+{
+    struct error none = {0};
+    if (!c->left || !c->request.stream || !c->http) {
+        end_turn(c, &none);
+    } else if (!is_large_state(c)) {
+        write_state(c);
+        end_with_state(c);
+    } else {
+        c->item = (struct work_item){.run = write_state_on_worker, .done = on_state_written};
+        c->working = true;
+        workers_submit(c->routes->workers, &c->item);
+    }
+}
+
+static void on_committed(void *context, const struct session_outcome *outcome)
 {
     struct call *c = context;
-    struct session_info info;
-    image->tail = tail_of(c, last, by_token);
-    if (c->response) {
-        responses_settle(c->routes->responses, c->response, image);
-        return;
+    const struct session_info *info = &outcome->info;
+    c->session = (struct codec_session){.position = info->position, .version = info->version};
+    memcpy(c->session.id, info->id, sizeof(info->id));
+    c->committing = false;
+    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
+    if (outcome->error.status)
+        end_turn(c, &outcome->error);
+    else
+        after_commit(c);
+}
+
+static enum status commit_turn(void *context, struct image *image, const struct stream_end *end,
+                               struct error *err)
+{
+    struct call *c = context;
+    enum status st = STATUS_OK;
+    image->tail = tail_of(c, end->last, end->by_token);
+    if (c->request.return_state) {
+        image_hold(image);
+        c->left = image;
     }
-    session_commit(c->routes->sessions, &c->turn, image, &info);
-    metrics_add(METRIC_TURNS, 1);
-    *out = (struct codec_session){.position = info.position, .version = info.version};
-    memcpy(out->id, info.id, sizeof(info.id));
+    if (c->response)
+        responses_settle(c->routes->responses, c->response, image);
+    c->in_commit = true;
+    c->committing = c->turn.active;
+    if (c->turn.active)
+        st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
+                            end->n_chunked, end->n_single, on_committed, c, err);
+    else
+        after_commit(c);
+    c->in_commit = false;
+    if (st)
+        c->committing = false;
+    return st;
 }
 
 struct image *call_from(const struct call *c)
@@ -259,18 +360,14 @@ struct image *call_from(const struct call *c)
     return c->turn.active ? c->turn.from : c->from;
 }
 
-static enum status open_turn(struct call *c, struct stream_setup *setup, struct error *err)
+static void open_turn(struct call *c, struct stream_setup *setup)
 {
-    bool leaves_state = c->response && (c->request.store || c->from);
-    if (!c->turn.active && !leaves_state)
-        return STATUS_OK;
-    enum status st = image_new(&c->into, &c->routes->images, err);
-    if (st)
-        return st;
+    setup->from = c->from;
+    if (!c->into)
+        return;
     c->stream_turn = (struct stream_turn){
-        .from = call_from(c), .into = c->into, .commit = commit_turn, .commit_context = c};
+        .from = c->from, .into = c->into, .commit = commit_turn, .commit_context = c};
     setup->turn = &c->stream_turn;
-    return STATUS_OK;
 }
 
 static enum status open_generation(struct call *c, struct error *err)
@@ -294,8 +391,7 @@ static enum status open_generation(struct call *c, struct error *err)
     };
     fill_reply(c, &setup.reply);
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
-    if (!st)
-        st = open_turn(c, &setup, err);
+    open_turn(c, &setup);
     return st ? st : stream_open(&c->generation, &setup, err);
 }
 
@@ -342,6 +438,62 @@ static void start_generation(struct call *c)
     step(c);
 }
 
+/* ---- the state that a turn continues -------------------------------------------------------- */
+
+enum { FETCH_WAIT_MS = 20000 }; /* for memory: others' states are written and dropped meanwhile */
+
+static void fetch_on_worker(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    struct storage *storage = &c->routes->storage;
+    if (c->turn.from && !c->from) {
+        c->status = state_store_hold(storage->store, c->model->engine, c->turn.from, &c->error);
+        c->from = c->status ? NULL : c->turn.from;
+        if (c->status == STATUS_LOST)
+            fail_context(&c->error, "Session '%s' cannot be read from the store", c->turn.id);
+    }
+    if (!c->status)
+        c->status = image_new_wait(&c->into, &storage->images, FETCH_WAIT_MS, &c->error);
+}
+
+static void on_fetched(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    if (!c->http)
+        call_free(c);
+    else if (c->status)
+        http_fail(c->http, &c->error, NULL);
+    else
+        start_generation(c);
+}
+
+/* Both states of a turn, at once if that is possible. */
+static void fetch_states(struct call *c)
+{
+    struct error err;
+    bool files_response = c->response && (c->request.store || c->from);
+    if (!c->turn.active && !c->request.return_state && !files_response) {
+        start_generation(c);
+        return;
+    }
+    if (c->turn.from && image_try_hold(c->turn.from))
+        c->from = c->turn.from;
+    bool is_here = !c->turn.from || c->from;
+    enum status st = is_here ? image_new(&c->into, &c->routes->storage.images, &err) : STATUS_BUSY;
+    if (!st) {
+        start_generation(c);
+    } else if (st == STATUS_BUSY && c->routes->storage.store) {
+        c->item = (struct work_item){.run = fetch_on_worker, .done = on_fetched};
+        c->working = true;
+        defer(c);
+        workers_submit(c->routes->workers, &c->item);
+    } else {
+        metrics_add(METRIC_QUEUE_REJECTIONS, st == STATUS_BUSY);
+        http_fail(c->http, &err, NULL);
+    }
+}
+
 /* After prepare: answer, or start the jobs. */
 static void conclude(struct call *c)
 {
@@ -352,7 +504,7 @@ static void conclude(struct call *c)
     else if (c->api == CODEC_TOKENIZE || c->api == CODEC_DETOKENIZE)
         call_reply_json(c->http, &c->reply);
     else
-        start_generation(c);
+        fetch_states(c);
 }
 
 static void on_prepared(struct work_item *item)

@@ -1,8 +1,10 @@
 /* call.h - one POST under way: from its body to its reply.
  *
  * Its body is read and its input tokenized (call_prepare; on a worker when the body is large),
- * and then it is answered, or its jobs start and it waits for them. A large whole reply is
- * written on a worker, too. A call lives until the request is over and no worker has it.
+ * the state that it continues is brought into memory (on a worker when it is not there), and then
+ * it is answered, or its jobs start and it waits for them. A turn of a session is committed before
+ * the reply ends; once that has begun it goes through, also when the client has gone. A large whole
+ * reply is written on a worker, too. A call lives until the request is over and no worker has it.
  *
  * Threads: the io thread, or a worker, which then alone has the call.
  * Memory:  a call owns its arena, its request and its generation.
@@ -16,8 +18,10 @@
 #include "engine/session.h"
 #include "server/codec.h"
 #include "server/output.h"
+#include "server/presets.h"
 #include "server/responses.h"
 #include "server/routes.h"
+#include "server/storage.h"
 #include "server/stream.h"
 #include "server/workers.h"
 
@@ -29,15 +33,15 @@ struct routes {
     struct workers *workers;
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
-    struct sessions *sessions;
+    struct presets *presets;
     struct responses *responses;
-    struct image_store images; /* set before `model` is published */
-    struct call *woken;        /* calls with news, to be looked at once each */
+    struct call *woken; /* calls with news, to be looked at once each */
 
     /* Written before `model` is published, constant afterwards. */
     struct codec_context context;
     struct engine_info info;
     char fingerprint[96];
+    struct storage storage; /* sessions and their states */
 
     _Atomic(const struct served_model *) model; /* NULL while loading */
     atomic_bool draining;
@@ -63,10 +67,15 @@ struct call {
     struct codec_request request;
     struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
-    struct session_turn turn; /* of a request with session_id, while it is under way */
-    struct image *from; /* the state the prompts continue, of other requests; owned, or NULL */
-    struct image *into; /* the state after the turn, owned */
-    struct response *response; /* of the Responses API, or NULL; held */
+    struct session_turn turn;     /* of a request with session_id, while it is under way */
+    struct image *from, *into;    /* the states before and after it, held; without a turn, from is
+                                   * what the prompts continue, or NULL */
+    struct image *left;           /* the state to give back, held: into, or what a replay left */
+    struct bytes state;           /* its text */
+    struct codec_session session; /* where the session is after the turn */
+    struct response *response;    /* of the Responses API, or NULL; held */
+    bool committing;              /* the journal has the turn: the call lives until that is over */
+    bool in_commit;               /* it is handed in just now */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t version; /* the session must have, from If-Match; or SESSION_ANY_VERSION */
@@ -85,6 +94,10 @@ enum call_tail {
     CALL_TAIL_OPEN,   /* an assistant's message, without the template's end */
     CALL_TAIL_CLOSED, /* the template's end of a message is the session's last token */
 };
+
+/* The state that the prompts continue, NULL for that before any token. Its values need not be in
+ * memory. */
+struct image *call_from(const struct call *c);
 
 /* The version that If-Match asks a session to have; SESSION_ANY_VERSION without the header. */
 enum status call_if_match(struct http_request *http, int64_t *version, struct error *err);

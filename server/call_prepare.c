@@ -6,6 +6,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "engine/base/base64.h"
+
 static const char *input_field(const struct call *c)
 {
     if (c->api == CODEC_RESPONSES)
@@ -324,6 +326,46 @@ static enum status check_model(struct call *c)
                       shown.data, (int)ours.n, ours.data);
 }
 
+/* The state that came with the request. */
+static enum status read_state(struct call *c)
+{
+    const struct codec_text *text = &c->request.state;
+    struct bytes file = {0};
+    enum status st = base64_decode(text->data, text->n, &file, &c->error);
+    if (!st)
+        st = image_parse(&c->from, &c->routes->storage.images, file.n ? file.data : "", file.n,
+                         &c->error);
+    bytes_free(&file);
+    if (st != STATUS_INVALID)
+        return st;
+    c->code = "invalid_value";
+    snprintf(c->error.field, sizeof(c->error.field), "state");
+    return fail_context(&c->error, "Invalid 'state'");
+}
+
+static enum status find_preset(struct call *c)
+{
+    enum status st =
+        presets_find(c->routes->presets, c->request.from_preset, &c->from, NULL, &c->error);
+    if (st == STATUS_NOT_FOUND) {
+        c->code = "preset_not_found";
+        snprintf(c->error.field, sizeof(c->error.field), "from.preset");
+    }
+    return st;
+}
+
+/* What the prompts continue. */
+static enum status find_origin(struct call *c)
+{
+    const struct codec_request *q = &c->request;
+    if (q->session_id)
+        return session_begin(c->routes->storage.sessions, q->session_id, c->owner, c->version,
+                             &c->turn, &c->error);
+    if (q->from_preset)
+        return find_preset(c);
+    return q->state.data ? read_state(c) : STATUS_OK;
+}
+
 /* Move what the generation reads of a request to the call's arena; the rest of it goes. */
 static enum status keep(struct call *c)
 {
@@ -358,9 +400,8 @@ void call_prepare(struct call *c)
     c->code = q->code;
     if (!st)
         st = check_model(c);
-    if (!st && q->session_id)
-        st = session_begin(c->routes->sessions, q->session_id, c->owner, c->version, &c->turn,
-                           &c->error);
+    if (!st)
+        st = find_origin(c);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)

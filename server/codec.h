@@ -80,6 +80,9 @@ struct codec_request {
     bool add_generation_prompt, continue_final_message;
     bool add_special_tokens; /* of the tokenizer's post-processor, for text prompts */
     const char *session_id;  /* NULL: none. The prompt is what is new in that session */
+    const char *from_preset; /* NULL: none. The same for the state of this name */
+    struct codec_text state; /* base64 of an exported state, and the same; data NULL: none */
+    bool return_state;       /* the reply has the state after the turn */
     bool parse_special;      /* tokenize: text of special tokens becomes those tokens */
 
     /* Responses. `repeated` and `items` are the request's own until somebody takes them over. */
@@ -122,16 +125,17 @@ struct codec_request {
  * case. Arrays come from arena a. */
 enum status codec_read(struct codec_request *out, enum codec_api api, const char *body, size_t n,
                        const struct codec_context *context, struct arena *a, struct error *err);
-/* Release the parsed tree; model, prompts, messages and what responses add are then NULL and 0.
- * May be repeated. */
+/* Release the parsed tree; what was borrowed from it, and prompts and messages, are then NULL and
+ * 0. May be repeated. */
 void codec_request_free(struct codec_request *q);
 
-/* The i-th field that an API, the object stream_options, or a message knows; NULL behind the
- * last. For the test that compares them with openapi.yaml. */
+/* The i-th field that an API, the objects stream_options and from, or a message knows; NULL behind
+ * the last. For the test that compares them with openapi.yaml. */
 const char *codec_field(enum codec_api api, size_t i);
 const char *codec_stream_option(size_t i);
 const char *codec_message_field(size_t i);
 const char *codec_item_field(size_t i); /* of a message among the input of a response */
+const char *codec_from_field(size_t i);
 
 /* Cut text that came from outside for use in an error: at most 64 bytes, whole characters. */
 struct codec_text codec_clip(const char *text);
@@ -153,6 +157,7 @@ struct codec_reply {
     const char *model, *fingerprint;
     bool usage_field;             /* chunks carry "usage": null until the last */
     struct codec_session session; /* where it is after the turn; no id: not known, or none */
+    struct codec_text state;      /* base64 of the state after the turn; data NULL: none */
 };
 
 struct codec_usage { /* of this request: a session's earlier tokens do not count */

@@ -165,6 +165,33 @@ static enum status field_stream_options(struct reader *r, const struct field *f,
     return codec_read_members(r, stream_options_fields, v, path, target);
 }
 
+static const struct field from_fields[] = {
+    {"preset", field_string, offsetof(struct codec_request, from_preset), 0, 0, false},
+    {0},
+};
+
+/* What a request begins with must not be overlooked: a member that is unknown is an error. */
+static enum status field_from(struct reader *r, const struct field *f, const cJSON *v,
+                              const char *path, void *target)
+{
+    (void)f;
+    if (!cJSON_IsObject(v))
+        return codec_wrong_type(r, path, "an object", v);
+    const cJSON *item;
+    cJSON_ArrayForEach(item, v)
+    {
+        struct path p = codec_path(path, item->string);
+        if (strcmp(item->string, "preset"))
+            return codec_wrong(r, p.text, "unknown_parameter",
+                               "Unknown parameter: '%s'. A request begins from a 'preset'.",
+                               p.text);
+    }
+    enum status st = codec_read_members(r, from_fields, v, path, target);
+    if (!st && !r->q->from_preset)
+        st = codec_missing(r, codec_path(path, "preset").text);
+    return st;
+}
+
 static enum status field_response_format(struct reader *r, const struct field *f, const cJSON *v,
                                          const char *path, void *target)
 {
@@ -241,8 +268,9 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
 /* What completions and chat take. */
 #define GENERATION_FIELDS                                                                          \
     SAMPLING_FIELDS, INT("n", n, 1, CODEC_MAX_N),                                                  \
-        {"session_id", field_string, AT(session_id), 0, 0, false},                                 \
-        CUSTOM("stream_options", field_stream_options),                                            \
+        {"session_id", field_string, AT(session_id), 0, 0, false}, CUSTOM("from", field_from),     \
+        {"state", field_text, AT(state), 0, 0, false}, FLAG("return_state", return_state),         \
+        CUSTOM("store", field_ignore_bool), CUSTOM("stream_options", field_stream_options),        \
         CUSTOM("response_format", field_response_format)
 
 static const struct field completion_fields[] = {
@@ -267,7 +295,6 @@ static const struct field chat_fields[] = {
     FLAG("logprobs", chat_logprobs),
     INT("top_logprobs", top_logprobs, 0, SAMPLER_MAX_TOP_LOGPROBS),
     CUSTOM("metadata", field_ignore_object),
-    CUSTOM("store", field_ignore_bool),
     CUSTOM("service_tier", field_ignore_string),
     CUSTOM("safety_identifier", field_ignore_string),
     CUSTOM("prompt_cache_key", field_ignore_string),
@@ -364,6 +391,11 @@ const char *codec_field(enum codec_api api, size_t i)
 const char *codec_stream_option(size_t i)
 {
     return nth_name(stream_options_fields, &i);
+}
+
+const char *codec_from_field(size_t i)
+{
+    return nth_name(from_fields, &i);
 }
 
 const char *codec_message_field(size_t i)

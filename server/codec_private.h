@@ -58,6 +58,7 @@ const char *codec_type_name(const cJSON *v); /* "a string" */
 
 /* Fields of plain types: bool, int64_t, double, const char *. */
 field_read field_bool, field_int, field_number, field_string;
+field_read field_text; /* struct codec_text, for long ones */
 /* Fields that change nothing here: only their types are checked. */
 field_read field_ignore_string, field_ignore_bool, field_ignore_int, field_ignore_object;
 /* Fields that would change the answer in a way this server cannot: only what asks for nothing

@@ -45,21 +45,42 @@ static enum status check_choices(struct reader *r)
     return STATUS_OK;
 }
 
-/* A session goes one way. */
+/* What the prompt continues is named once. */
+static enum status check_origin(struct reader *r, const char **origin)
+{
+    const struct codec_request *q = r->q;
+    const char *names[3];
+    int n = 0;
+    if (q->session_id)
+        names[n++] = "session_id";
+    if (q->from_preset)
+        names[n++] = "from";
+    if (q->state.data)
+        names[n++] = "state";
+    *origin = n ? names[0] : NULL;
+    if (n > 1)
+        return codec_wrong(r, names[n - 1], "invalid_parameter_combination",
+                           "'%s' and '%s' both say what the request continues; expected one of "
+                           "them.",
+                           names[0], names[n - 1]);
+    return STATUS_OK;
+}
+
+/* A session goes one way, and so does a state that is given back. */
 static enum status check_session(struct reader *r)
 {
     struct codec_request *q = r->q;
-    if (!q->session_id)
-        return STATUS_OK;
-    const char *field = q->best_of > q->n ? "best_of" : q->n > 1 ? "n" : "prompt";
-    if (q->best_of > 1 || q->n_prompts > 1)
-        return codec_wrong(r, field, "invalid_parameter_combination",
-                           "A request with 'session_id' has one prompt and one choice; fork the "
-                           "session for more.");
-    if (q->echo)
-        return codec_wrong(r, "echo", "invalid_parameter_combination",
-                           "'echo' cannot be used with 'session_id'.");
-    return STATUS_OK;
+    const char *origin, *field = q->best_of > q->n ? "best_of" : q->n > 1 ? "n" : "prompt";
+    enum status st = check_origin(r, &origin);
+    if (!st && (q->session_id || q->return_state) && (q->best_of > 1 || q->n_prompts > 1))
+        st = codec_wrong(r, field, "invalid_parameter_combination",
+                         "A request with '%s' has one prompt and one choice%s.",
+                         q->session_id ? "session_id" : "return_state",
+                         q->session_id ? "; fork the session for more" : "");
+    if (!st && q->echo && (origin || q->return_state))
+        st = codec_wrong(r, "echo", "invalid_parameter_combination",
+                         "'echo' cannot be used with '%s'.", origin ? origin : "return_state");
+    return st;
 }
 
 static enum status check_max_tokens(struct reader *r)
@@ -233,7 +254,9 @@ void codec_request_free(struct codec_request *q)
 {
     cJSON_Delete(q->tree);
     q->tree = NULL;
-    q->model = q->session_id = q->instructions = q->previous_response_id = NULL;
+    q->model = q->session_id = q->from_preset = NULL;
+    q->instructions = q->previous_response_id = NULL;
+    q->state = (struct codec_text){0};
     bytes_free(&q->repeated);
     bytes_free(&q->items);
     q->n_items = 0;

@@ -314,6 +314,11 @@ void codec_write_tail(struct bytes *out, const struct codec_reply *r,
         bytes_format(out, ",\"session\":{\"id\":\"%s\",\"position\":%llu,\"version\":%llu}",
                      r->session.id, (unsigned long long)r->session.position,
                      (unsigned long long)r->session.version);
+    if (r->state.data) {
+        bytes_text(out, ",\"state\":\"");
+        bytes_append(out, r->state.data, r->state.n);
+        bytes_char(out, '"');
+    }
     bytes_char(out, '}');
 }
 

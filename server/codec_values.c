@@ -151,6 +151,16 @@ enum status field_string(struct reader *r, const struct field *f, const cJSON *v
     return STATUS_OK;
 }
 
+enum status field_text(struct reader *r, const struct field *f, const cJSON *v, const char *path,
+                       void *target)
+{
+    if (!cJSON_IsString(v))
+        return codec_wrong_type(r, path, "a string", v);
+    *(struct codec_text *)at(f, target) =
+        (struct codec_text){v->valuestring, strlen(v->valuestring)};
+    return STATUS_OK;
+}
+
 /* Fields of OpenAI's that change nothing here: only their types are checked. */
 enum status field_ignore_string(struct reader *r, const struct field *f, const cJSON *v,
                                 const char *path, void *target)

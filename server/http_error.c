@@ -11,7 +11,8 @@ static const int http_statuses[STATUS_COUNT] = {
     [STATUS_FORBIDDEN] = 403,    [STATUS_NOT_FOUND] = 404, [STATUS_CONFLICT] = 409,
     [STATUS_PRECONDITION] = 412, [STATUS_TOO_LARGE] = 413, [STATUS_UNSUPPORTED] = 415,
     [STATUS_BUSY] = 429,         [STATUS_TIMEOUT] = 504,   [STATUS_SHUTDOWN] = 503,
-    [STATUS_DEVICE] = 503,       [STATUS_NOMEM] = 503,
+    [STATUS_DEVICE] = 503,       [STATUS_NOMEM] = 503,     [STATUS_IO] = 503,
+    [STATUS_LOST] = 410,
 };
 
 int http_status_of(enum status status)

@@ -251,7 +251,8 @@ static enum status catch_signals(struct error *err)
     if (event_fd < 0 || sigaction(SIGTERM, &action, NULL) || sigaction(SIGINT, &action, NULL))
         return fail(err, STATUS_IO, "signals cannot be caught: %s", strerror(errno));
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGHUP, SIG_IGN); /* a lost terminal cuts off no request */
+    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like a full disk */
+    signal(SIGHUP, SIG_IGN);  /* a lost terminal cuts off no request */
     return STATUS_OK;
 }
 
@@ -319,7 +320,8 @@ static void stop(struct program *p)
 {
     if (p->http)
         http_stop(p->http);
-    engine_close(p->engine); /* before the routes: its jobs hold states that are theirs */
+    routes_stop(p->routes);
+    engine_close(p->engine);
     routes_close(p->routes);
     http_close(p->http);
     tokenizer_close(p->tokenizer);
@@ -341,7 +343,11 @@ static int serve(struct program *p)
         fprintf(stderr, "latte-server: %s\n", p->load_error.text);
         return 1;
     }
-    routes_publish(p->routes, &p->model);
+    struct error err;
+    if (routes_publish(p->routes, &p->model, &err)) {
+        fprintf(stderr, "latte-server: %s\n", err.text);
+        return 1;
+    }
     log_listening(p);
     while (!n_signals)
         await_event(-1);

@@ -325,17 +325,45 @@ static void write_process(struct bytes *out)
     write_value(out, "process_start_time_seconds", "gauge", "Start, in Unix time.", start_s);
 }
 
+static void write_store(struct bytes *out, const struct metrics_sessions *s)
+{
+    const struct image_counts *i = &s->images;
+    const struct journal_counts *j = &s->journal;
+    write_value(out, "latte_state_evictions_total", "counter",
+                "States that left memory, since they are in the store.", (double)i->n_evictions);
+    write_value(out, "latte_state_reloads_total", "counter", "States read back from the store.",
+                (double)i->n_reloads);
+    write_value(out, "latte_state_replays_total", "counter",
+                "States computed again from one in the store and the tokens since.",
+                (double)i->n_replays);
+    write_value(out, "latte_store_errors_total", "counter",
+                "Reads and writes of the store that failed.", (double)(i->n_errors + j->n_errors));
+    write_value(out, "latte_journal_entries_total", "counter", "Changes of sessions written.",
+                (double)j->n_entries);
+    write_value(out, "latte_journal_writes_total", "counter",
+                "Writes of the journal, each of all changes that waited.", (double)j->n_writes);
+    write_value(out, "latte_journal_bytes", "gauge", "Length of the journal.", (double)j->n_bytes);
+}
+
 static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
 {
-    write_value(out, "latte_sessions", "gauge", "Sessions there are.", s->n_sessions);
+    const struct session_counts *c = &s->sessions;
+    write_value(out, "latte_sessions", "gauge", "Sessions there are.", c->n_sessions);
     write_value(out, "latte_responses", "gauge", "Responses that are stored.", s->n_responses);
+    write_head(out, "latte_sessions_by_tier", "gauge",
+               "Sessions by where their state is: in memory, or in the store only.");
+    bytes_format(out, "latte_sessions_by_tier{tier=\"host\"} %d\n", c->n_in_memory);
+    bytes_format(out, "latte_sessions_by_tier{tier=\"store\"} %d\n",
+                 c->n_sessions - c->n_in_memory);
     write_value(
         out, "latte_session_states", "gauge",
-        "States of sessions, of the turns before, of snapshots, and of stored responses, each "
-        "once.",
-        s->n_states);
+        "States of sessions, of the turns before, of snapshots, presets, stored responses and "
+        "requests under way, each once.",
+        s->images.n_images);
     write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
-                (double)s->state_bytes);
+                (double)s->images.used_bytes);
+    if (s->has_store)
+        write_store(out, s);
 }
 
 void metrics_write(struct bytes *out, const struct engine *engine,

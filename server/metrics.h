@@ -14,6 +14,8 @@
 
 #include "engine/base/bytes.h"
 #include "engine/engine.h"
+#include "engine/journal.h"
+#include "engine/session.h"
 
 enum metric_counter {
     METRIC_PROMPT_TOKENS,      /* latte_prompt_tokens_total: tokens of admitted prompts */
@@ -50,11 +52,13 @@ void metrics_count_request(const char *method, const char *route, int code);
 /* latte_request_success_total{finish_reason} */
 void metrics_count_finish(const char *finish_reason);
 
-/* What the sessions hold now. */
+/* What the sessions hold now, and what their store has done. */
 struct metrics_sessions {
-    int n_sessions, n_responses;
-    int n_states;       /* of sessions, their last turns, snapshots and responses, each once */
-    size_t state_bytes; /* memory of the states */
+    int n_responses;
+    struct session_counts sessions;
+    struct image_counts images;
+    bool has_store;
+    struct journal_counts journal;
 };
 
 /* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL

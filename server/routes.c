@@ -11,6 +11,7 @@
 #include "server/call.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
+#include "server/routes_presets.h"
 #include "server/routes_responses.h"
 #include "server/routes_sessions.h"
 
@@ -118,6 +119,16 @@ static void get_live(struct http_request *http, void *context)
     reply_health(http, status, strcmp(status, "failed") != 0);
 }
 
+static void fill_metrics(struct routes *r, struct metrics_sessions *out)
+{
+    sessions_count(r->storage.sessions, &out->sessions);
+    image_count(&r->storage.images, &out->images);
+    out->n_responses = responses_n(r->responses);
+    out->has_store = r->storage.store != NULL;
+    if (r->storage.store)
+        journal_count(state_store_journal(r->storage.store), &out->journal);
+}
+
 static void get_metrics(struct http_request *http, void *context)
 {
     struct routes *r = context;
@@ -125,12 +136,7 @@ static void get_metrics(struct http_request *http, void *context)
     struct bytes body = {0};
     struct metrics_sessions sessions = {0};
     if (model)
-        sessions = (struct metrics_sessions){
-            .n_sessions = sessions_count(r->sessions),
-            .n_responses = responses_n(r->responses),
-            .n_states = atomic_load(&r->images.n_images),
-            .state_bytes = atomic_load(&r->images.used_bytes),
-        };
+        fill_metrics(r, &sessions);
     metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL,
                   http_n_connections(r->server));
     if (body.failed) {
@@ -154,8 +160,8 @@ static void get_openapi(struct http_request *http, void *context)
 }
 
 static const struct http_route table[] = {
-    {"POST", "/v1/completions", HTTP_ROUTE_JSON, post_completions},
-    {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON, post_chat},
+    {"POST", "/v1/completions", HTTP_ROUTE_JSON | HTTP_ROUTE_STATE, post_completions},
+    {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON | HTTP_ROUTE_STATE, post_chat},
     {"POST", "/v1/responses", HTTP_ROUTE_JSON, post_response},
     {"GET", "/v1/responses/{id}", 0, response_get},
     {"DELETE", "/v1/responses/{id}", 0, response_delete},
@@ -171,7 +177,11 @@ static const struct http_route table[] = {
     {"GET", "/v1/sessions/{id}/snapshots", 0, session_get_snapshots},
     {"POST", "/v1/sessions/{id}/rollback", HTTP_ROUTE_JSON, session_post_rollback},
     {"GET", "/v1/sessions/{id}/state", 0, session_get_state},
-    {"PUT", "/v1/sessions/{id}/state", 0, session_put_state},
+    {"PUT", "/v1/sessions/{id}/state", HTTP_ROUTE_STATE, session_put_state},
+    {"GET", "/v1/presets", 0, presets_get_list},
+    {"GET", "/v1/presets/{name}", 0, preset_get},
+    {"PUT", "/v1/presets/{name}", HTTP_ROUTE_STATE, preset_put},
+    {"DELETE", "/v1/presets/{name}", 0, preset_remove},
     {"POST", "/tokenize", HTTP_ROUTE_JSON, post_tokenize},
     {"POST", "/detokenize", HTTP_ROUTE_JSON, post_detokenize},
     {"GET", "/version", 0, get_version},
@@ -195,6 +205,8 @@ void routes_on_notify(void *context)
     struct routes *r = context;
     workers_reap(r->workers);
     const struct served_model *model = atomic_load_explicit(&r->model, memory_order_acquire);
+    if (model)
+        sessions_reap(r->storage.sessions);
     struct job *job = NULL;
     while (model && (job = engine_take_ready(model->engine))) {
         struct call *c = job_user(job); /* NULL: its request is over */
@@ -209,7 +221,10 @@ void routes_on_tick(void *context)
 {
     struct routes *r = context;
     call_begin_late(r);
-    metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->sessions));
+    if (!atomic_load_explicit(&r->model, memory_order_acquire))
+        return;
+    metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
+    sessions_reap(r->storage.sessions);
     metrics_add(METRIC_RESPONSES_EXPIRED, (uint64_t)responses_expire(r->responses, time(NULL)));
     metrics_add(METRIC_RESPONSES_DROPPED, (uint64_t)responses_take_dropped(r->responses));
 }
@@ -250,8 +265,6 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     r->options = options;
     atomic_init(&r->model, NULL);
     atomic_init(&r->draining, false);
-    const struct session_options sessions = {.max_sessions = (int)options->max_sessions,
-                                             .idle_s = options->session_idle_ttl};
     size_t half_of_states = (size_t)options->host_state_mb << 19,
            response_bytes = (size_t)options->response_mb << 20;
     const struct responses_options responses = {
@@ -261,14 +274,14 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     };
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
     if (!st)
-        st = sessions_open(&r->sessions, &sessions, err);
+        st = presets_open(&r->presets, (int)options->max_presets, err);
     if (!st)
         st = responses_open(&r->responses, &responses, err);
     if (!st)
         st = workers_open(&r->workers, (int)options->workers, notify, r, err);
     if (st) {
         responses_close(r->responses);
-        sessions_close(r->sessions);
+        presets_close(r->presets);
         bytes_free(&r->openapi);
         free(r);
         return st;
@@ -277,13 +290,22 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     return STATUS_OK;
 }
 
+void routes_stop(struct routes *r)
+{
+    if (r)
+        workers_close(r->workers);
+    if (r)
+        r->workers = NULL;
+}
+
 void routes_close(struct routes *r)
 {
     if (!r)
         return;
-    workers_close(r->workers);
+    routes_stop(r);
     responses_close(r->responses);
-    sessions_close(r->sessions);
+    presets_close(r->presets);
+    storage_close(&r->storage);
     bytes_free(&r->openapi);
     free(r);
 }
@@ -319,17 +341,26 @@ static void fill_context(struct routes *r)
     };
 }
 
-void routes_publish(struct routes *r, const struct served_model *model)
+enum status routes_publish(struct routes *r, const struct served_model *model, struct error *err)
 {
     engine_info(model->engine, &r->info);
     fill_context(r);
-    image_store_init(&r->images, r->info.fingerprint, r->info.n_state_values,
-                     r->info.config->vocab_size, r->info.max_position,
-                     (size_t)r->options->host_state_mb << 20);
+    struct storage_options storage = {.options = r->options,
+                                      .model = &r->info,
+                                      .server = r->server,
+                                      .notify = notify,
+                                      .context = r};
+    enum status st = storage_open(&r->storage, &storage, err);
+    if (!st)
+        st = routes_load_presets(r, err);
+    if (st)
+        return st;
+    http_set_state_bytes(r->server, image_file_bytes(&r->storage.images));
     /* What decides a seed's outcome: the model, the program, and how it computes. */
     snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,
              latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);
     atomic_store_explicit(&r->model, model, memory_order_release);
+    return STATUS_OK;
 }
 
 void routes_drain(struct routes *r)

@@ -23,6 +23,9 @@ struct served_model {
 };
 
 enum status routes_open(struct routes **out, const struct options *options, struct error *err);
+/* The server has stopped: end the workers, while the engine still runs. */
+void routes_stop(struct routes *r);
+/* After the engine is closed: its jobs hold states that are the routes'. */
 void routes_close(struct routes *r);
 
 /* What http_open needs; the table is static. */
@@ -30,11 +33,13 @@ const struct http_route *routes_table(size_t *n);
 void routes_on_notify(void *context); /* context: struct routes */
 void routes_on_tick(void *context);
 
-/* Tell the server this routes object works for (before the io thread handles requests). */
+/* Tell which server this routes object works for (before the io thread handles requests). */
 void routes_set_server(struct routes *r, struct http_server *server);
 
-/* From loading to serving: /health/ready turns 200. A release store; requests see it all. */
-void routes_publish(struct routes *r, const struct served_model *model);
+/* From loading to serving: the store is read, /health/ready turns 200. A release store; requests
+ * see it all. Fails when the store or a preset of the options cannot be read; then nothing is
+ * served. */
+enum status routes_publish(struct routes *r, const struct served_model *model, struct error *err);
 
 /* From serving to draining: /health/ready turns 503 and new generations are refused. Any thread. */
 void routes_drain(struct routes *r);

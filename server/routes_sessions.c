@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/base/json.h"
 #include "server/call.h"
+#include "server/request_json.h"
 
 enum {
     MAX_FORKS = 64,
@@ -40,42 +40,9 @@ static bool find_place(struct http_request *http, void *context, struct place *o
 
 static void refuse(const struct place *p, const struct error *err)
 {
-    http_fail(p->http, err, err->status == STATUS_NOT_FOUND ? "session_not_found" : NULL);
-}
-
-/* The body as an object whose members are all among names. */
-static enum status read_body(const struct place *p, const char *const *names, cJSON **out,
-                             struct error *err)
-{
-    size_t n;
-    const char *body = http_body(p->http, &n);
-    const struct json_limits limits = {.max_depth = CODEC_MAX_DEPTH, .max_values = 1000};
-    enum status st = json_check(body, n, &limits, err);
-    if (st)
-        return st == STATUS_INVALID
-                   ? fail_context(err, "We could not parse the JSON body of your request")
-                   : st;
-    cJSON *tree = cJSON_ParseWithLength(body, n);
-    if (!tree)
-        return fail(err, STATUS_NOMEM, "out of memory for the body of a request");
-    if (!cJSON_IsObject(tree))
-        st = fail(err, STATUS_INVALID, "The body of the request is no JSON object.");
-    for (const cJSON *member = st ? NULL : tree->child; member; member = member->next) {
-        const char *const *name = names;
-        while (*name && strcmp(*name, member->string))
-            name++;
-        if (!*name) {
-            struct codec_text shown = codec_clip(member->string);
-            st = fail_field(err, STATUS_INVALID, member->string, "Unknown parameter: '%.*s'.",
-                            (int)shown.n, shown.data);
-            break;
-        }
-    }
-    if (st)
-        cJSON_Delete(tree);
-    else
-        *out = tree;
-    return st;
+    const char *code =
+        !strcmp(err->field, "from.preset") ? "preset_not_found" : "session_not_found";
+    http_fail(p->http, err, err->status == STATUS_NOT_FOUND ? code : NULL);
 }
 
 /* The beginning of every endpoint with a body. False: it is answered. */
@@ -85,44 +52,10 @@ static bool begin(struct http_request *http, void *context, const char *const *n
     struct error err;
     if (!find_place(http, context, p))
         return false;
-    if (!read_body(p, names, tree, &err))
+    if (!request_json_read(http, names, tree, &err))
         return true;
     refuse(p, &err);
     return false;
-}
-
-/* A whole number; `otherwise` when it is absent or null. */
-static enum status read_number(const cJSON *tree, const char *name, int64_t least, int64_t most,
-                               int64_t otherwise, int64_t *out, struct error *err)
-{
-    const cJSON *v = cJSON_GetObjectItemCaseSensitive(tree, name);
-    *out = otherwise;
-    if (!v || cJSON_IsNull(v))
-        return STATUS_OK;
-    bool good = cJSON_IsNumber(v) && v->valuedouble >= (double)least &&
-                v->valuedouble <= (double)most && v->valuedouble == (double)(int64_t)v->valuedouble;
-    if (!good)
-        return fail_field(err, STATUS_INVALID, name,
-                          "Invalid '%s': expected a whole number from %lld to %lld.", name,
-                          (long long)least, (long long)most);
-    *out = (int64_t)v->valuedouble;
-    return STATUS_OK;
-}
-
-/* A name of a snapshot; NULL when it is absent or null. */
-static enum status read_name(const cJSON *tree, const char *field, const char **out,
-                             struct error *err)
-{
-    const cJSON *v = cJSON_GetObjectItemCaseSensitive(tree, field);
-    *out = NULL;
-    if (!v || cJSON_IsNull(v))
-        return STATUS_OK;
-    if (!cJSON_IsString(v) || !*v->valuestring || strlen(v->valuestring) >= SESSION_NAME_BYTES)
-        return fail_field(err, STATUS_INVALID, field,
-                          "Invalid '%s': expected a string of 1 to %d bytes.", field,
-                          SESSION_NAME_BYTES - 1);
-    *out = v->valuestring;
-    return STATUS_OK;
 }
 
 /* The metadata as JSON text, which the caller frees; NULL when there is none. */
@@ -158,11 +91,12 @@ static void write_session(struct bytes *out, const struct routes *r,
     else
         bytes_text(out, "null");
     bytes_format(out,
-                 ",\"position\":%llu,\"version\":%llu,\"state_bytes\":%zu,\"tier\":\"host\","
+                 ",\"position\":%llu,\"version\":%llu,\"state_bytes\":%zu,\"tier\":\"%s\","
                  "\"in_turn\":%s,\"snapshots\":%d,\"metadata\":%s}",
                  (unsigned long long)info->position, (unsigned long long)info->version,
-                 image_file_bytes(&r->images), info->in_turn ? "true" : "false", info->n_snapshots,
-                 info->metadata);
+                 image_file_bytes(&r->storage.images), info->in_memory ? "host" : "store",
+                 info->in_turn ? "true" : "false", info->n_snapshots,
+                 info->metadata ? info->metadata : "{}");
 }
 
 static void set_etag(const struct place *p, const struct session_info *info)
@@ -172,13 +106,11 @@ static void set_etag(const struct place *p, const struct session_info *info)
     http_set_header(p->http, "ETag", etag);
 }
 
-/* Ends the info. */
-static void reply_session(const struct place *p, struct session_info *info)
+static void reply_session(const struct place *p, const struct session_info *info)
 {
     struct bytes body = {0};
     write_session(&body, p->routes, info);
     set_etag(p, info);
-    session_info_free(info);
     call_reply_json(p->http, &body);
 }
 
@@ -210,31 +142,192 @@ static void write_snapshot(struct bytes *out, const struct session_snapshot *s)
                  (long long)s->created);
 }
 
+/* ---- errands ---------------------------------------------------------------------------------
+ *
+ * What is not done at once: a change that waits for the journal, a state that is read or written
+ * on a worker. The request may be over before. */
+
+struct errand {
+    struct work_item item; /* first: a worker hands it back */
+    struct place place;    /* http is NULL once the request is over */
+    char id[SESSION_ID_BYTES];
+    bool deferred, working;
+    int n_waiting; /* outcomes to come */
+    struct error error;
+
+    struct image *image; /* of a fork: kept; of a state: held; owned */
+    struct session_info info;
+    int64_t version;
+    char *body; /* [n_body] of an import, for the worker */
+    size_t n_body;
+    struct bytes reply;
+    struct session_info *children; /* [n_children], of a fork */
+    int n_children, n_made;
+};
+
+static void errand_free(struct errand *e)
+{
+    for (int i = 0; i < e->n_made; i++)
+        session_info_free(&e->children[i]);
+    session_info_free(&e->info);
+    bytes_free(&e->reply);
+    free(e->children);
+    free(e->body);
+    free(e);
+}
+
+static void errand_on_close(void *context, bool delivered)
+{
+    (void)delivered;
+    struct errand *e = context;
+    e->place.http = NULL;
+    if (!e->working && !e->n_waiting)
+        errand_free(e);
+}
+
+/* NULL: it is answered. */
+static struct errand *errand_new(const struct place *p)
+{
+    struct errand *e = calloc(1, sizeof(*e));
+    if (!e) {
+        call_refuse(p->http, STATUS_NOMEM, "out of memory for a request");
+        return NULL;
+    }
+    e->place = *p;
+    snprintf(e->id, sizeof(e->id), "%s", p->id ? p->id : "");
+    e->place.id = e->id;
+    http_on_close(p->http, errand_on_close, e);
+    return e;
+}
+
+/* An errand that is over, or goes on without its request, has its last words in here. */
+static void errand_wait(struct errand *e)
+{
+    if ((e->n_waiting || e->working) && !e->deferred) {
+        e->deferred = true;
+        http_defer(e->place.http);
+    }
+}
+
+static void errand_work(struct errand *e, void (*run)(struct work_item *),
+                        void (*done)(struct work_item *))
+{
+    e->item = (struct work_item){.run = run, .done = done};
+    e->working = true;
+    errand_wait(e);
+    workers_submit(e->place.routes->workers, &e->item);
+}
+
+/* One outcome has come. False: there is nobody to tell, and the errand is gone. */
+static bool errand_goes_on(struct errand *e)
+{
+    e->n_waiting--;
+    if (!e->place.http && !e->n_waiting && !e->working) {
+        errand_free(e);
+        return false;
+    }
+    return e->place.http != NULL;
+}
+
+static void on_session(void *context, const struct session_outcome *outcome)
+{
+    struct errand *e = context;
+    if (!errand_goes_on(e))
+        return;
+    if (outcome->error.status)
+        refuse(&e->place, &outcome->error);
+    else
+        reply_session(&e->place, &outcome->info);
+}
+
+static void on_deleted(void *context, const struct session_outcome *outcome)
+{
+    struct errand *e = context;
+    if (!errand_goes_on(e))
+        return;
+    if (outcome->error.status) {
+        refuse(&e->place, &outcome->error);
+        return;
+    }
+    struct bytes body = {0};
+    bytes_text(&body, "{\"id\":");
+    bytes_json_string(&body, e->id, strlen(e->id));
+    bytes_text(&body, ",\"object\":\"session.deleted\",\"deleted\":true}");
+    call_reply_json(e->place.http, &body);
+}
+
+static void on_snapshot(void *context, const struct session_outcome *outcome)
+{
+    struct errand *e = context;
+    if (!errand_goes_on(e))
+        return;
+    if (outcome->error.status) {
+        refuse(&e->place, &outcome->error);
+        return;
+    }
+    struct bytes body = {0};
+    write_snapshot(&body, &outcome->snapshot);
+    call_reply_json(e->place.http, &body);
+}
+
+/* After a change was handed in with this errand as its context: refused, done, or waiting. The
+ * count went up before, since it may be done in the call. */
+static void errand_handed_in(struct errand *e, enum status st, const struct error *err)
+{
+    if (!st) {
+        if (e->place.http)
+            errand_wait(e);
+        return;
+    }
+    e->n_waiting--;
+    refuse(&e->place, err);
+}
+
 /* ---- sessions -------------------------------------------------------------------------------- */
+
+/* The image that a new session begins with, kept; NULL: before any token. */
+static enum status read_from(const struct place *p, const cJSON *tree, struct image **out,
+                             struct error *err)
+{
+    static const char *const names[] = {"preset", "session", "snapshot", NULL};
+    const cJSON *from = cJSON_GetObjectItemCaseSensitive(tree, "from");
+    if (!from || cJSON_IsNull(from))
+        return STATUS_OK;
+    if (!cJSON_IsObject(from))
+        return fail_field(err, STATUS_INVALID, "from", "Invalid 'from': expected an object.");
+    enum status st = request_json_members(from, "from", names, err);
+    return st ? st : request_json_image(p->routes, from, "from", p->owner, out, err);
+}
 
 void sessions_post(struct http_request *http, void *context)
 {
-    static const char *const names[] = {"metadata", "idle_ttl", NULL};
+    static const char *const names[] = {"metadata", "idle_ttl", "from", NULL};
     struct place p;
     struct error err;
-    struct session_info info;
     cJSON *tree = NULL;
     char *metadata = NULL;
+    struct image *image = NULL;
     if (!begin(http, context, names, &p, &tree))
         return;
     struct session_request request = {.owner = p.owner};
     enum status st = read_metadata(tree, &metadata, &err);
     if (!st)
-        st = read_number(tree, "idle_ttl", 1, MAX_IDLE_S, 0, &request.idle_s, &err);
-    request.metadata = metadata;
+        st = request_json_number(tree, "idle_ttl", 1, MAX_IDLE_S, 0, &request.idle_s, &err);
     if (!st)
-        st = session_create(p.routes->sessions, &request, &info, &err);
-    cJSON_free(metadata);
-    cJSON_Delete(tree);
+        st = read_from(&p, tree, &image, &err);
+    request.metadata = metadata;
+    request.from = image;
+    struct errand *e = st ? NULL : errand_new(&p);
     if (st)
         refuse(&p, &err);
-    else
-        reply_session(&p, &info);
+    if (e) {
+        e->n_waiting = 1;
+        st = session_create(p.routes->storage.sessions, &request, on_session, e, &err);
+        errand_handed_in(e, st, &err);
+    }
+    image_drop(image);
+    cJSON_free(metadata);
+    cJSON_Delete(tree);
 }
 
 void sessions_list(struct http_request *http, void *context)
@@ -254,8 +347,8 @@ void sessions_list(struct http_request *http, void *context)
         st = fail_field(&err, STATUS_INVALID, "limit",
                         "Invalid 'limit': expected a whole number from 1 to %d.", MAX_LISTED);
     if (!st)
-        st = session_list(p.routes->sessions, p.owner, http_query(http, "after"), infos, (int)max,
-                          &n, &has_more, &err);
+        st = session_list(p.routes->storage.sessions, p.owner, http_query(http, "after"), infos,
+                          (int)max, &n, &has_more, &err);
     if (st)
         refuse(&p, &err);
     else
@@ -266,57 +359,85 @@ void session_get(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    struct session_info info;
+    struct session_info info = {0};
     if (!find_place(http, context, &p))
         return;
-    if (session_show(p.routes->sessions, p.id, p.owner, &info, &err))
+    if (session_show(p.routes->storage.sessions, p.id, p.owner, &info, &err))
         refuse(&p, &err);
     else
         reply_session(&p, &info);
+    session_info_free(&info);
 }
 
 void session_remove(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    if (!find_place(http, context, &p))
+    struct errand *e = find_place(http, context, &p) ? errand_new(&p) : NULL;
+    if (!e)
         return;
-    if (session_delete(p.routes->sessions, p.id, p.owner, &err)) {
-        refuse(&p, &err);
-        return;
-    }
-    struct bytes body = {0};
-    bytes_text(&body, "{\"id\":");
-    bytes_json_string(&body, p.id, strlen(p.id));
-    bytes_text(&body, ",\"object\":\"session.deleted\",\"deleted\":true}");
-    call_reply_json(http, &body);
+    e->n_waiting = 1;
+    enum status st =
+        session_delete(p.routes->storage.sessions, e->id, p.owner, on_deleted, e, &err);
+    errand_handed_in(e, st, &err);
 }
 
 /* ---- forks, snapshots, rollback -------------------------------------------------------------- */
 
-/* All children or none. */
-static enum status fork_session(const struct place *p, struct session_info *children, int n,
-                                struct error *err)
+static void on_forked(void *context, const struct session_outcome *outcome);
+
+/* All children or none: those that were made go again. */
+static void end_fork(struct errand *e)
 {
+    struct error ignored;
+    if (!e->error.status) {
+        int n = e->n_made;
+        e->n_made = 0;
+        reply_list(&e->place, e->children, n, false);
+        return;
+    }
+    for (int i = 0; i < e->n_made; i++)
+        session_delete(e->place.routes->storage.sessions, e->children[i].id, e->place.owner, NULL,
+                       NULL, &ignored);
+    refuse(&e->place, &e->error);
+}
+
+static void on_forked(void *context, const struct session_outcome *outcome)
+{
+    struct errand *e = context;
+    if (outcome->error.status) {
+        e->error = outcome->error;
+    } else {
+        struct session_info *child = &e->children[e->n_made++];
+        *child = outcome->info;
+        child->metadata = outcome->info.metadata ? strdup(outcome->info.metadata) : NULL;
+    }
+    if (errand_goes_on(e) && !e->n_waiting)
+        end_fork(e);
+}
+
+/* One outcome more is awaited than there are children, until all are handed in. */
+static enum status fork_session(struct errand *e, struct error *err)
+{
+    const struct place *p = &e->place;
     struct session_info parent;
     struct image *image = NULL;
-    int made = 0;
-    enum status st = session_image(p->routes->sessions, p->id, p->owner, &image, &parent, err);
+    enum status st =
+        session_image(p->routes->storage.sessions, e->id, p->owner, &image, &parent, err);
     if (st)
         return st;
+    e->children = calloc((size_t)e->n_children, sizeof(*e->children));
+    if (!e->children)
+        st = fail(err, STATUS_NOMEM, "out of memory for the forks of a session");
     struct session_request request = {
         .owner = p->owner, .from = image, .metadata = parent.metadata};
-    while (!st && made < n) {
-        st = session_create(p->routes->sessions, &request, &children[made], err);
-        made += !st;
+    for (int i = 0; i < e->n_children && !st; i++) {
+        e->n_waiting++;
+        st = session_create(p->routes->storage.sessions, &request, on_forked, e, err);
+        e->n_waiting -= st != STATUS_OK;
     }
-    image_release(image);
+    image_drop(image);
     session_info_free(&parent);
-    while (st && made--) {
-        struct error ignored;
-        session_delete(p->routes->sessions, children[made].id, p->owner, &ignored);
-        session_info_free(&children[made]);
-    }
     return st;
 }
 
@@ -325,19 +446,27 @@ void session_post_fork(struct http_request *http, void *context)
     static const char *const names[] = {"n", NULL};
     struct place p;
     struct error err;
-    struct session_info children[MAX_FORKS];
     cJSON *tree = NULL;
     int64_t n = 1;
     if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_number(tree, "n", 1, MAX_FORKS, 1, &n, &err);
+    enum status st = request_json_number(tree, "n", 1, MAX_FORKS, 1, &n, &err);
     cJSON_Delete(tree);
-    if (!st)
-        st = fork_session(&p, children, (int)n, &err);
     if (st)
         refuse(&p, &err);
+    struct errand *e = st ? NULL : errand_new(&p);
+    if (!e)
+        return;
+    e->n_children = (int)n;
+    e->n_waiting = 1; /* this function's own */
+    st = fork_session(e, &err);
+    if (st)
+        e->error = err;
+    e->n_waiting--;
+    if (e->n_waiting)
+        errand_wait(e);
     else
-        reply_list(&p, children, (int)n, false);
+        end_fork(e);
 }
 
 void session_post_snapshot(struct http_request *http, void *context)
@@ -345,24 +474,22 @@ void session_post_snapshot(struct http_request *http, void *context)
     static const char *const names[] = {"name", NULL};
     struct place p;
     struct error err;
-    struct session_snapshot snapshot;
     const char *name = NULL;
     cJSON *tree = NULL;
     if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_name(tree, "name", &name, &err);
+    enum status st = request_json_name(tree, "", "name", &name, &err);
     if (!st && !name)
         st = fail_field(&err, STATUS_INVALID, "name", "Missing required parameter: 'name'.");
-    if (!st)
-        st = session_keep(p.routes->sessions, p.id, p.owner, name, &snapshot, &err);
-    cJSON_Delete(tree);
-    if (st) {
+    struct errand *e = st ? NULL : errand_new(&p);
+    if (st)
         refuse(&p, &err);
-        return;
+    if (e) {
+        e->n_waiting = 1;
+        st = session_keep(p.routes->storage.sessions, e->id, p.owner, name, on_snapshot, e, &err);
+        errand_handed_in(e, st, &err);
     }
-    struct bytes body = {0};
-    write_snapshot(&body, &snapshot);
-    call_reply_json(http, &body);
+    cJSON_Delete(tree);
 }
 
 void session_get_snapshots(struct http_request *http, void *context)
@@ -373,7 +500,7 @@ void session_get_snapshots(struct http_request *http, void *context)
     int n = 0;
     if (!find_place(http, context, &p))
         return;
-    if (session_snapshots(p.routes->sessions, p.id, p.owner, list, &n, &err)) {
+    if (session_snapshots(p.routes->storage.sessions, p.id, p.owner, list, &n, &err)) {
         refuse(&p, &err);
         return;
     }
@@ -392,76 +519,131 @@ void session_post_rollback(struct http_request *http, void *context)
     static const char *const names[] = {"snapshot", NULL};
     struct place p;
     struct error err;
-    struct session_info info;
     const char *name = NULL;
     cJSON *tree = NULL;
     if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_name(tree, "snapshot", &name, &err);
-    if (!st)
-        st = session_rollback(p.routes->sessions, p.id, p.owner, name, &info, &err);
-    cJSON_Delete(tree);
+    enum status st = request_json_name(tree, "", "snapshot", &name, &err);
+    struct errand *e = st ? NULL : errand_new(&p);
     if (st)
         refuse(&p, &err);
-    else
-        reply_session(&p, &info);
+    if (e) {
+        e->n_waiting = 1;
+        st =
+            session_rollback(p.routes->storage.sessions, e->id, p.owner, name, on_session, e, &err);
+        errand_handed_in(e, st, &err);
+    }
+    cJSON_Delete(tree);
 }
 
 /* ---- states ---------------------------------------------------------------------------------- */
+
+static void write_state(struct work_item *item)
+{
+    struct errand *e = (struct errand *)item;
+    struct storage *storage = &e->place.routes->storage;
+    const struct served_model *model = atomic_load(&e->place.routes->model);
+    struct error *err = &e->error;
+    if (state_store_hold(storage->store, model->engine, e->image, err)) {
+        if (err->status == STATUS_LOST)
+            fail_context(err, "Session '%s' cannot be read from the store", e->id);
+    } else {
+        image_write(e->image, &e->reply);
+        image_release(e->image);
+    }
+    image_drop(e->image);
+    e->image = NULL;
+}
+
+static void on_state_written(struct work_item *item)
+{
+    struct errand *e = (struct errand *)item;
+    e->working = false;
+    if (!e->place.http) {
+        errand_free(e);
+    } else if (e->error.status) {
+        refuse(&e->place, &e->error);
+    } else if (e->reply.failed) {
+        call_refuse(e->place.http, STATUS_NOMEM, "out of memory for the state of a session");
+    } else {
+        set_etag(&e->place, &e->info);
+        http_reply_take(e->place.http, 200, "application/octet-stream", &e->reply);
+    }
+}
 
 void session_get_state(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    struct session_info info;
-    struct image *image = NULL;
-    if (!find_place(http, context, &p))
+    struct errand *e = find_place(http, context, &p) ? errand_new(&p) : NULL;
+    if (!e)
         return;
-    enum status st = session_image(p.routes->sessions, p.id, p.owner, &image, &info, &err);
+    enum status st =
+        session_image(p.routes->storage.sessions, e->id, p.owner, &e->image, &e->info, &err);
     if (st) {
         refuse(&p, &err);
-        return;
-    }
-    struct bytes body = {0};
-    set_etag(&p, &info);
-    session_info_free(&info);
-    if (image)
-        image_write(image, &body);
-    image_release(image);
-    if (body.failed) {
-        bytes_free(&body);
-        call_refuse(http, STATUS_NOMEM, "out of memory for the state of a session");
-    } else if (!body.n) {
-        fail(&err, STATUS_NOT_FOUND, "Session '%.64s' has no state yet: it has no tokens.", p.id);
+    } else if (!e->image) {
+        fail(&err, STATUS_NOT_FOUND, "Session '%.64s' has no state yet: it has no tokens.", e->id);
         http_fail(http, &err, NULL);
     } else {
-        http_reply_take(http, 200, "application/octet-stream", &body);
+        errand_work(e, write_state, on_state_written);
     }
+}
+
+/* The state is in the store before the session says that it is its own. */
+static void read_state(struct work_item *item)
+{
+    struct errand *e = (struct errand *)item;
+    struct storage *storage = &e->place.routes->storage;
+    enum status st = image_parse(&e->image, &storage->images, e->body, e->n_body, &e->error);
+    if (!st && state_store_secure(storage->store, e->image, &e->error)) {
+        image_release(e->image);
+        e->image = NULL;
+    }
+    free(e->body);
+    e->body = NULL;
+}
+
+static void on_state_read(struct work_item *item)
+{
+    struct errand *e = (struct errand *)item;
+    struct error err = e->error;
+    enum status st = err.status;
+    e->working = false;
+    if (!e->place.http) {
+        image_release(e->image);
+        errand_free(e);
+        return;
+    }
+    struct image *image = e->image; /* the errand may be gone after the call */
+    e->image = NULL;
+    e->n_waiting = 1;
+    if (!st)
+        st = session_replace(e->place.routes->storage.sessions, e->id, e->place.owner, e->version,
+                             image, on_session, e, &err);
+    errand_handed_in(e, st, &err);
+    image_release(image);
 }
 
 void session_put_state(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    struct session_info info;
-    struct image *image = NULL;
-    int64_t version;
-    size_t n;
-    if (!find_place(http, context, &p))
+    struct errand *e = find_place(http, context, &p) ? errand_new(&p) : NULL;
+    if (!e)
         return;
-    const char *body = http_body(http, &n);
-    enum status st = call_if_match(http, &version, &err);
+    const char *body = http_body(http, &e->n_body);
+    enum status st = call_if_match(http, &e->version, &err);
     if (!st)
-        st = session_show(p.routes->sessions, p.id, p.owner, &info, &err);
-    if (!st) {
-        session_info_free(&info);
-        st = image_parse(&image, &p.routes->images, body, n, &err);
-    }
-    if (!st)
-        st = session_replace(p.routes->sessions, p.id, p.owner, version, image, &info, &err);
-    image_release(image);
-    if (st)
+        st = session_show(p.routes->storage.sessions, e->id, p.owner, &e->info, &err);
+    if (!st && !(e->body = malloc(e->n_body ? e->n_body : 1)))
+        st = fail(&err, STATUS_NOMEM, "out of memory for the state of a session");
+    if (st) {
         refuse(&p, &err);
-    else
-        reply_session(&p, &info);
+        return;
+    }
+    if (e->n_body)
+        memcpy(e->body, body, e->n_body);
+    http_drop_body(http);
+    errand_work(e, read_state, on_state_read);
 }

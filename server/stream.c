@@ -45,7 +45,7 @@ static enum status start_job(struct generation *g, struct sequence *s, uint32_t 
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
         .shared = s->prompt->shared,
-        .from = g->setup.turn ? g->setup.turn->from : NULL,
+        .from = g->setup.turn ? g->setup.turn->from : g->setup.from,
         .into = g->setup.turn ? g->setup.turn->into : NULL,
         .max_tokens = q->max_tokens,
         .deadline_ms = g->setup.deadline_ms,
@@ -229,7 +229,7 @@ static bool advance_all(struct generation *g)
         if (g->sequences[i].job)
             any |= advance_sequence(g, &g->sequences[i]);
     struct error err;
-    if (g->turn.replay && !g->failed) {
+    if ((g->turn.replay || g->turn.committing) && !g->failed) {
         any |= stream_turn_advance(g, &err);
         if (g->turn.failed)
             end_with_error(g, &err);

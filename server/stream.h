@@ -38,15 +38,23 @@ struct stream_prompt {
     struct codec_text echo; /* its text, when the request wants it back */
 };
 
+/* How a turn ended. */
+struct stream_end {
+    const int32_t *tokens; /* all that were fed: [n_chunked] in chunks, [n_single] one by one */
+    size_t n_chunked, n_single;
+    int32_t last;  /* the last token of the output, -1: none that counts */
+    bool by_token; /* it is a stop token, and ended the turn */
+};
+
 /* A turn of a session: one prompt, one choice. Before the reply ends the turn is committed, with
  * the state after exactly what the client was given. */
 struct stream_turn {
     struct image *from; /* NULL: a session without tokens; borrowed */
     struct image *into; /* new, for the state after the turn; borrowed */
-    /* The turn is complete: its image, the last token, and whether that ended it as a stop token.
-     * Says where the session is now. */
-    void (*commit)(void *context, struct image *image, int32_t last, bool by_token,
-                   struct codec_session *out);
+    /* The turn is complete, with this image. Its owner calls stream_turn_committed once it is
+     * safe, or has failed, in here or later; unless this fails. */
+    enum status (*commit)(void *context, struct image *image, const struct stream_end *end,
+                          struct error *err);
     void *commit_context;
 };
 
@@ -58,6 +66,7 @@ struct stream_setup {
     size_t n_prompts;
     const struct stream_turn *turn; /* NULL: none */
     struct response *response; /* of the Responses API: the reply is written from it; or NULL */
+    struct image *from; /* without a turn: the state that all prompts continue, or NULL; borrowed */
     struct codec_reply reply;
     size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */
@@ -85,6 +94,15 @@ enum stream_state {
 /* Take what the jobs have. Before a stream begins, and for whole replies. */
 enum stream_state stream_poll(struct generation *g);
 const struct error *stream_error(const struct generation *g);
+
+/* What became of the turn: where the session is now, unless err says that it stayed where it was.
+ * The generation is to be polled again. */
+void stream_turn_committed(struct generation *g, const struct codec_session *session,
+                           const struct error *err);
+
+/* The state after the turn as the reply gives it, borrowed until stream_close: for a stream before
+ * stream_turn_committed, for a whole reply before stream_write. */
+void stream_give_state(struct generation *g, struct codec_text state);
 
 /* Text and lists that wait to be sent. */
 size_t stream_held_bytes(const struct generation *g);

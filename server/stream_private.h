@@ -28,9 +28,15 @@ struct sequence {
 struct turn {
     struct job *replay; /* computes the state after what was given, where the engine went further */
     struct image *into; /* its image, owned */
-    bool settled;       /* committed: the reply may end */
-    int32_t *ids;       /* [n] output tokens */
-    int64_t *ends;      /* [n] bytes of the choice's text after each */
+    int32_t *replayed;  /* [n_replayed] its tokens, owned */
+    size_t n_replayed;
+    bool committing;         /* it is being committed, which counts as running */
+    bool committed;          /* that is over, and not looked at yet */
+    bool settled;            /* the reply may end */
+    struct codec_text state; /* as the reply gives it, borrowed; data NULL: it does not */
+    struct error error;      /* of committing */
+    int32_t *ids;            /* [n] output tokens */
+    int64_t *ends;           /* [n] bytes of the choice's text after each */
     size_t n, cap;
     struct bytes text; /* of the choice */
     bool failed;       /* memory ran out */
@@ -60,7 +66,8 @@ void stream_turn_note(struct generation *g, const struct sequence *s, int32_t id
  * as running. ended: how its job did, NONE when it was cut short. */
 enum status stream_turn_settle(struct generation *g, const struct sequence *s,
                                enum job_finish ended, struct error *err);
-/* See whether the replay is over, which commits it. True when anything happened. */
+/* See whether the replay is over, which commits it, and whether that is. True when anything
+ * happened. */
 bool stream_turn_advance(struct generation *g, struct error *err);
 /* May the end of the reply be told. */
 bool stream_turn_is_settled(const struct generation *g);

@@ -56,11 +56,48 @@ void stream_turn_note(struct generation *g, const struct sequence *s, int32_t id
 
 /* ---- the end ---- */
 
-static void commit(struct generation *g, struct image *image, int32_t last, bool by_token)
+static enum status commit(struct generation *g, struct image *image, const struct stream_end *end,
+                          struct error *err)
 {
     const struct stream_turn *turn = g->setup.turn;
-    turn->commit(turn->commit_context, image, last, by_token, &g->setup.reply.session);
-    g->turn.settled = true;
+    g->turn.committing = true;
+    g->n_running++;
+    enum status st = turn->commit(turn->commit_context, image, end, err);
+    if (st) {
+        g->turn.committing = false;
+        g->n_running--;
+    }
+    return st;
+}
+
+void stream_turn_committed(struct generation *g, const struct codec_session *session,
+                           const struct error *err)
+{
+    struct turn *t = &g->turn;
+    CHECK(t->committing && !t->committed);
+    t->committed = true;
+    t->error = *err;
+    if (!err->status)
+        g->setup.reply.session = *session;
+}
+
+void stream_give_state(struct generation *g, struct codec_text state)
+{
+    g->turn.state = state;
+}
+
+/* True when it has been committed, or not. */
+static bool end_commit(struct generation *g, struct error *err)
+{
+    struct turn *t = &g->turn;
+    if (!t->committed)
+        return false;
+    t->committing = t->committed = false;
+    g->n_running--;
+    t->settled = !t->error.status;
+    t->failed = !t->settled;
+    *err = t->error;
+    return true;
 }
 
 static int64_t end_of(const struct turn *t, size_t n)
@@ -80,7 +117,8 @@ static size_t n_whole_tokens(const struct turn *t)
     return n;
 }
 
-static enum status replay(struct generation *g, const int32_t *ids, size_t n, struct error *err)
+/* ids become the turn's. */
+static enum status replay(struct generation *g, int32_t *ids, size_t n, struct error *err)
 {
     struct turn *t = &g->turn;
     struct job_request request = {
@@ -92,6 +130,8 @@ static enum status replay(struct generation *g, const int32_t *ids, size_t n, st
         .user = g->setup.owner,
     };
     sampling_params_init(&request.sampling);
+    t->replayed = ids;
+    t->n_replayed = n;
     enum status st = image_new(&t->into, g->setup.turn->into->store, err);
     request.into = t->into;
     if (!st)
@@ -118,7 +158,7 @@ static enum status begin_replay(struct generation *g, struct error *err)
     int32_t *ids = st ? NULL : malloc(n * sizeof(*ids));
     if (!st && !ids)
         st = fail(err, STATUS_NOMEM, "out of memory for the turn of a session");
-    if (!st) {
+    if (ids) {
         memcpy(ids, prompt->ids, prompt->n * sizeof(*ids));
         if (n_whole)
             memcpy(ids + prompt->n, t->ids, n_whole * sizeof(*ids));
@@ -127,6 +167,28 @@ static enum status begin_replay(struct generation *g, struct error *err)
         st = replay(g, ids, n, err);
     }
     token_list_free(&rest);
+    return st;
+}
+
+/* The engine left the state after what was given; where it fed the last token already, that too. */
+static enum status commit_whole(struct generation *g, enum job_finish ended, struct error *err)
+{
+    struct turn *t = &g->turn;
+    const struct stream_prompt *prompt = g->setup.prompts;
+    struct image *image = g->setup.turn->into;
+    size_t n_fed = t->n - (size_t)image->n_pending;
+    int32_t *ids = malloc((prompt->n + t->n + 1) * sizeof(*ids));
+    if (!ids)
+        return fail(err, STATUS_NOMEM, "out of memory for the turn of a session");
+    memcpy(ids, prompt->ids, prompt->n * sizeof(*ids));
+    if (n_fed)
+        memcpy(ids + prompt->n, t->ids, n_fed * sizeof(*ids));
+    struct stream_end end = {.tokens = ids,
+                             .n_chunked = prompt->n,
+                             .n_single = n_fed,
+                             .last = t->n ? t->ids[t->n - 1] : -1,
+                             .by_token = ended == FINISH_STOP};
+    enum status st = commit(g, image, &end, err);
     free(ids);
     return st;
 }
@@ -142,11 +204,11 @@ enum status stream_turn_settle(struct generation *g, const struct sequence *s,
     if (s->output.stopped)
         return begin_replay(g, err);
     CHECK(ended == FINISH_STOP || ended == FINISH_LENGTH);
-    commit(g, g->setup.turn->into, t->n ? t->ids[t->n - 1] : -1, ended == FINISH_STOP);
-    return STATUS_OK;
+    return commit_whole(g, ended, err);
 }
 
-bool stream_turn_advance(struct generation *g, struct error *err)
+/* True when the replay is over. */
+static bool end_replay(struct generation *g, struct error *err)
 {
     struct turn *t = &g->turn;
     struct job_snapshot snapshot;
@@ -157,13 +219,18 @@ bool stream_turn_advance(struct generation *g, struct error *err)
     job_release(t->replay);
     t->replay = NULL;
     g->n_running--;
-    if (snapshot.finish == FINISH_LENGTH) {
-        commit(g, t->into, -1, false);
-    } else {
-        *err = snapshot.error;
-        t->failed = true;
-    }
+    *err = snapshot.error;
+    struct stream_end end = {.tokens = t->replayed, .n_chunked = t->n_replayed, .last = -1};
+    t->failed = snapshot.finish != FINISH_LENGTH || commit(g, t->into, &end, err);
     return true;
+}
+
+bool stream_turn_advance(struct generation *g, struct error *err)
+{
+    bool any = g->turn.replay && end_replay(g, err);
+    if (!g->turn.failed && g->turn.committing)
+        any |= end_commit(g, err);
+    return any;
 }
 
 void stream_turn_free(struct generation *g)
@@ -176,6 +243,7 @@ void stream_turn_free(struct generation *g)
     }
     image_release(t->into);
     bytes_free(&t->text);
+    free(t->replayed);
     free(t->ids);
     free(t->ends);
 }

@@ -26,6 +26,7 @@
     X(SHUTDOWN, "shutdown") /* draining: no new work */                                            \
     X(DEVICE, "device")     /* the compute device failed; sticky */                                \
     X(NOMEM, "out of memory")                                                                      \
+    X(LOST, "lost") /* it was here, and cannot be read any more */                                 \
     X(IO, "i/o")                                                                                   \
     X(INTERNAL, "internal")
 

@@ -312,6 +312,26 @@ def errors(client, name):
 
 
 @check
+def states(client, name):
+    """A conversation of which the server keeps nothing; streams have the state in their end."""
+    def say(text, state, **more):
+        extra = {"return_state": True, **({"state": state} if state else {})}
+        return client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": text}], max_tokens=8, seed=2,
+            store=False, extra_body=extra, **more)
+
+    whole = streamed = None
+    for text in "one", "two":
+        r = say(text, whole)
+        whole, parts, found = r.state, [], []
+        for chunk in say(text, streamed, stream=True):
+            parts += [c.delta.content or "" for c in chunk.choices]
+            found += [chunk.state] if "state" in chunk.model_extra else []
+        assert "".join(parts) == r.choices[0].message.content and found == [whole]
+        streamed = found[0]
+
+
+@check
 def hang_up(client, name):
     stream = client.completions.create(
         model=name, prompt="x", max_tokens=5000, stream=True, extra_body={"ignore_eos": True})

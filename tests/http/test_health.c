@@ -51,7 +51,8 @@ static void open_model(const char *device)
                                        .engine = site.engine,
                                        .tokenizer = site.tokenizer,
                                        .chat_template = site.chat_template};
-    routes_publish(site.routes, &site.model);
+    if (routes_publish(site.routes, &site.model, &err))
+        fail_msg("%s", err.text);
 }
 
 static void open_site(void)

@@ -2,7 +2,7 @@
 #include "tests/unit/model_files.h"
 
 #include <cjson/cJSON.h>
-#include <dirent.h>
+#include <ftw.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -456,15 +456,17 @@ int test_dir_make(char *path, size_t n)
     return mkdtemp(path) ? 0 : complain("cannot make", path);
 }
 
+static int remove_entry(const char *path, const struct stat *about, int type, struct FTW *where)
+{
+    (void)about;
+    (void)type;
+    (void)where;
+    return remove(path);
+}
+
 void test_dir_remove(const char *path)
 {
-    DIR *dir = opendir(path);
-    if (!dir)
-        return;
-    for (struct dirent *entry = readdir(dir); entry; entry = readdir(dir))
-        unlinkat(dirfd(dir), entry->d_name, 0);
-    closedir(dir);
-    rmdir(path);
+    nftw(path, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
 }
 
 /* The header entry of one tensor whose data begin at offset. */

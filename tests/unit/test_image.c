@@ -12,48 +12,30 @@
 #include <string.h>
 
 #include "engine/engine.h"
+#include "tests/unit/history.h"
 #include "tests/unit/model_files.h"
 #include "tests/unit/model_run.h"
 
 enum {
-    CHUNK = 8,
     N_SESSIONS = 9, /* of 2 slots */
     N_KEPT = 4,
-    MAX_PROMPT = 20,
-    MAX_OUTPUT = 6,
-    MAX_DEPTH = 5, /* turns; after that a session begins again */
 };
-
-static uint64_t random_state;
-
-static int random_below(int n)
-{
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (int)((random_state >> 33) % (uint64_t)n);
-}
 
 /* ---- histories ---- */
 
-struct turn {
-    int n_prompt, n_output;
-    int32_t prompt[MAX_PROMPT + IMAGE_MAX_PENDING], output[MAX_OUTPUT];
-    struct sampling_params sampling;
-};
-
 /* A session, or a kept state of one. */
-struct history {
-    int n_turns;
-    struct turn turns[MAX_DEPTH];
+struct member {
+    struct history history;
     struct image *image; /* NULL: no turns */
 };
 
-static void forget(struct history *h)
+static void forget(struct member *h)
 {
     image_release(h->image);
-    *h = (struct history){0};
+    *h = (struct member){0};
 }
 
-static void copy_history(struct history *to, const struct history *from)
+static void copy_history(struct member *to, const struct member *from)
 {
     if (from->image)
         image_hold(from->image);
@@ -69,7 +51,7 @@ struct world {
     struct image_store stores[2], *store; /* one for each engine, in turns */
     int32_t vocab_size;
     struct run run; /* the oracle */
-    struct history sessions[N_SESSIONS], kept[N_KEPT];
+    struct member sessions[N_SESSIONS], kept[N_KEPT];
 };
 
 static void open_engine(struct world *w)
@@ -82,7 +64,7 @@ static void open_engine(struct world *w)
     o.device = w->device;
     o.n_threads = 1;
     o.n_slots = 2;
-    o.chunk_tokens = CHUNK;
+    o.chunk_tokens = HISTORY_CHUNK;
     if (engine_open(&w->engine, &o, &err))
         fail_msg("%s: %s", w->label, err.text);
     engine_info(w->engine, &info);
@@ -92,130 +74,26 @@ static void open_engine(struct world *w)
                      info.max_position, (size_t)256 << 20);
 }
 
-static void fill_turn(struct world *w, struct turn *turn, const struct image *from)
-{
-    turn->n_prompt = from ? from->n_pending : 0;
-    for (int i = 0; i < turn->n_prompt; i++)
-        turn->prompt[i] = from->pending[i];
-    int n_new = 1 + random_below(MAX_PROMPT);
-    for (int i = 0; i < n_new; i++)
-        turn->prompt[turn->n_prompt++] = random_below(w->vocab_size);
-    sampling_params_init(&turn->sampling);
-    turn->sampling.seed = (uint64_t)random_below(1 << 30);
-    turn->sampling.ignore_eos = true;
-    if (random_below(3) == 0)
-        turn->sampling.temperature = 0;
-    if (random_below(3) == 0)
-        turn->sampling.repetition_penalty = 1.3f;
-}
-
-static void run_job(struct world *w, struct turn *turn, int max_tokens, struct image *from,
-                    struct image *into)
-{
-    struct job_request request = {.prompt = turn->prompt,
-                                  .n_prompt = (size_t)turn->n_prompt,
-                                  .max_tokens = max_tokens,
-                                  .prompt_logprobs = -1,
-                                  .sampling = turn->sampling,
-                                  .from = from,
-                                  .into = into};
-    struct job *job = NULL;
-    struct job_snapshot snapshot;
-    struct job_token token;
-    struct error err;
-    if (job_new(&job, &request, &err) || engine_submit(w->engine, job, &err))
-        fail_msg("%s: %s", w->label, err.text);
-    turn->n_output = 0;
-    do {
-        job_wait(job);
-        job_snapshot(job, &snapshot);
-        while (job_read(job, &token, 1))
-            turn->output[turn->n_output++] = token.token;
-    } while (snapshot.finish == FINISH_NONE);
-    if (snapshot.finish != FINISH_LENGTH)
-        fail_msg("%s: the job ended with %d: %s", w->label, snapshot.finish, snapshot.error.text);
-    job_release(job);
-}
-
-/* ---- the oracle ---- */
-
-/* A turn by steps of the model: what it says, and logits of the last row if anything is drawn. */
-static void compute_turn(struct world *w, const struct turn *turn, int32_t *output, float *logits)
-{
-    struct sampler *sampler = NULL;
-    struct error err;
-    uint64_t before = model_position(w->run.model, 0);
-    if (sampler_open(&sampler, 1, w->vocab_size, NULL, 0, &err))
-        fail_msg("%s", err.text);
-    for (int i = 0; i < turn->n_prompt; i += CHUNK) {
-        int rows = turn->n_prompt - i < CHUNK ? turn->n_prompt - i : CHUNK;
-        run_feed(&w->run, 0, turn->prompt + i, rows, LOGITS_LAST, logits);
-    }
-    for (int i = 0; i < turn->n_prompt; i++)
-        sampler_note(sampler, 0, turn->prompt[i], false);
-    for (int n = 0; n < turn->n_output; n++) {
-        struct sampled sampled;
-        if (n)
-            run_feed(&w->run, 0, &output[n - 1], 1, LOGITS_LAST, logits);
-        sampler_draw(sampler, 0, logits, &turn->sampling,
-                     before + (uint64_t)turn->n_prompt + (uint64_t)n, n, &sampled);
-        output[n] = sampled.token;
-        sampler_note(sampler, 0, sampled.token, true);
-    }
-    sampler_close(sampler);
-}
-
-/* The whole history again, from its first token. */
-static void check(struct world *w, const struct history *h)
-{
-    float *logits = calloc((size_t)w->vocab_size, sizeof(*logits));
-    model_reset(w->run.model, 0);
-    uint64_t length = 0;
-    for (int t = 0; t < h->n_turns; t++) {
-        const struct turn *turn = &h->turns[t];
-        int32_t output[MAX_OUTPUT];
-        compute_turn(w, turn, output, logits);
-        if (memcmp(output, turn->output, (size_t)turn->n_output * sizeof(*output)) != 0)
-            fail_msg("%s: turn %d of %d says something else than its whole history", w->label, t,
-                     h->n_turns);
-        length = model_position(w->run.model, 0) + (turn->n_output > 0);
-    }
-    free(logits);
-    if (!h->image)
-        return;
-    if (h->image->position != model_position(w->run.model, 0) || image_length(h->image) != length)
-        fail_msg("%s: the state is at %llu with %d pending; it has seen %llu of %llu tokens",
-                 w->label, (unsigned long long)h->image->position, h->image->n_pending,
-                 (unsigned long long)model_position(w->run.model, 0), (unsigned long long)length);
-    size_t n;
-    float *expected = run_state(&w->run, 0, &n);
-    assert_int_equal(n, w->store->n_values);
-    if (memcmp(expected, h->image->values, n * sizeof(*expected)) != 0)
-        fail_msg("%s: the state of a session of %d turns differs by %g", w->label, h->n_turns,
-                 run_difference(expected, h->image->values, n));
-    free(expected);
-}
-
 /* ---- operations ---- */
 
-static void go_on(struct world *w, struct history *h)
+static void go_on(struct world *w, struct member *h)
 {
     struct error err;
     struct image *into = NULL;
-    if (h->n_turns == MAX_DEPTH)
+    if (h->history.n_turns == HISTORY_MAX_TURNS)
         forget(h);
-    struct turn *turn = &h->turns[h->n_turns++];
-    fill_turn(w, turn, h->image);
+    struct turn *turn = &h->history.turns[h->history.n_turns++];
+    history_fill(turn, h->image, w->vocab_size);
     if (image_new(&into, w->store, &err))
         fail_msg("%s", err.text);
-    run_job(w, turn, random_below(MAX_OUTPUT + 1), h->image, into);
+    history_run(turn, w->engine, history_below(HISTORY_MAX_OUTPUT + 1), h->image, into, w->label);
     image_release(h->image);
     h->image = into;
-    check(w, h);
+    history_check(&h->history, h->image, &w->run, w->vocab_size, w->label);
 }
 
 /* The image as bytes and back. */
-static void carry_over(struct world *w, struct history *h, struct image_store *to)
+static void carry_over(struct world *w, struct member *h, struct image_store *to)
 {
     struct bytes file = {0}, again = {0};
     struct image *image = NULL;
@@ -245,15 +123,15 @@ static void restart(struct world *w)
         carry_over(w, &w->sessions[i], w->store);
     for (int i = 0; i < N_KEPT; i++)
         carry_over(w, &w->kept[i], w->store);
-    assert_int_equal(atomic_load(&before->n_images), 0);
+    assert_int_equal(before->n_images, 0);
 }
 
 static void operate(struct world *w)
 {
-    struct history *h = &w->sessions[random_below(N_SESSIONS)];
-    struct history *other = &w->sessions[random_below(N_SESSIONS)];
-    struct history *kept = &w->kept[random_below(N_KEPT)];
-    switch (random_below(10)) {
+    struct member *h = &w->sessions[history_below(N_SESSIONS)];
+    struct member *other = &w->sessions[history_below(N_SESSIONS)];
+    struct member *kept = &w->kept[history_below(N_KEPT)];
+    switch (history_below(10)) {
     case 0: /* fork */
         copy_history(other, h);
         break;
@@ -262,7 +140,7 @@ static void operate(struct world *w)
         break;
     case 2: /* rollback */
         copy_history(h, kept);
-        check(w, h);
+        history_check(&h->history, h->image, &w->run, w->vocab_size, w->label);
         break;
     case 3: /* export, import */
         carry_over(w, h, w->store);
@@ -280,7 +158,7 @@ static void check_model(const char *dir, const char *device, const char *name, i
     w = (struct world){.dir = dir, .device = device, .label = label};
     open_engine(&w);
     run_open(&w.run, dir, &(struct run_options){device, 1, DTYPE_F32, 1});
-    random_state = 20261128;
+    history_seed(20261128);
     for (int i = 0; i < n_ops; i++) {
         operate(&w);
         if (i % 60 == 59)
@@ -291,8 +169,8 @@ static void check_model(const char *dir, const char *device, const char *name, i
     for (int i = 0; i < N_KEPT; i++)
         forget(&w.kept[i]);
     engine_close(w.engine);
-    assert_int_equal(atomic_load(&w.store->n_images), 0);
-    assert_int_equal(atomic_load(&w.store->used_bytes), 0);
+    assert_int_equal(w.store->n_images, 0);
+    assert_int_equal(w.store->used_bytes, 0);
     run_close(&w.run);
 }
 
@@ -339,7 +217,7 @@ static void test_memory_is_bounded(void **state)
     image_release(images[1]);
     image_release(images[2]);
     image_release(NULL);
-    assert_int_equal(atomic_load(&store.used_bytes), 0);
+    assert_int_equal(store.used_bytes, 0);
 }
 
 /* Files that a checksum cannot tell from good ones. */

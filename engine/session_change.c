@@ -1,0 +1,175 @@
+/* session_change.c - see session_private.h: changes of sessions, into the journal and done. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/session_private.h"
+
+/* ---- making ---- */
+
+enum status change_new(struct change **out, struct session *s, session_done *done, void *context,
+                       struct error *err)
+{
+    struct change *c = calloc(1, sizeof(*c));
+    if (!c)
+        return fail(err, STATUS_NOMEM, "out of memory for the change of a session");
+    enum status st = content_copy(&s->now, &c->next, err);
+    if (st) {
+        free(c);
+        return st;
+    }
+    c->session = s;
+    c->done = done;
+    c->context = context;
+    c->entry.user = c;
+    memcpy(c->entry.key, s->key, sizeof(s->key));
+    *out = c;
+    return STATUS_OK;
+}
+
+void change_free(struct change *c)
+{
+    if (!c)
+        return;
+    content_free(&c->next);
+    bytes_free(&c->entry.payload);
+    free(c);
+}
+
+/* ---- handing in ---- */
+
+static struct journal *journal_of(const struct sessions *t)
+{
+    return t->options.store ? state_store_journal(t->options.store) : NULL;
+}
+
+static void append(struct sessions *t, struct change *c)
+{
+    t->n_pending++;
+    journal_append(journal_of(t), &c->entry);
+}
+
+/* When no change is on its way the table is what the journal says: then its place can be taken by
+ * the table, written out, and those who waited for that come after it. */
+static void append_whole(struct sessions *t)
+{
+    struct change *c = t->wants_whole && !t->n_pending ? calloc(1, sizeof(*c)) : NULL;
+    if (!c)
+        return;
+    t->wants_whole = false;
+    t->writes_whole = true;
+    c->is_whole = c->entry.is_whole = true;
+    c->entry.user = c;
+    record_table(&c->entry.payload, t);
+    append(t, c);
+    struct change *held = t->held;
+    t->held = NULL;
+    t->held_end = &t->held;
+    while (held) {
+        struct change *next = held->next_held;
+        held->next_held = NULL;
+        append(t, held);
+        held = next;
+    }
+}
+
+struct change *change_submit(struct sessions *t, struct change *c)
+{
+    struct session *s = c->session;
+    s->in_turn = true;
+    if (!t->options.store)
+        return c;
+    if (c->is_delete)
+        record_delete(&c->entry.payload);
+    else
+        record_session(&c->entry.payload, s, &c->next);
+    if (c->entry.payload.failed) {
+        fail(&c->entry.error, STATUS_NOMEM, "out of memory for the change of a session");
+        return c;
+    }
+    if (t->wants_whole) {
+        *t->held_end = c;
+        t->held_end = &c->next_held;
+    } else {
+        append(t, c);
+    }
+    return NULL;
+}
+
+/* ---- done ---- */
+
+/* With the lock held: the new content takes the old one's place, or nothing happens. */
+static void apply(struct sessions *t, struct change *c, struct session_outcome *outcome)
+{
+    struct session *s = c->session;
+    bool failed = outcome->error.status != STATUS_OK;
+    if (!failed && !c->is_delete) {
+        struct content old = s->now;
+        s->now = c->next;
+        c->next = old;
+        s->is_new = false;
+    }
+    s->in_turn = false;
+    if (c->turn)
+        session_end_turn(s, c->turn);
+    session_describe(s, &outcome->info);
+    outcome->snapshot = c->snapshot;
+    outcome->info.metadata = strdup(s->metadata);
+    if (failed ? s->is_new : c->is_delete)
+        session_leave(t, s);
+}
+
+/* A state from which too much would have to be computed again is written soon. */
+static void bound_replay(const struct change *c, struct image *image)
+{
+    if (!c->is_delete && image && image->n_replayed > STATE_STORE_MAX_REPLAY)
+        image_want_file(image);
+}
+
+void change_finish(struct sessions *t, struct change *c)
+{
+    if (!c)
+        return;
+    struct session_outcome outcome = {.error = c->entry.error};
+    pthread_mutex_lock(&t->lock);
+    if (t->options.store && !outcome.error.status)
+        bound_replay(c, c->next.image);
+    apply(t, c, &outcome);
+    pthread_mutex_unlock(&t->lock);
+    if (c->done)
+        c->done(c->context, &outcome);
+    session_info_free(&outcome.info);
+    change_free(c);
+}
+
+static void end_whole(struct sessions *t, struct change *c)
+{
+    enum { RETRY_S = 10 };
+    if (c->entry.error.status)
+        t->next_whole_s = session_now_s() + RETRY_S;
+    t->writes_whole = false;
+    change_free(c);
+}
+
+void sessions_reap(struct sessions *t)
+{
+    struct journal *journal = journal_of(t);
+    struct journal_entry *entry;
+    if (!journal)
+        return;
+    while ((entry = journal_take_done(journal))) {
+        struct change *c = entry->user;
+        pthread_mutex_lock(&t->lock);
+        t->n_pending--;
+        bool is_whole = c->is_whole;
+        if (is_whole)
+            end_whole(t, c);
+        pthread_mutex_unlock(&t->lock);
+        if (!is_whole)
+            change_finish(t, c);
+    }
+    pthread_mutex_lock(&t->lock);
+    t->wants_whole |=
+        !t->writes_whole && journal_is_long(journal) && session_now_s() >= t->next_whole_s;
+    append_whole(t);
+    pthread_mutex_unlock(&t->lock);
+}

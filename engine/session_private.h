@@ -1,0 +1,118 @@
+/* session_private.h - what the files of the session table share; for no one else.
+ *
+ *   session.c         the table, and what its users call
+ *   session_change.c  changes: into the journal, and done
+ *   session_record.c  sessions as the journal's bytes, and back
+ *
+ * Everything that takes a struct session is called with the table's lock held.
+ */
+#ifndef LATTE_ENGINE_SESSION_PRIVATE_H
+#define LATTE_ENGINE_SESSION_PRIVATE_H
+
+#include <pthread.h>
+
+#include "engine/base/pack.h"
+#include "engine/session.h"
+#include "engine/state_store.h"
+
+enum {
+    OWNER_NOBODY = -2,  /* the store knows it, none of today's keys is it */
+    OWNER_UNKNOWN = -3, /* damaged: shown to whoever knows the id, to be refused */
+};
+
+struct kept {
+    struct session_snapshot about;
+    struct image *image; /* kept; NULL: before any token */
+};
+
+/* What a change replaces. */
+struct content {
+    uint64_t version;
+    int64_t used;
+    struct image *image;    /* kept; NULL: before any token */
+    struct image *previous; /* kept; where the last turn began, if has_previous */
+    bool has_previous;
+    struct kept *kept; /* [n_kept], oldest first */
+    int n_kept;
+};
+
+struct session {
+    char id[SESSION_ID_BYTES];
+    uint8_t key[JOURNAL_KEY_BYTES]; /* the id's digits */
+    int owner;
+    uint8_t owner_tag[SESSION_OWNER_BYTES];
+    int64_t created, idle_s;
+    char *metadata;
+    struct content now;
+    bool in_turn;                  /* or in a change */
+    bool is_new;                   /* not there before its change is done */
+    char *why;                     /* lost, for this reason; else NULL */
+    struct session *chain;         /* of the hash table */
+    struct session *older, *newer; /* by creation */
+};
+
+struct sessions {
+    struct session_options options;
+    pthread_mutex_t lock;     /* guards all that follows */
+    struct session **buckets; /* [n_buckets], a power of two */
+    size_t n_buckets;
+    struct session *newest, *oldest;
+    int n;
+    int n_pending;        /* changes in the journal's hands */
+    bool wants_whole;     /* the journal is to be written as a whole, when none is pending */
+    bool writes_whole;    /* that is under way */
+    int64_t next_whole_s; /* not before, since it failed */
+    struct change *held;  /* changes that wait for that, the first one first */
+    struct change **held_end;
+    uint64_t n_passes;
+};
+
+/* ---- session.c ---- */
+
+void session_name(struct session *s); /* its id, from its key */
+struct session *session_find_key(const struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES]);
+void session_enter(struct sessions *t, struct session *s);
+void session_leave(struct sessions *t, struct session *s); /* frees it */
+void session_free(struct session *s);
+void session_end_turn(struct session *s, struct session_turn *turn);
+struct image *session_hold_image(struct image *image); /* keep, or NULL */
+void content_free(struct content *c);
+enum status content_copy(const struct content *c, struct content *out, struct error *err);
+void session_describe(const struct session *s, struct session_info *out); /* metadata borrowed */
+int64_t session_now_s(void);
+
+/* ---- session_change.c ---- */
+
+struct change {
+    struct journal_entry entry;
+    struct session *session; /* in_turn until it is done */
+    struct content next;     /* owned */
+    bool is_delete, is_whole;
+    struct session_snapshot snapshot;
+    struct session_turn *turn; /* that ends with it, or NULL */
+    session_done *done;        /* or NULL */
+    void *context;
+    struct change *next_held;
+};
+
+/* A change of the session, whose next content is a copy of what it has, to be altered. */
+enum status change_new(struct change **out, struct session *s, session_done *done, void *context,
+                       struct error *err);
+void change_free(struct change *c);
+/* Hand it in, with a new state's origin in its payload already. Without a store it is done now.
+ * Called with the lock held; returns what is to be finished, without it, by change_finish. */
+struct change *change_submit(struct sessions *t, struct change *c);
+/* Without the lock: apply what change_submit returned. Accepts NULL. */
+void change_finish(struct sessions *t, struct change *c);
+
+/* ---- session_record.c ---- */
+
+/* The origin of a state; and a session with this content; its end; that it is lost. */
+void record_origin(struct bytes *out, const struct image *image);
+void record_session(struct bytes *out, const struct session *s, const struct content *c);
+void record_delete(struct bytes *out);
+void record_lost(struct bytes *out, const struct session *s);
+/* The whole table, as the list of an entry that takes the journal's place. */
+void record_table(struct bytes *out, struct sessions *t);
+
+#endif

@@ -1,0 +1,39 @@
+/* storage.h - where a server keeps sessions and their states: in memory, and in --store.
+ *
+ * Threads: open and close by main; what is in here says for itself.
+ * Memory:  owns it all.
+ * Errors:  those of the store's files, naming them.
+ */
+#ifndef LATTE_SERVER_STORAGE_H
+#define LATTE_SERVER_STORAGE_H
+
+#include "engine/engine.h"
+#include "engine/session.h"
+#include "engine/state_store.h"
+#include "server/http.h"
+#include "server/options.h"
+
+struct storage {
+    struct image_store images;
+    struct state_store *store; /* NULL without --store */
+    struct sessions *sessions;
+    uint8_t (*owners)[SESSION_OWNER_BYTES]; /* [n_owners], the tags of the API keys */
+    int n_owners;
+    bool is_open;
+};
+
+struct storage_options {
+    const struct options *options;
+    const struct engine_info *model;
+    struct http_server *server;    /* whose keys own sessions; NULL: none */
+    void (*notify)(void *context); /* sessions_reap is to be called; any thread */
+    void *context;
+};
+
+/* Reads all that is in the store. On failure nothing is left open. */
+enum status storage_open(struct storage *s, const struct storage_options *options,
+                         struct error *err);
+/* No call is under way and no image is held any more. Accepts one that is not open. */
+void storage_close(struct storage *s);
+
+#endif
