@@ -31,6 +31,7 @@
 
 #include "engine/base/error.h"
 #include "engine/image.h"
+#include "engine/session_quota.h"
 
 struct sessions;
 struct state_store;
@@ -70,6 +71,7 @@ struct session_options {
         *store; /* borrowed; opened, not started. NULL: nothing outlives the process */
     const uint8_t (*owners)[SESSION_OWNER_BYTES]; /* [n_owners], their tags, by index */
     int n_owners;
+    struct session_quota_options quota; /* of each owner */
 };
 
 /* What opening found in the store. */

@@ -51,6 +51,10 @@
     X(chunk_tokens, INT, "chunk-tokens", "0", 0, 65536, "N",                                       \
       "prompt tokens of one request processed in a step at most; 0: 128 on a CPU, 4096 on a GPU")  \
     X(max_sessions, INT, "max-sessions", "10000", 1, 10000000, "N", "sessions held at once")       \
+    X(max_sessions_per_key, INT, "max-sessions-per-key", "0", 0, 10000000, "N",                    \
+      "sessions that one API key may have; beyond it requests get 429; 0: no limit")               \
+    X(max_stored_mb_per_key, INT, "max-stored-mb-per-key", "0", 0, 16777216, "MB",                 \
+      "states that the sessions and snapshots of one API key may have; 0: no limit")               \
     X(session_idle_ttl, INT, "session-idle-ttl", "0", 0, 31536000, "SECONDS",                      \
       "a session unused so long is forgotten, unless it says otherwise; 0: never")                 \
     X(response_ttl, INT, "response-ttl", "2592000", 1, 315360000, "SECONDS",                       \

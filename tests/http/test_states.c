@@ -835,6 +835,93 @@ static void test_open_admin(void **state)
     server_stop(&s);
 }
 
+/* ---- quotas ------------------------------------------------------------------------------------
+ */
+
+static struct answer one_turn(const struct server *s, const struct id *session, const char *key)
+{
+    return send_body(
+        s, "POST", COMPLETIONS,
+        text_of("{\"session_id\":\"%s\",\"prompt\":[7],\"max_tokens\":1}", session->text), key);
+}
+
+static struct id session_of(const struct server *s, const char *key)
+{
+    struct id id;
+    struct answer a = send_body(s, "POST", "/v1/sessions", strdup("{}"), key);
+    expect_code(&a, 200);
+    snprintf(id.text, sizeof(id.text), "%s", text_member(a.json, "id"));
+    done(&a);
+    return id;
+}
+
+/* A key may have two sessions, and two states of over a megabyte: one session's before and after
+ * its last turn. Also after a restart. */
+static void check_quotas(const struct server *s, const struct id *first, const struct id *second)
+{
+    struct answer a = send_body(s, "POST", "/v1/sessions", strdup("{}"), USER);
+    expect_refusal(&a, 429, NULL, "--max-sessions-per-key");
+    a = one_turn(s, second, USER);
+    expect_refusal(&a, 429, NULL, "--max-stored-mb-per-key");
+    a = one_turn(s, first, USER); /* another pair in place of the one before */
+    expect_code(&a, 200);
+    done(&a);
+    struct id other = session_of(s, OTHER); /* another key's quota is its own */
+    a = one_turn(s, &other, OTHER);
+    expect_code(&a, 200);
+    done(&a);
+}
+
+static void delete_session(const struct server *s, const struct id *id, const char *key)
+{
+    char path[128];
+    snprintf(path, sizeof(path), "/v1/sessions/%s", id->text);
+    struct answer a = send_body(s, "DELETE", path, NULL, key);
+    expect_code(&a, 200);
+    done(&a);
+}
+
+static void test_quotas(void **state)
+{
+    (void)state;
+    static const char keys[] = "user-key-1\nother-key-2\n";
+    char key_path[200], store[200];
+    struct server s;
+    write_file(&tiny, "quota-keys", keys, sizeof(keys) - 1, key_path);
+    snprintf(store, sizeof(store), "%s.store", tiny.dir);
+    const char *const args[] = {"--model",
+                                wide_model,
+                                "--api-key-file",
+                                key_path,
+                                "--max-sessions-per-key",
+                                "2",
+                                "--max-stored-mb-per-key",
+                                "4",
+                                "--store",
+                                store,
+                                NULL};
+    server_start(&s, args);
+    struct id first = session_of(&s, USER), second = session_of(&s, USER);
+    for (int i = 0; i < 3; i++) {
+        struct answer a = one_turn(&s, &first, USER);
+        expect_code(&a, 200);
+        done(&a);
+    }
+    check_quotas(&s, &first, &second);
+    server_stop(&s);
+    server_start(&s, args);
+    check_quotas(&s, &first, &second);
+    delete_session(&s, &first, USER);
+    struct answer a = one_turn(&s, &second, USER);
+    expect_code(&a, 200);
+    done(&a);
+    session_of(&s, USER);
+    server_stop(&s);
+    char command[300];
+    snprintf(command, sizeof(command), "rm -rf '%s'", store);
+    assert_int_equal(system(command), 0);
+}
+
 /* A preset that does not fit is named, and nothing is served. */
 static void test_presets_at_start(void **state)
 {
@@ -886,6 +973,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_presets),
         cmocka_unit_test(test_open_admin),
+        cmocka_unit_test(test_quotas),
         cmocka_unit_test(test_presets_at_start),
     };
     return cmocka_run_group_tests(tests, start_servers, stop_servers);
