@@ -270,6 +270,7 @@ bench: ## print the tables of latte-bench for the bundled model
 	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(BUILD)/latte-bench engine -m $(MODEL)
 	$(BUILD)/latte-bench serve -m $(MODEL)
+	$(BUILD)/latte-bench sessions -m $(MODEL)
 
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \

@@ -525,10 +525,14 @@ static enum status check_file(const struct image_store *store, const char *data,
         return fail(err, STATUS_INVALID, "format version of the state: expected %d, found %" PRIu32,
                     FORMAT_VERSION, get_u32(data + 8));
     put_fingerprint(fingerprint, store->fingerprint);
-    if (memcmp(data + 16, fingerprint, sizeof(fingerprint)))
+    if (memcmp(data + 16, fingerprint, sizeof(fingerprint))) {
+        char found[2 * sizeof(fingerprint) + 1];
+        for (size_t i = 0; i < sizeof(fingerprint); i++)
+            snprintf(found + 2 * i, 3, "%02x", (unsigned char)data[16 + i]);
         return fail(err, STATUS_INVALID,
-                    "model fingerprint of the state: expected %s, found another model's",
-                    store->fingerprint);
+                    "model fingerprint of the state: expected %s, found %s, another model's",
+                    store->fingerprint, found);
+    }
     if (get_u64(data + 40) != store->n_values || n != image_file_bytes(store))
         return fail(err, STATUS_INVALID,
                     "length of the state: expected %zu values in %zu bytes, found %" PRIu64

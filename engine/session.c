@@ -145,6 +145,14 @@ enum status content_copy(const struct content *c, struct content *out, struct er
     return STATUS_OK;
 }
 
+void content_count(struct sessions *t, int owner, const struct content *c, int change)
+{
+    session_quota_count_state(t->quota, owner, c->image, change);
+    session_quota_count_state(t->quota, owner, c->previous, change);
+    for (int i = 0; i < c->n_kept; i++)
+        session_quota_count_state(t->quota, owner, c->kept[i].image, change);
+}
+
 int64_t session_now_s(void)
 {
     return (int64_t)time(NULL);
@@ -205,6 +213,12 @@ enum status sessions_open(struct sessions **out, const struct session_options *o
         free(buckets);
         return fail(err, STATUS_NOMEM, "out of memory for %d sessions", options->max_sessions);
     }
+    enum status st = session_quota_open(&t->quota, &options->quota, err);
+    if (st) {
+        free(t);
+        free(buckets);
+        return st;
+    }
     t->options = *options;
     t->buckets = buckets;
     t->n_buckets = n_buckets;
@@ -231,6 +245,7 @@ void session_enter(struct sessions *t, struct session *s)
     *(t->newest ? &t->newest->newer : &t->oldest) = s;
     t->newest = s;
     t->n++;
+    session_quota_count_session(t->quota, s->owner, 1);
 }
 
 void session_leave(struct sessions *t, struct session *s)
@@ -242,6 +257,8 @@ void session_leave(struct sessions *t, struct session *s)
     *(s->newer ? &s->newer->older : &t->newest) = s->older;
     *(s->older ? &s->older->newer : &t->oldest) = s->newer;
     t->n--;
+    content_count(t, s->owner, &s->now, -1);
+    session_quota_count_session(t->quota, s->owner, -1);
     session_free(s);
 }
 
@@ -252,6 +269,7 @@ void sessions_close(struct sessions *t)
     while (t->newest)
         session_leave(t, t->newest);
     pthread_mutex_destroy(&t->lock);
+    session_quota_close(t->quota);
     free(t->buckets);
     free(t);
 }
@@ -277,6 +295,9 @@ static enum status new_session(struct sessions *t, const struct session_request 
                     "This server holds %d sessions, as many as --max-sessions "
                     "permits; delete one, or wait until one expires.",
                     t->n);
+    enum status st = session_quota_check_session(t->quota, q->owner, err);
+    if (st)
+        return st;
     struct session *s = calloc(1, sizeof(*s));
     char *metadata = strdup(q->metadata ? q->metadata : "{}");
     if (!s || !metadata) {
@@ -430,6 +451,8 @@ enum status session_begin(struct sessions *t, const char *id, int owner, int64_t
     enum status st = find_idle(t, id, owner, &s, err);
     if (!st)
         st = check_version(s, version, err);
+    if (!st)
+        st = session_quota_check_state(t->quota, s->owner, s->now.previous, err);
     if (!st) {
         s->in_turn = true;
         s->now.used = session_now_s();
@@ -523,6 +546,8 @@ enum status session_replace(struct sessions *t, const char *id, int owner, int64
     if (!st)
         st = check_version(s, version, err);
     if (!st)
+        st = session_quota_check_state(t->quota, s->owner, s->now.previous, err);
+    if (!st)
         st = change_new(&c, s, done, context, err);
     if (!st)
         advance(&c->next, image);
@@ -535,6 +560,27 @@ static struct kept *find_kept(const struct session *s, const char *name)
         if (!strcmp(s->now.kept[i].about.name, name))
             return &s->now.kept[i];
     return NULL;
+}
+
+static enum status no_snapshot(const struct session *s, const char *name, struct error *err)
+{
+    return fail_field(err, STATUS_NOT_FOUND, "snapshot", "Session '%s' has no snapshot '%.64s'.",
+                      s->id, name);
+}
+
+enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
+                             struct image **out, struct error *err)
+{
+    struct session *s = NULL;
+    pthread_mutex_lock(&t->lock);
+    enum status st = find(t, id, owner, &s, err);
+    struct kept *k = !st && name ? find_kept(s, name) : NULL;
+    if (!st && name && !k)
+        st = no_snapshot(s, name, err);
+    if (!st)
+        *out = session_hold_image(k ? k->image : s->now.image);
+    pthread_mutex_unlock(&t->lock);
+    return st;
 }
 
 static enum status check_new_name(const struct session *s, const char *name, struct error *err)
@@ -579,8 +625,7 @@ static enum status roll_back(const struct session *s, const char *name, struct c
 {
     const struct kept *k = name ? find_kept(s, name) : NULL;
     if (name && !k)
-        return fail_field(err, STATUS_NOT_FOUND, "snapshot",
-                          "Session '%s' has no snapshot '%.64s'.", s->id, name);
+        return no_snapshot(s, name, err);
     if (!name && !s->now.has_previous)
         return fail_field(err, STATUS_NOT_FOUND, "snapshot",
                           "Session '%s' has no turn to roll back.", s->id);

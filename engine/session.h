@@ -31,6 +31,7 @@
 
 #include "engine/base/error.h"
 #include "engine/image.h"
+#include "engine/session_quota.h"
 
 struct sessions;
 struct state_store;
@@ -70,6 +71,7 @@ struct session_options {
         *store; /* borrowed; opened, not started. NULL: nothing outlives the process */
     const uint8_t (*owners)[SESSION_OWNER_BYTES]; /* [n_owners], their tags, by index */
     int n_owners;
+    struct session_quota_options quota; /* of each owner */
 };
 
 /* What opening found in the store. */
@@ -135,6 +137,10 @@ void session_abandon(struct sessions *t, struct session_turn *turn);
 /* The session's image, kept for the caller; *out NULL for one without tokens. */
 enum status session_image(struct sessions *t, const char *id, int owner, struct image **out,
                           struct session_info *info, struct error *err);
+/* The image of one of its snapshots, or the session's own for a name of NULL; kept for the caller.
+ */
+enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
+                             struct image **out, struct error *err);
 /* Put another image, secured, in its place, not as a turn: an import. */
 enum status session_replace(struct sessions *t, const char *id, int owner, int64_t version,
                             struct image *image, session_done *done, void *context,

@@ -106,6 +106,8 @@ static void apply(struct sessions *t, struct change *c, struct session_outcome *
         struct content old = s->now;
         s->now = c->next;
         c->next = old;
+        content_count(t, s->owner, &s->now, 1);
+        content_count(t, s->owner, &old, -1);
         s->is_new = false;
     }
     s->in_turn = false;

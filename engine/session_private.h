@@ -58,11 +58,12 @@ struct sessions {
     size_t n_buckets;
     struct session *newest, *oldest;
     int n;
-    int n_pending;        /* changes in the journal's hands */
-    bool wants_whole;     /* the journal is to be written as a whole, when none is pending */
-    bool writes_whole;    /* that is under way */
-    int64_t next_whole_s; /* not before, since it failed */
-    struct change *held;  /* changes that wait for that, the first one first */
+    struct session_quota *quota; /* what owners have; counted from the end of recovery on */
+    int n_pending;               /* changes in the journal's hands */
+    bool wants_whole;            /* the journal is to be written as a whole, when none is pending */
+    bool writes_whole;           /* that is under way */
+    int64_t next_whole_s;        /* not before, since it failed */
+    struct change *held;         /* changes that wait for that, the first one first */
     struct change **held_end;
     uint64_t n_passes;
 };
@@ -77,6 +78,8 @@ void session_free(struct session *s);
 void session_end_turn(struct session *s, struct session_turn *turn);
 struct image *session_hold_image(struct image *image); /* keep, or NULL */
 void content_free(struct content *c);
+/* Its states come to, or go from, what the owner has: change is 1 or -1. */
+void content_count(struct sessions *t, int owner, const struct content *c, int change);
 enum status content_copy(const struct content *c, struct content *out, struct error *err);
 void session_describe(const struct session *s, struct session_info *out); /* metadata borrowed */
 int64_t session_now_s(void);

@@ -349,6 +349,15 @@ static enum status find_lost(struct sessions *t, struct session_found *found, st
     return STATUS_OK;
 }
 
+/* Only now is it known whose each session is. */
+static void count_owners(struct sessions *t)
+{
+    for (struct session *s = t->oldest; s; s = s->newer) {
+        session_quota_count_session(t->quota, s->owner, 1);
+        content_count(t, s->owner, &s->now, 1);
+    }
+}
+
 enum status sessions_recover(struct sessions *t, struct session_found *found, struct error *err)
 {
     struct journal_found journal = {0};
@@ -360,6 +369,8 @@ enum status sessions_recover(struct sessions *t, struct session_found *found, st
         journal_replay(state_store_journal(t->options.store), read_entry, t, &journal, err);
     if (!st)
         st = find_lost(t, found, err);
+    if (!st)
+        count_owners(t);
     pthread_mutex_unlock(&t->lock);
     found->n_entries = journal.n_frames;
     found->n_damaged = journal.n_damaged;

@@ -11,9 +11,14 @@
 
 enum { KEY_BYTES = 256, MIN_KEY_BYTES = 8, MAX_KEYS = 4096 };
 
+struct key {
+    unsigned char text[KEY_BYTES]; /* padded with zeros */
+    bool is_admin;
+};
+
 struct api_keys {
     int n, cap;
-    unsigned char (*keys)[KEY_BYTES]; /* [n], padded with zeros, owned */
+    struct key *keys; /* [n], owned */
 };
 
 static bool is_key(const char *text, size_t n)
@@ -27,25 +32,41 @@ static bool is_key(const char *text, size_t n)
     return true;
 }
 
-static enum status add_key(struct api_keys *k, const char *text, size_t n, struct error *err)
+static enum status add_key(struct api_keys *k, const char *text, size_t n, bool is_admin,
+                           struct error *err)
 {
     if (k->n == MAX_KEYS)
         return fail(err, STATUS_TOO_LARGE, "at most %d keys are supported", MAX_KEYS);
     if (k->n == k->cap) {
         int cap = k->cap ? 2 * k->cap : 8;
-        void *grown = calloc((size_t)cap, KEY_BYTES);
+        struct key *grown = calloc((size_t)cap, sizeof(*grown));
         if (!grown)
             return fail(err, STATUS_NOMEM, "out of memory for %d keys", cap);
         if (k->n)
-            memcpy(grown, k->keys, (size_t)k->n * KEY_BYTES);
+            memcpy(grown, k->keys, (size_t)k->n * sizeof(*grown));
         if (k->keys)
-            explicit_bzero(k->keys, (size_t)k->n * KEY_BYTES);
+            explicit_bzero(k->keys, (size_t)k->n * sizeof(*grown));
         free(k->keys);
         k->keys = grown;
         k->cap = cap;
     }
-    memcpy(k->keys[k->n++], text, n);
+    struct key *key = &k->keys[k->n++];
+    memcpy(key->text, text, n);
+    key->is_admin = is_admin;
     return STATUS_OK;
+}
+
+/* "KEY" or "KEY admin". */
+static enum status read_line(struct api_keys *k, const char *line, struct error *err)
+{
+    size_t n = strcspn(line, " \t");
+    const char *role = line + n + strspn(line + n, " \t");
+    if (!is_key(line, n) || (*role && strcmp(role, "admin")))
+        return fail(err, STATUS_INVALID,
+                    "expected a key of %d to %d printable ASCII characters without blanks, and "
+                    "behind it nothing or 'admin'",
+                    MIN_KEY_BYTES, KEY_BYTES - 1);
+    return add_key(k, line, n, *role, err);
 }
 
 static enum status read_lines(struct api_keys *k, FILE *f, struct error *err)
@@ -59,13 +80,11 @@ static enum status read_lines(struct api_keys *k, FILE *f, struct error *err)
             n--;
         if (!n || line[0] == '#')
             continue;
-        if (!is_key(line, (size_t)n))
-            st = fail(err, STATUS_INVALID,
-                      "line %d: expected a key of %d to %d printable ASCII characters without "
-                      "blanks",
-                      number, MIN_KEY_BYTES, KEY_BYTES - 1);
-        else
-            st = add_key(k, line, (size_t)n, err);
+        bool is_text = !memchr(line, '\0', (size_t)n);
+        line[n] = '\0';
+        st = read_line(k, is_text ? line : "", err);
+        if (st)
+            fail_context(err, "line %d", number);
     }
     if (line)
         explicit_bzero(line, cap);
@@ -99,7 +118,7 @@ void api_keys_close(struct api_keys *keys)
     if (!keys)
         return;
     if (keys->keys)
-        explicit_bzero(keys->keys, (size_t)keys->cap * KEY_BYTES);
+        explicit_bzero(keys->keys, (size_t)keys->cap * sizeof(*keys->keys));
     free(keys->keys);
     free(keys);
 }
@@ -136,7 +155,7 @@ int api_keys_find(const struct api_keys *keys, const char *authorization)
     memcpy(padded, given, n);
     int found = API_KEYS_NONE;
     for (int i = 0; i < keys->n; i++) {
-        int mask = -(int)is_equal(padded, keys->keys[i]);
+        int mask = -(int)is_equal(padded, keys->keys[i].text);
         found = (found & ~mask) | (i & mask);
     }
     explicit_bzero(padded, sizeof(padded));
@@ -147,8 +166,13 @@ void api_keys_tag(const struct api_keys *keys, int i, const uint8_t *secret, siz
                   uint8_t out[16])
 {
     XXH128_canonical_t tag;
+    const unsigned char *text = keys->keys[i].text;
     /* All 256 bytes: XXH3 takes what follows 240 through the whole secret. */
-    XXH128_canonicalFromHash(&tag,
-                             XXH3_128bits_withSecret(keys->keys[i], KEY_BYTES, secret, n_secret));
+    XXH128_canonicalFromHash(&tag, XXH3_128bits_withSecret(text, KEY_BYTES, secret, n_secret));
     memcpy(out, tag.digest, sizeof(tag.digest));
+}
+
+bool api_keys_is_admin(const struct api_keys *keys, int index)
+{
+    return index >= 0 && index < keys->n && keys->keys[index].is_admin;
 }

@@ -1,7 +1,7 @@
 /* api_keys.h - the keys that open the API, from a file.
  *
  * One key per line, 8 to 255 printable ASCII characters without blanks; empty lines and lines
- * that begin with '#' are skipped.
+ * that begin with '#' are skipped. A blank and the word "admin" behind a key make it an admin key.
  *
  * Threads: read-only after open.
  * Memory:  owns the keys and wipes them at close.
@@ -10,6 +10,7 @@
 #ifndef LATTE_SERVER_API_KEYS_H
 #define LATTE_SERVER_API_KEYS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -31,5 +32,8 @@ int api_keys_find(const struct api_keys *keys, const char *authorization);
 /* 16 bytes that stand for key i, under a secret of 136 bytes or more: XXH3-128. */
 void api_keys_tag(const struct api_keys *keys, int i, const uint8_t *secret, size_t n_secret,
                   uint8_t out[16]);
+
+/* Whether the key of this index, or API_KEYS_NONE, is an admin key. */
+bool api_keys_is_admin(const struct api_keys *keys, int index);
 
 #endif

@@ -8,6 +8,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "engine/base/base64.h"
 #include "server/call_once.h"
 #include "server/call_queue.h"
 #include "server/metrics.h"
@@ -32,6 +33,23 @@ static void prepare_on_worker(struct work_item *item)
     call_prepare(c);
     free(c->own_body);
     c->own_body = NULL;
+}
+
+/* A response whose call is over before it is: who was told its id finds that it failed. */
+static void leave_response(struct call *c)
+{
+    struct responses *t = c->routes->responses;
+    struct error err;
+    if (!c->response)
+        return;
+    if (c->response->status == RESPONSE_IN_PROGRESS || c->response->status == RESPONSE_FAILED) {
+        fail(&err, STATUS_INTERNAL, "The client left before the response was complete.");
+        response_fail(c->response, &err);
+        if (!c->streaming)
+            responses_remove(t, c->response);
+    }
+    responses_count(t, c->response);
+    response_release(c->response);
 }
 
 static void list_starting(struct call *c)
@@ -133,11 +151,14 @@ static void call_free(struct call *c)
     metrics_add(METRIC_TURNS_LOST, c->turn.active);
     if (c->turn.active)
         session_abandon(c->routes->storage.sessions, &c->turn);
+    leave_response(c);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     stream_close(c->generation);
     image_release(c->from);
     image_release(c->into);
+    image_release(c->left);
+    bytes_free(&c->state);
     bytes_free(&c->reply);
     arena_free(&c->arena);
     queue_note_end(c->routes, session_id);
@@ -293,10 +314,34 @@ void call_end_detached(struct routes *r)
         call_stop(r->detached, "The server is shutting down.", "service_unavailable");
 }
 
+static bool is_large_state(const struct call *c)
+{
+    return image_file_bytes(&c->routes->storage.images) > INLINE_BYTES;
+}
+
+/* The state to give back as text, which is empty when memory runs out. Any thread. */
+static void write_state(struct call *c)
+{
+    struct bytes file = {0};
+    image_write(c->left, &file);
+    base64_encode(file.data, file.n, &c->state);
+    if (file.failed || c->state.failed)
+        bytes_free(&c->state);
+    bytes_free(&file);
+    image_release(c->left);
+    c->left = NULL;
+    stream_give_state(c->generation, (struct codec_text){c->state.data, c->state.n});
+}
+
 static void write_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
+    if (c->left) {
+        write_state(c);
+        c->reply.failed |= !c->state.data;
+    }
     stream_write(c->generation, &c->reply);
+    bytes_free(&c->state);
 }
 
 static void deliver(struct call *c)
@@ -320,7 +365,8 @@ static void on_written(struct work_item *item)
 static void reply_whole(struct call *c)
 {
     c->item = (struct work_item){.run = write_on_worker, .done = on_written};
-    if (stream_held_bytes(c->generation) <= INLINE_BYTES) {
+    bool is_small = !c->left || !is_large_state(c);
+    if (is_small && stream_held_bytes(c->generation) <= INLINE_BYTES) {
         write_on_worker(&c->item);
         deliver(c);
         return;
@@ -399,7 +445,7 @@ static void fill_reply(const struct call *c, struct codec_reply *reply)
 static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
 {
     const char *texts[4];
-    if (c->api != CODEC_CHAT)
+    if (c->api == CODEC_COMPLETIONS)
         return CALL_TAIL_NONE;
     int n = by_token ? chat_template_stops(c->model->chat_template, texts) : 0;
     for (int i = 0; i < n; i++)
@@ -408,16 +454,10 @@ static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
     return CALL_TAIL_OPEN;
 }
 
-static void on_committed(void *context, const struct session_outcome *outcome)
+/* The turn is over, and the reply may end. */
+static void end_turn(struct call *c, const struct error *err)
 {
-    struct call *c = context;
-    const struct session_info *info = &outcome->info;
-    struct codec_session session = {.position = info->position, .version = info->version};
-    memcpy(session.id, info->id, sizeof(info->id));
-    c->committing = false;
-    queue_note_end(c->routes, info->id);
-    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
-    stream_turn_committed(c->generation, &session, &outcome->error);
+    stream_turn_committed(c->generation, &c->session, err);
     if (c->in_commit)
         return; /* whoever polls the generation goes on */
     if (c->http || c->runs_on)
@@ -426,23 +466,92 @@ static void on_committed(void *context, const struct session_outcome *outcome)
         call_free(c);
 }
 
+static void end_with_state(struct call *c)
+{
+    struct error err = {0};
+    if ((c->http || c->runs_on) && !c->state.data)
+        fail(&err, STATUS_NOMEM, "out of memory for the state after the turn");
+    end_turn(c, &err);
+}
+
+static void write_state_on_worker(struct work_item *item)
+{
+    write_state((struct call *)item);
+}
+
+static void on_state_written(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    end_with_state(c);
+}
+
+/* The turn has been committed. The end of a stream has the state, where it is asked for; a whole
+ * reply gets it when it is written. */
+static void after_commit(struct call *c)
+{
+    struct error none = {0};
+    if (!c->left || !c->request.stream || !(c->http || c->runs_on)) {
+        end_turn(c, &none);
+    } else if (!is_large_state(c)) {
+        write_state(c);
+        end_with_state(c);
+    } else {
+        c->item = (struct work_item){.run = write_state_on_worker, .done = on_state_written};
+        c->working = true;
+        workers_submit(c->routes->workers, &c->item);
+    }
+}
+
+static void on_committed(void *context, const struct session_outcome *outcome)
+{
+    struct call *c = context;
+    const struct session_info *info = &outcome->info;
+    c->session = (struct codec_session){.position = info->position, .version = info->version};
+    memcpy(c->session.id, info->id, sizeof(info->id));
+    c->committing = false;
+    queue_note_end(c->routes, info->id);
+    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
+    if (outcome->error.status)
+        end_turn(c, &outcome->error);
+    else
+        after_commit(c);
+}
+
 static enum status commit_turn(void *context, struct image *image, const struct stream_end *end,
                                struct error *err)
 {
     struct call *c = context;
+    enum status st = STATUS_OK;
     image->tail = tail_of(c, end->last, end->by_token);
-    c->committing = c->in_commit = true;
-    enum status st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
-                                    end->n_chunked, end->n_single, on_committed, c, err);
+    if (c->request.return_state) {
+        image_hold(image);
+        c->left = image;
+    }
+    if (c->response)
+        responses_settle(c->routes->responses, c->response, image);
+    c->in_commit = true;
+    c->committing = c->turn.active;
+    if (c->turn.active)
+        st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
+                            end->n_chunked, end->n_single, on_committed, c, err);
+    else
+        after_commit(c);
     c->in_commit = false;
     if (st)
         c->committing = false;
     return st;
 }
 
+struct image *call_from(const struct call *c)
+{
+    return c->turn.active ? c->turn.from : c->from;
+}
+
 static void open_turn(struct call *c, struct stream_setup *setup)
 {
-    if (!c->turn.active)
+    setup->from = c->from;
+    if (!c->into)
         return;
     c->stream_turn = (struct stream_turn){
         .from = c->from, .into = c->into, .commit = commit_turn, .commit_context = c};
@@ -474,6 +583,7 @@ static enum status open_generation(struct call *c, struct error *err)
         .rules = &c->rules,
         .prompts = c->prompts,
         .n_prompts = c->n_prompts,
+        .response = c->response,
         .max_bytes = MAX_REPLY_BYTES,
         .arrival_ns = http_arrival_ns(c->http),
         .owner = c,
@@ -484,14 +594,14 @@ static enum status open_generation(struct call *c, struct error *err)
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
     open_turn(c, &setup);
     if (!st)
-        st = open_reel(c, setup.reply.id, err);
+        st = open_reel(c, c->response ? c->response->id : setup.reply.id, err);
     return st ? st : stream_open(&c->generation, &setup, err);
 }
 
 /* What a request holds until it is over, waiting or running. */
 static size_t held_bytes(const struct call *c)
 {
-    size_t n_bytes = c->arena.used_bytes;
+    size_t n_bytes = c->arena.used_bytes + (c->response ? response_bytes(c->response) : 0);
     for (size_t i = 0; i < c->n_prompts; i++)
         n_bytes += c->prompts[i].n * sizeof(*c->prompts[i].ids);
     return n_bytes;
@@ -529,6 +639,8 @@ static void start_generation(struct call *c)
     if (c->reel || c->outcome)
         run_on(c);
     c->started_ns = job_clock_ns();
+    if (c->response && c->request.store)
+        responses_add(c->routes->responses, c->response, time(NULL));
     if (c->request.stream)
         list_starting(c);
     note_tokens(c);
@@ -572,7 +684,8 @@ static void on_fetched(struct work_item *item)
 static void fetch_states(struct call *c)
 {
     struct error err;
-    if (!c->turn.active) {
+    bool files_response = c->response && (c->request.store || c->from);
+    if (!c->turn.active && !c->request.return_state && !files_response) {
         start_generation(c);
         return;
     }
@@ -707,7 +820,7 @@ void call_start(struct call *c)
 void call_post(struct http_request *http, struct routes *r, enum codec_api api)
 {
     const struct served_model *model = call_model(http, r);
-    bool generates = api == CODEC_COMPLETIONS || api == CODEC_CHAT;
+    bool generates = api < CODEC_TOKENIZE;
     if (!model)
         return;
     struct outcome *outcome = NULL;

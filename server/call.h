@@ -24,8 +24,10 @@
 #include "server/codec.h"
 #include "server/outcomes.h"
 #include "server/output.h"
+#include "server/presets.h"
 #include "server/quotas.h"
 #include "server/reels.h"
+#include "server/responses.h"
 #include "server/routes.h"
 #include "server/storage.h"
 #include "server/stream.h"
@@ -39,6 +41,8 @@ struct routes {
     struct workers *workers;
     struct bytes openapi;  /* the file of --openapi; empty: the built-in one */
     struct call *starting; /* streams that have not begun to answer */
+    struct presets *presets;
+    struct responses *responses;
     struct call *woken;    /* calls with news, to be looked at once each */
     struct reels *reels;
     struct outcomes *outcomes; /* of requests with an Idempotency-Key */
@@ -80,10 +84,15 @@ struct call {
     size_t n_prompts;
     char waits_for[SESSION_ID_BYTES]; /* the session whose turn is to end first, or empty */
     struct call *line_next;           /* behind this one */
-    struct session_turn turn;         /* of a request with session_id, while it is under way */
-    struct image *from, *into;        /* the states before and after it, held */
-    bool committing; /* the journal has the turn: the call lives until that is over */
-    bool in_commit;  /* it is handed in just now */
+    struct session_turn turn;     /* of a request with session_id, while it is under way */
+    struct image *from, *into;    /* the states before and after it, held; without a turn, from is
+                                   * what the prompts continue, or NULL */
+    struct image *left;           /* the state to give back, held: into, or what a replay left */
+    struct bytes state;           /* its text */
+    struct codec_session session; /* where the session is after the turn */
+    struct response *response;    /* of the Responses API, or NULL; held */
+    bool committing;              /* the journal has the turn: the call lives until that is over */
+    bool in_commit;               /* it is handed in just now */
     struct stream_turn stream_turn;
     int owner;       /* http_key_index */
     int64_t quota;   /* sequences that are counted as running */
@@ -108,6 +117,10 @@ enum call_tail {
     CALL_TAIL_OPEN,   /* an assistant's message, without the template's end */
     CALL_TAIL_CLOSED, /* the template's end of a message is the session's last token */
 };
+
+/* The state that the prompts continue, NULL for that before any token. Its values need not be in
+ * memory. */
+struct image *call_from(const struct call *c);
 
 /* The version that If-Match asks a session to have; SESSION_ANY_VERSION without the header. */
 enum status call_if_match(struct http_request *http, int64_t *version, struct error *err);

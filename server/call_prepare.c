@@ -5,9 +5,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+
+#include "engine/base/base64.h"
 
 static const char *input_field(const struct call *c)
 {
+    if (c->api == CODEC_RESPONSES)
+        return "input";
     return c->request.n_messages ? "messages" : "prompt";
 }
 
@@ -85,7 +90,7 @@ static enum status set_prompt(struct call *c, size_t i, const int32_t *ids, size
     }
     if (n > (size_t)limit)
         return too_long(c, limit, (int64_t)n);
-    return keep_prompt(&c->prompts[i], c->turn.from, ids, n, &c->error);
+    return keep_prompt(&c->prompts[i], call_from(c), ids, n, &c->error);
 }
 
 /* What echo gives back: the text as it was sent, or what the ids decode to. */
@@ -113,7 +118,7 @@ static enum status prepare_prompt(struct call *c, size_t i)
     const struct codec_prompt *p = &c->request.prompts[i];
     enum status st = STATUS_OK;
     if (p->text.data) {
-        bool begins = !image_length(c->turn.from);
+        bool begins = !image_length(call_from(c));
         unsigned flags = c->request.add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         struct token_list list = {0};
         st = encode(c, p->text, flags, &list);
@@ -160,7 +165,7 @@ static enum status render_turn(struct call *c, unsigned flags, struct bytes *tex
     if (at) {
         const char *stops[4];
         at += strlen(answer_before);
-        bool ended = c->turn.from->tail != CALL_TAIL_OPEN;
+        bool ended = call_from(c)->tail != CALL_TAIL_OPEN;
         int n_stops = ended ? chat_template_stops(c->model->chat_template, stops) : 0;
         for (int i = 0; i < n_stops; i++) {
             size_t length = strlen(stops[i]);
@@ -187,18 +192,18 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     unsigned flags = (q->add_generation_prompt ? CHAT_ADD_GENERATION_PROMPT : 0) |
                      (q->continue_final_message ? CHAT_CONTINUE_FINAL_MESSAGE : 0);
     struct bytes text = {0};
-    enum status st = image_length(c->turn.from)
+    enum status st = image_length(call_from(c))
                          ? render_turn(c, flags, &text)
                          : chat_template_render(c->model->chat_template, q->messages, q->n_messages,
                                                 flags, &text, &c->error);
     if (st == STATUS_UNSUPPORTED || st == STATUS_INVALID) {
-        snprintf(c->error.field, sizeof(c->error.field), "messages");
+        snprintf(c->error.field, sizeof(c->error.field), "%s", input_field(c));
         st = c->error.status = STATUS_INVALID;
     } else if (text.failed) {
         st = fail(&c->error, STATUS_NOMEM, "out of memory for the text of a conversation");
     }
     if (!st) {
-        bool begins = !image_length(c->turn.from);
+        bool begins = !image_length(call_from(c));
         unsigned special = q->add_special_tokens && begins ? TOKENIZER_ADD_SPECIAL : 0;
         st = encode(c, (struct codec_text){text.n ? text.data : "", text.n}, special, list);
     }
@@ -235,6 +240,51 @@ static enum status prepare_chat(struct call *c)
     if (!st)
         add_template_stops(c);
     return st;
+}
+
+/* The state that a response goes on from, and that its chain has these instructions. */
+static enum status find_previous(struct call *c, struct response_instructions *instructions)
+{
+    const struct codec_request *q = &c->request;
+    struct response_instructions chain;
+    enum status st = responses_state(c->routes->responses, q->previous_response_id, c->owner,
+                                     time(NULL), &c->from, &chain, &c->error);
+    if (st) {
+        c->code = st == STATUS_CONFLICT ? NULL : "previous_response_not_found";
+        snprintf(c->error.field, sizeof(c->error.field), "previous_response_id");
+        return st == STATUS_NOT_FOUND ? c->error.status = STATUS_INVALID : st;
+    }
+    bool same = instructions->given == chain.given &&
+                !memcmp(instructions->hash, chain.hash, sizeof(chain.hash));
+    if (instructions->given && !same) {
+        c->code = "unsupported_value";
+        return fail_field(&c->error, STATUS_INVALID, "instructions",
+                          "'instructions' differ from those that response '%.64s' began with. A "
+                          "state cannot forget what it has read: leave them out, or begin anew.",
+                          q->previous_response_id);
+    }
+    *instructions = chain;
+    return STATUS_OK;
+}
+
+static enum status prepare_response(struct call *c)
+{
+    struct codec_request *q = &c->request;
+    struct response_instructions instructions = response_instructions_of(q->instructions);
+    enum status st = q->previous_response_id ? find_previous(c, &instructions) : STATUS_OK;
+    if (!st)
+        st = prepare_chat(c);
+    if (!st)
+        st = response_new(&c->response, &q->repeated, &q->items, q->n_items, &c->error);
+    if (st)
+        return st;
+    c->response->owner = c->owner;
+    c->response->created = time(NULL);
+    c->response->model = c->model->name;
+    c->response->instructions = instructions;
+    c->response->lists_ids = q->return_token_ids;
+    c->response->cached_tokens = (int64_t)image_length(c->from);
+    return STATUS_OK;
 }
 
 static enum status prepare_tokenize(struct call *c)
@@ -277,6 +327,63 @@ static enum status check_model(struct call *c)
                       shown.data, (int)ours.n, ours.data);
 }
 
+/* The state that came with the request. */
+static enum status read_state(struct call *c)
+{
+    const struct codec_text *text = &c->request.state;
+    struct bytes file = {0};
+    enum status st = base64_decode(text->data, text->n, &file, &c->error);
+    if (!st)
+        st = image_parse(&c->from, &c->routes->storage.images, file.n ? file.data : "", file.n,
+                         &c->error);
+    bytes_free(&file);
+    if (st != STATUS_INVALID)
+        return st;
+    c->code = "invalid_value";
+    snprintf(c->error.field, sizeof(c->error.field), "state");
+    return fail_context(&c->error, "Invalid 'state'");
+}
+
+static enum status find_preset(struct call *c)
+{
+    enum status st =
+        presets_find(c->routes->presets, c->request.from_preset, &c->from, NULL, &c->error);
+    if (st == STATUS_NOT_FOUND) {
+        c->code = "preset_not_found";
+        snprintf(c->error.field, sizeof(c->error.field), "from.preset");
+    }
+    return st;
+}
+
+/* Of a session that others wait for it is not this one's turn. */
+static enum status begin_turn(struct call *c)
+{
+    const char *id = c->request.session_id;
+    if (c->turn.active)
+        return STATUS_OK; /* it came while the request waited */
+    enum status st;
+    if (queue_is_ahead(c->routes->queue, id, c->owner))
+        st = fail_field(&c->error, STATUS_CONFLICT, "session_id",
+                        "Session '%.64s' is in a turn; try again when that has ended.", id);
+    else
+        st = session_begin(c->routes->storage.sessions, id, c->owner, c->version, &c->turn,
+                           &c->error);
+    if (st == STATUS_CONFLICT && c->request.queue)
+        snprintf(c->waits_for, sizeof(c->waits_for), "%s", id);
+    return st;
+}
+
+/* What the prompts continue. */
+static enum status find_origin(struct call *c)
+{
+    const struct codec_request *q = &c->request;
+    if (q->session_id)
+        return begin_turn(c);
+    if (q->from_preset)
+        return find_preset(c);
+    return q->state.data ? read_state(c) : STATUS_OK;
+}
+
 /* Move what the generation reads of a request to the call's arena; the rest of it goes. */
 static enum status keep(struct call *c)
 {
@@ -296,30 +403,11 @@ static enum status keep(struct call *c)
     return STATUS_OK;
 }
 
-/* Of a session that others wait for it is not this one's turn. */
-static enum status begin_turn(struct call *c)
-{
-    const char *id = c->request.session_id;
-    if (!id || c->turn.active)
-        return STATUS_OK;
-    enum status st;
-    if (queue_is_ahead(c->routes->queue, id, c->owner))
-        st = fail_field(&c->error, STATUS_CONFLICT, "session_id",
-                        "Session '%.64s' is in a turn; try again when that has ended.", id);
-    else
-        st = session_begin(c->routes->storage.sessions, id, c->owner, c->version, &c->turn,
-                           &c->error);
-    if (st == STATUS_CONFLICT && c->request.queue)
-        snprintf(c->waits_for, sizeof(c->waits_for), "%s", id);
-    return st;
-}
-
 void call_prepare(struct call *c)
 {
     static enum status (*const steps[CODEC_API_COUNT])(struct call *) = {
-        [CODEC_COMPLETIONS] = prepare_completion,
-        [CODEC_CHAT] = prepare_chat,
-        [CODEC_TOKENIZE] = prepare_tokenize,
+        [CODEC_COMPLETIONS] = prepare_completion, [CODEC_CHAT] = prepare_chat,
+        [CODEC_RESPONSES] = prepare_response,     [CODEC_TOKENIZE] = prepare_tokenize,
         [CODEC_DETOKENIZE] = prepare_detokenize,
     };
     struct codec_request *q = &c->request;
@@ -331,7 +419,7 @@ void call_prepare(struct call *c)
     if (!st)
         st = check_model(c);
     if (!st)
-        st = begin_turn(c);
+        st = find_origin(c);
     if (!st)
         st = steps[c->api](c);
     if (!st && c->reply.failed)

@@ -7,7 +7,7 @@
  * Threads: no shared state; one thread at a time per request (the io thread or a worker).
  * Memory:  a request borrows its input's texts and the model's name from its parsed tree, and
  *          arrays and stop strings from the caller's arena; codec_request_free releases the
- *          tree. What says how to generate outlives it.
+ *          tree, repeated and items. What says how to generate outlives it.
  * Errors:  INVALID naming the field, UNSUPPORTED is never used for fields (it means 415), NOMEM.
  *          `code` of the request then holds OpenAI's error code.
  */
@@ -25,7 +25,14 @@
 #include "weights/chat_template.h"
 #include "weights/tokenizer.h"
 
-enum codec_api { CODEC_COMPLETIONS, CODEC_CHAT, CODEC_TOKENIZE, CODEC_DETOKENIZE, CODEC_API_COUNT };
+enum codec_api {
+    CODEC_COMPLETIONS,
+    CODEC_CHAT,
+    CODEC_RESPONSES,
+    CODEC_TOKENIZE,
+    CODEC_DETOKENIZE,
+    CODEC_API_COUNT
+};
 
 enum {
     CODEC_MAX_DEPTH = 64,        /* nested arrays and objects of a body */
@@ -73,7 +80,19 @@ struct codec_request {
     bool add_generation_prompt, continue_final_message;
     bool add_special_tokens; /* of the tokenizer's post-processor, for text prompts */
     const char *session_id;  /* NULL: none. The prompt is what is new in that session */
+    const char *from_preset; /* NULL: none. The same for the state of this name */
+    struct codec_text state; /* base64 of an exported state, and the same; data NULL: none */
+    bool return_state;       /* the reply has the state after the turn */
     bool parse_special;      /* tokenize: text of special tokens becomes those tokens */
+
+    /* Responses. `repeated` and `items` are the request's own until somebody takes them over. */
+    const char *instructions;         /* NULL: none; else messages begin with them, unless */
+    const char *previous_response_id; /* names the response that this one continues */
+    bool store;
+    struct bytes repeated; /* the members of the response object that repeat the request */
+    struct bytes items;    /* the input as items without their ids: `"type":...,"role":...`, a line
+                            * each */
+    size_t n_items;
 
     /* Output. */
     int64_t n, best_of; /* best_of >= n >= 1 */
@@ -100,22 +119,25 @@ struct codec_request {
 
     /* The codec's own. */
     int64_t max_completion_tokens, top_logprobs; /* -1 when absent */
-    bool chat_logprobs;
-    void *tree; /* cJSON, owned */
+    bool chat_logprobs;                          /* responses: `include` names them */
+    void *tree;                                  /* cJSON, owned */
 };
 
 /* Parse body[n] into *out. On failure out->code tells OpenAI's code; free the request in any
  * case. Arrays come from arena a. */
 enum status codec_read(struct codec_request *out, enum codec_api api, const char *body, size_t n,
                        const struct codec_context *context, struct arena *a, struct error *err);
-/* Release the parsed tree; model, prompts and messages are then NULL and 0. May be repeated. */
+/* Release the parsed tree; what was borrowed from it, and prompts and messages, are then NULL and
+ * 0. May be repeated. */
 void codec_request_free(struct codec_request *q);
 
-/* The i-th field that an API, the object stream_options, or a message knows; NULL behind the
- * last. For the test that compares them with openapi.yaml. */
+/* The i-th field that an API, the objects stream_options and from, or a message knows; NULL behind
+ * the last. For the test that compares them with openapi.yaml. */
 const char *codec_field(enum codec_api api, size_t i);
 const char *codec_stream_option(size_t i);
 const char *codec_message_field(size_t i);
+const char *codec_item_field(size_t i); /* of a message among the input of a response */
+const char *codec_from_field(size_t i);
 
 /* Cut text that came from outside for use in an error: at most 64 bytes, whole characters. */
 struct codec_text codec_clip(const char *text);
@@ -137,6 +159,7 @@ struct codec_reply {
     const char *model, *fingerprint;
     bool usage_field;             /* chunks carry "usage": null until the last */
     struct codec_session session; /* where it is after the turn; no id: not known, or none */
+    struct codec_text state;      /* base64 of the state after the turn; data NULL: none */
 };
 
 struct codec_usage { /* of this request: a session's earlier tokens do not count */

@@ -165,6 +165,33 @@ static enum status field_stream_options(struct reader *r, const struct field *f,
     return codec_read_members(r, stream_options_fields, v, path, target);
 }
 
+static const struct field from_fields[] = {
+    {"preset", field_string, offsetof(struct codec_request, from_preset), 0, 0, false},
+    {0},
+};
+
+/* What a request begins with must not be overlooked: a member that is unknown is an error. */
+static enum status field_from(struct reader *r, const struct field *f, const cJSON *v,
+                              const char *path, void *target)
+{
+    (void)f;
+    if (!cJSON_IsObject(v))
+        return codec_wrong_type(r, path, "an object", v);
+    const cJSON *item;
+    cJSON_ArrayForEach(item, v)
+    {
+        struct path p = codec_path(path, item->string);
+        if (strcmp(item->string, "preset"))
+            return codec_wrong(r, p.text, "unknown_parameter",
+                               "Unknown parameter: '%s'. A request begins from a 'preset'.",
+                               p.text);
+    }
+    enum status st = codec_read_members(r, from_fields, v, path, target);
+    if (!st && !r->q->from_preset)
+        st = codec_missing(r, codec_path(path, "preset").text);
+    return st;
+}
+
 static enum status field_response_format(struct reader *r, const struct field *f, const cJSON *v,
                                          const char *path, void *target)
 {
@@ -221,14 +248,12 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
         name, read, 0, 0, 0, false                                                                 \
     }
 
-/* What both generating APIs take. */
-#define GENERATION_FIELDS                                                                          \
-    {"model", field_string, AT(model), 0, 0, false}, INT("n", n, 1, CODEC_MAX_N),                  \
-        {"session_id", field_string, AT(session_id), 0, 0, false}, FLAG("stream", stream),         \
-        FLAG("resumable", resumable), FLAG("queue", queue),                                        \
-        CUSTOM("stream_options", field_stream_options), NUMBER("temperature", temperature, 0, 2),  \
-        NUMBER("top_p", top_p, 0, 1), INT("top_k", top_k, -1, INT32_MAX),                          \
-        NUMBER("min_p", min_p, 0, 1), ABOVE("typical_p", typical_p, 0, 1),                         \
+/* What all generating APIs take. */
+#define SAMPLING_FIELDS                                                                            \
+    {"model", field_string, AT(model), 0, 0, false}, FLAG("stream", stream),                       \
+        NUMBER("temperature", temperature, 0, 2), NUMBER("top_p", top_p, 0, 1),                    \
+        INT("top_k", top_k, -1, INT32_MAX), NUMBER("min_p", min_p, 0, 1),                          \
+        ABOVE("typical_p", typical_p, 0, 1),                                                       \
         ABOVE("repetition_penalty", repetition_penalty, 0, 1000),                                  \
         NUMBER("presence_penalty", presence_penalty, -2, 2),                                       \
         NUMBER("frequency_penalty", frequency_penalty, -2, 2), CUSTOM("seed", field_seed),         \
@@ -238,8 +263,15 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
         INT("min_tokens", min_tokens, 0, INT32_MAX), FLAG("ignore_eos", ignore_eos),               \
         FLAG("skip_special_tokens", skip_special_tokens),                                          \
         FLAG("add_special_tokens", add_special_tokens),                                            \
-        FLAG("return_token_ids", return_token_ids),                                                \
-        CUSTOM("response_format", field_response_format), CUSTOM("user", field_ignore_string)
+        FLAG("return_token_ids", return_token_ids), CUSTOM("user", field_ignore_string)
+
+/* What completions and chat take. */
+#define GENERATION_FIELDS                                                                          \
+    SAMPLING_FIELDS, INT("n", n, 1, CODEC_MAX_N), FLAG("resumable", resumable), FLAG("queue", queue),                                                  \
+        {"session_id", field_string, AT(session_id), 0, 0, false}, CUSTOM("from", field_from),     \
+        {"state", field_text, AT(state), 0, 0, false}, FLAG("return_state", return_state),         \
+        CUSTOM("store", field_ignore_bool), CUSTOM("stream_options", field_stream_options),        \
+        CUSTOM("response_format", field_response_format)
 
 static const struct field completion_fields[] = {
     GENERATION_FIELDS,
@@ -263,7 +295,6 @@ static const struct field chat_fields[] = {
     FLAG("logprobs", chat_logprobs),
     INT("top_logprobs", top_logprobs, 0, SAMPLER_MAX_TOP_LOGPROBS),
     CUSTOM("metadata", field_ignore_object),
-    CUSTOM("store", field_ignore_bool),
     CUSTOM("service_tier", field_ignore_string),
     CUSTOM("safety_identifier", field_ignore_string),
     CUSTOM("prompt_cache_key", field_ignore_string),
@@ -280,6 +311,37 @@ static const struct field chat_fields[] = {
     CUSTOM("prediction", field_refuse),
     CUSTOM("web_search_options", field_refuse),
     CUSTOM("chat_template", field_refuse),
+    {0},
+};
+
+static const struct field response_fields[] = {
+    SAMPLING_FIELDS,
+    CUSTOM("input", field_input),
+    {"instructions", field_string, AT(instructions), 0, 0, false},
+    {"previous_response_id", field_string, AT(previous_response_id), 0, 0, false},
+    FLAG("store", store),
+    {"max_output_tokens", field_max_tokens, AT(max_tokens), 1, 0, false},
+    CUSTOM("include", field_include),
+    INT("top_logprobs", top_logprobs, 0, SAMPLER_MAX_TOP_LOGPROBS),
+    CUSTOM("metadata", field_metadata),
+    CUSTOM("text", field_text_options),
+    CUSTOM("truncation", field_truncation),
+    CUSTOM("stream_options", field_obfuscation),
+    CUSTOM("service_tier", field_ignore_string),
+    CUSTOM("safety_identifier", field_ignore_string),
+    CUSTOM("prompt_cache_key", field_ignore_string),
+    CUSTOM("prompt_cache_retention", field_ignore_string),
+    CUSTOM("prompt_cache_options", field_ignore_object),
+    CUSTOM("parallel_tool_calls", field_ignore_bool),
+    CUSTOM("max_tool_calls", field_ignore_int),
+    CUSTOM("tools", field_refuse),
+    CUSTOM("tool_choice", field_refuse_choice),
+    CUSTOM("reasoning", field_reasoning),
+    CUSTOM("background", field_refuse),
+    CUSTOM("conversation", field_refuse),
+    CUSTOM("prompt", field_refuse),
+    CUSTOM("context_management", field_refuse),
+    CUSTOM("moderation", field_refuse),
     {0},
 };
 
@@ -306,9 +368,8 @@ static const struct field detokenize_fields[] = {
 };
 
 const struct field *const codec_tables[CODEC_API_COUNT] = {
-    [CODEC_COMPLETIONS] = completion_fields,
-    [CODEC_CHAT] = chat_fields,
-    [CODEC_TOKENIZE] = tokenize_fields,
+    [CODEC_COMPLETIONS] = completion_fields, [CODEC_CHAT] = chat_fields,
+    [CODEC_RESPONSES] = response_fields,     [CODEC_TOKENIZE] = tokenize_fields,
     [CODEC_DETOKENIZE] = detokenize_fields,
 };
 
@@ -330,6 +391,11 @@ const char *codec_field(enum codec_api api, size_t i)
 const char *codec_stream_option(size_t i)
 {
     return nth_name(stream_options_fields, &i);
+}
+
+const char *codec_from_field(size_t i)
+{
+    return nth_name(from_fields, &i);
 }
 
 const char *codec_message_field(size_t i)

@@ -98,8 +98,8 @@ enum status field_token_list(struct reader *r, const struct field *f, const cJSO
 
 /* ---- messages --------------------------------------------------------------------------- */
 
-static enum status field_role(struct reader *r, const struct field *f, const cJSON *v,
-                              const char *path, void *target)
+enum status field_role(struct reader *r, const struct field *f, const cJSON *v, const char *path,
+                       void *target)
 {
     (void)f;
     static const struct {
@@ -127,8 +127,9 @@ static enum status field_role(struct reader *r, const struct field *f, const cJS
 
 /* The text of one part of a content array. */
 static enum status read_part(struct reader *r, const cJSON *part, const char *path,
-                             const char **text)
+                             const struct chat_message *message, const char **text)
 {
+    (void)message;
     if (!cJSON_IsObject(part))
         return codec_wrong_type(r, path, "an object", part);
     const char *type = NULL;
@@ -145,15 +146,15 @@ static enum status read_part(struct reader *r, const cJSON *part, const char *pa
 }
 
 /* Join text parts with newlines, as other servers of text models do. */
-static enum status join_parts(struct reader *r, const cJSON *parts, const char *path,
-                              struct chat_message *out)
+enum status codec_join_parts(struct reader *r, const cJSON *parts, const char *path,
+                             part_read *read, struct chat_message *out)
 {
     size_t total = 0, i = 0;
     const cJSON *part;
     const char *text = NULL;
     cJSON_ArrayForEach(part, parts)
     {
-        enum status st = read_part(r, part, codec_index(path, i++).text, &text);
+        enum status st = read(r, part, codec_index(path, i++).text, out, &text);
         if (st)
             return st;
         total += strlen(text) + 1;
@@ -167,7 +168,7 @@ static enum status join_parts(struct reader *r, const cJSON *parts, const char *
         return codec_no_memory(r);
     cJSON_ArrayForEach(part, parts)
     {
-        read_part(r, part, path, &text);
+        read(r, part, path, out, &text);
         end = stpcpy(end, text);
         *end++ = '\n';
     }
@@ -183,7 +184,7 @@ static enum status field_content(struct reader *r, const struct field *f, const 
     (void)f;
     struct chat_message *out = target;
     if (cJSON_IsArray(v))
-        return join_parts(r, v, path, out);
+        return codec_join_parts(r, v, path, read_part, out);
     if (!cJSON_IsString(v))
         return codec_wrong_type(r, path, "a string or an array of text parts", v);
     out->content = v->valuestring;

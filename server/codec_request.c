@@ -48,24 +48,45 @@ static enum status check_choices(struct reader *r)
     return STATUS_OK;
 }
 
-/* A session goes one way. */
+/* What the prompt continues is named once. */
+static enum status check_origin(struct reader *r, const char **origin)
+{
+    const struct codec_request *q = r->q;
+    const char *names[3];
+    int n = 0;
+    if (q->session_id)
+        names[n++] = "session_id";
+    if (q->from_preset)
+        names[n++] = "from";
+    if (q->state.data)
+        names[n++] = "state";
+    *origin = n ? names[0] : NULL;
+    if (n > 1)
+        return codec_wrong(r, names[n - 1], "invalid_parameter_combination",
+                           "'%s' and '%s' both say what the request continues; expected one of "
+                           "them.",
+                           names[0], names[n - 1]);
+    return STATUS_OK;
+}
+
+/* A session goes one way, and so does a state that is given back. */
 static enum status check_session(struct reader *r)
 {
     struct codec_request *q = r->q;
     if (q->queue && !q->session_id)
         return codec_wrong(r, "queue", "invalid_parameter_combination",
                            "The 'queue' parameter is only allowed with 'session_id'.");
-    if (!q->session_id)
-        return STATUS_OK;
-    const char *field = q->best_of > q->n ? "best_of" : q->n > 1 ? "n" : "prompt";
-    if (q->best_of > 1 || q->n_prompts > 1)
-        return codec_wrong(r, field, "invalid_parameter_combination",
-                           "A request with 'session_id' has one prompt and one choice; fork the "
-                           "session for more.");
-    if (q->echo)
-        return codec_wrong(r, "echo", "invalid_parameter_combination",
-                           "'echo' cannot be used with 'session_id'.");
-    return STATUS_OK;
+    const char *origin, *field = q->best_of > q->n ? "best_of" : q->n > 1 ? "n" : "prompt";
+    enum status st = check_origin(r, &origin);
+    if (!st && (q->session_id || q->return_state) && (q->best_of > 1 || q->n_prompts > 1))
+        st = codec_wrong(r, field, "invalid_parameter_combination",
+                         "A request with '%s' has one prompt and one choice%s.",
+                         q->session_id ? "session_id" : "return_state",
+                         q->session_id ? "; fork the session for more" : "");
+    if (!st && q->echo && (origin || q->return_state))
+        st = codec_wrong(r, "echo", "invalid_parameter_combination",
+                         "'echo' cannot be used with '%s'.", origin ? origin : "return_state");
+    return st;
 }
 
 static enum status check_max_tokens(struct reader *r)
@@ -79,7 +100,7 @@ static enum status check_max_tokens(struct reader *r)
     if (q->max_completion_tokens >= 0)
         q->max_tokens = q->max_completion_tokens;
     if (q->max_tokens < 0) {
-        q->max_tokens = q->api == CODEC_CHAT ? r->context->chat_max_tokens : 16;
+        q->max_tokens = q->api == CODEC_COMPLETIONS ? 16 : r->context->chat_max_tokens;
         if (q->max_tokens < q->min_tokens && q->min_tokens <= r->context->max_tokens_limit)
             q->max_tokens = q->min_tokens;
     }
@@ -138,6 +159,19 @@ static enum status finish_chat(struct reader *r)
     return st ? st : check_max_tokens(r);
 }
 
+static enum status finish_response(struct reader *r)
+{
+    struct codec_request *q = r->q;
+    if (!is_given(r, "input"))
+        return codec_missing(r, "input");
+    if (q->chat_logprobs || q->top_logprobs > 0)
+        q->n_logprobs = q->top_logprobs > 0 ? q->top_logprobs : 0;
+    enum status st = check_stream(r);
+    if (!st)
+        st = check_max_tokens(r);
+    return st ? st : codec_finish_response(r);
+}
+
 static enum status finish_tokenize(struct reader *r)
 {
     struct codec_request *q = r->q;
@@ -161,6 +195,8 @@ static enum status finish(struct reader *r)
         return finish_completion(r);
     case CODEC_CHAT:
         return finish_chat(r);
+    case CODEC_RESPONSES:
+        return finish_response(r);
     case CODEC_TOKENIZE:
         return finish_tokenize(r);
     default:
@@ -179,7 +215,8 @@ static void set_defaults(struct codec_request *q, enum codec_api api, const stru
         .best_of = 1,
         .max_tokens = -1,
         .max_completion_tokens = -1,
-        .skip_special_tokens = api == CODEC_COMPLETIONS || api == CODEC_CHAT,
+        .skip_special_tokens = api < CODEC_TOKENIZE,
+        .store = true,
         .n_logprobs = -1,
         .top_logprobs = -1,
         .temperature = c->temperature,
@@ -223,7 +260,12 @@ void codec_request_free(struct codec_request *q)
 {
     cJSON_Delete(q->tree);
     q->tree = NULL;
-    q->model = q->session_id = NULL;
+    q->model = q->session_id = q->from_preset = NULL;
+    q->instructions = q->previous_response_id = NULL;
+    q->state = (struct codec_text){0};
+    bytes_free(&q->repeated);
+    bytes_free(&q->items);
+    q->n_items = 0;
     q->prompts = NULL;
     q->messages = NULL;
     q->n_prompts = q->n_messages = 0;

@@ -155,10 +155,10 @@ void codec_add_logprob(struct codec_lists *l, enum codec_api api, const struct t
                        const struct job_token *token, int64_t n_top, int64_t text_offset)
 {
     int n = n_top < token->n_top ? (int)n_top : token->n_top;
-    if (api == CODEC_CHAT)
-        add_chat_logprob(&l->logprobs[0], t, token, n);
-    else
+    if (api == CODEC_COMPLETIONS)
         add_completion_logprob(l->logprobs, t, token, n, text_offset);
+    else
+        add_chat_logprob(&l->logprobs[0], t, token, n);
 }
 
 void codec_add_id(struct codec_lists *l, int32_t id)
@@ -314,6 +314,11 @@ void codec_write_tail(struct bytes *out, const struct codec_reply *r,
         bytes_format(out, ",\"session\":{\"id\":\"%s\",\"position\":%llu,\"version\":%llu}",
                      r->session.id, (unsigned long long)r->session.position,
                      (unsigned long long)r->session.version);
+    if (r->state.data) {
+        bytes_text(out, ",\"state\":\"");
+        bytes_append(out, r->state.data, r->state.n);
+        bytes_char(out, '"');
+    }
     bytes_char(out, '}');
 }
 

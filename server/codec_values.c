@@ -151,6 +151,16 @@ enum status field_string(struct reader *r, const struct field *f, const cJSON *v
     return STATUS_OK;
 }
 
+enum status field_text(struct reader *r, const struct field *f, const cJSON *v, const char *path,
+                       void *target)
+{
+    if (!cJSON_IsString(v))
+        return codec_wrong_type(r, path, "a string", v);
+    *(struct codec_text *)at(f, target) =
+        (struct codec_text){v->valuestring, strlen(v->valuestring)};
+    return STATUS_OK;
+}
+
 /* Fields of OpenAI's that change nothing here: only their types are checked. */
 enum status field_ignore_string(struct reader *r, const struct field *f, const cJSON *v,
                                 const char *path, void *target)
@@ -164,6 +174,14 @@ enum status field_ignore_bool(struct reader *r, const struct field *f, const cJS
 {
     (void)f, (void)target;
     return cJSON_IsBool(v) ? STATUS_OK : codec_wrong_type(r, path, "a boolean", v);
+}
+
+enum status field_ignore_int(struct reader *r, const struct field *f, const cJSON *v,
+                             const char *path, void *target)
+{
+    (void)f, (void)target;
+    bool whole = cJSON_IsNumber(v) && v->valuedouble == floor(v->valuedouble);
+    return whole ? STATUS_OK : codec_wrong_type(r, path, "an integer", v);
 }
 
 enum status field_ignore_object(struct reader *r, const struct field *f, const cJSON *v,

@@ -17,7 +17,7 @@
  * its bytes can no longer be looked at, with "Connection: close" or a closed connection, and
  * sends it again. After a refusal for what a header says about the body the connection is
  * closed, and so it is after every chunked body, on whose framing two readers might disagree. A
- * chunked body that goes on for --max-body-mb beyond the limit is cut off unanswered;
+ * chunked body that goes on for its limit once more is cut off unanswered;
  * one that announces its length is refused at once.
  *
  * Threads: http_notify by any thread; http_open, http_close by main; the rest by the io thread.
@@ -46,6 +46,8 @@ enum http_route_flags {
     HTTP_ROUTE_JSON =
         2, /* POST with a JSON body: 415 on another Content-Type, 411 without length */
     HTTP_ROUTE_SLASHES = 4, /* the parameter is the rest of the path, slashes too */
+    HTTP_ROUTE_STATE = 8,   /* the body is an exported state, or JSON with one as base64: its
+                             * limit follows from http_set_state_bytes */
 };
 
 /* A path may have one parameter, a segment of it, percent-decoded: "/v1/sessions/{id}/fork".
@@ -70,6 +72,10 @@ struct http_config {
 enum status http_open(struct http_server **out, const struct http_config *config,
                       struct error *err);
 enum status http_start(struct http_server *s, struct error *err);
+/* The size of an exported state. A body that is one may be so long, and a little longer, so that
+ * it is told what is wrong with it; JSON with one may exceed --max-body-mb by its base64. Any
+ * thread. */
+void http_set_state_bytes(struct http_server *s, size_t n_bytes);
 /* The port that is listened on (0 for a unix socket). */
 int http_port(const struct http_server *s);
 /* "http://127.0.0.1:8080", "http://[::1]:8080" or "unix:/run/latte.sock". */
@@ -103,10 +109,13 @@ bool http_charge(struct http_request *r, size_t n_bytes);
 /* What is charged outlives the request: returns how much, for http_uncharge. */
 size_t http_keep_charge(struct http_request *r);
 void http_uncharge(struct http_server *s, size_t n_bytes);
+/* The body becomes the caller's, and counts until the request ends. */
+void http_take_body(struct http_request *r, struct bytes *out);
 struct arena *http_arena(struct http_request *r);
 const char *
 http_request_id(const struct http_request *r);    /* the client's X-Request-Id if sane, else ours */
 int http_key_index(const struct http_request *r); /* which API key, -1 when the API is open */
+bool http_is_admin(const struct http_request *r); /* an admin key, or --open-admin without keys */
 /* The API keys of a server, and a tag of one that is the same for the same key and secret. */
 enum { HTTP_TAG_SECRET_BYTES = 192, HTTP_TAG_BYTES = 16 };
 int http_n_keys(const struct http_server *s);

@@ -1,5 +1,5 @@
 /* http_admit.c - what the header of a request decides before its body is read: its id, its
- * route, and the refusals 401, 404, 405, 411 and 415; OPTIONS is answered here. */
+ * route, and the refusals 401, 404, 405, 411, 413 and 415; OPTIONS is answered here. */
 #include <stdio.h>
 #include <string.h>
 #include <strings.h>
@@ -75,6 +75,13 @@ static void check_json_body(struct http_request *r)
                        "The body must not be compressed: no Content-Encoding is supported.");
 }
 
+static void check_length(struct http_request *r)
+{
+    size_t limit = body_limit(r->server, r->route->flags);
+    if (r->framing.length > 0 && (uint64_t)r->framing.length > limit)
+        request_refuse_length(r, limit);
+}
+
 static void check_key(struct http_request *r)
 {
     struct api_keys *keys = r->server->keys;
@@ -144,6 +151,8 @@ void request_admit(struct http_request *r)
         refuse_method(r);
     } else {
         check_key(r);
+        if (!r->code)
+            check_length(r);
         if (!r->code && (found.route->flags & HTTP_ROUTE_JSON))
             check_json_body(r);
     }

@@ -133,7 +133,7 @@ static void look_at_header(struct connection *c, size_t n)
     struct http_server *s = c->server;
     struct http_verdict verdict;
     size_t header =
-        http_check_header(s->peek, n, s->options.max_body_mb << 20, &c->framing, &verdict);
+        http_check_header(s->peek, n, (int64_t)body_limit_of_all(s), &c->framing, &verdict);
     if (verdict.code) {
         door_refuse(c, verdict.code, verdict.message);
         return;

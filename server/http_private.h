@@ -130,6 +130,7 @@ struct http_server {
     int n_lingering;
     size_t buffered_bytes; /* memory of all request bodies, and what was charged */
     uint64_t id_seed, n_requests;
+    _Atomic size_t state_bytes; /* of an exported state, 0 before it is known */
     _Atomic bool notified, draining, stopping;
     _Atomic int n_active, n_connections;
     char peek[PEEK_BYTES];
@@ -195,12 +196,16 @@ struct http_request *request_begin(struct connection *c, struct MHD_Connection *
 bool request_receive(struct http_request *r, const char *data, size_t n);
 void request_end(struct http_request *r, bool delivered); /* frees it */
 void request_resume(struct http_request *r);
+/* The most bytes that the body of a route with these flags may have; of any route. */
+size_t body_limit(const struct http_server *s, unsigned flags);
+size_t body_limit_of_all(const struct http_server *s);
 void request_cancel(struct http_request *r); /* nothing more is sent; it will end soon */
 
 /* http_reply.c */
 /* A refusal of this layer: what comes of the body is dropped. */
 void request_refuse(struct http_request *r, int http_code, const char *message);
-bool refusal_comes_at_once(const struct http_request *r); /* before the body */
+void request_refuse_length(struct http_request *r, size_t limit); /* 413 */
+bool refusal_comes_at_once(const struct http_request *r);         /* before the body */
 bool stream_is_between_events(const struct http_request *r);
 
 /* http.c, called by the loop */

@@ -141,6 +141,14 @@ void request_refuse(struct http_request *r, int http_code, const char *message)
     http_fail_as(r, http_code, message, NULL, NULL);
 }
 
+void request_refuse_length(struct http_request *r, size_t limit)
+{
+    char message[120];
+    snprintf(message, sizeof(message),
+             "The request body is larger than the %zu bytes that the server accepts here.", limit);
+    request_refuse(r, 413, message);
+}
+
 /* Streams. */
 
 bool stream_is_between_events(const struct http_request *r)

@@ -6,6 +6,7 @@
 
 #include <microhttpd.h>
 
+#include "engine/base/base64.h"
 #include "server/http_private.h"
 #include "server/log.h"
 #include "server/metrics.h"
@@ -106,6 +107,35 @@ struct http_request *request_begin(struct connection *c, struct MHD_Connection *
 
 /* The body. */
 
+enum { STATE_SLACK_BYTES = 64 << 10 };
+
+void http_set_state_bytes(struct http_server *s, size_t n_bytes)
+{
+    atomic_store(&s->state_bytes, n_bytes);
+}
+
+size_t body_limit(const struct http_server *s, unsigned flags)
+{
+    size_t limit = (size_t)s->options.max_body_mb << 20;
+    size_t state_bytes = flags & HTTP_ROUTE_STATE ? atomic_load(&s->state_bytes) : 0;
+    if (state_bytes && !(flags & HTTP_ROUTE_JSON))
+        return state_bytes + STATE_SLACK_BYTES;
+    return limit + base64_length(state_bytes);
+}
+
+size_t body_limit_of_all(const struct http_server *s)
+{
+    size_t json = body_limit(s, HTTP_ROUTE_STATE | HTTP_ROUTE_JSON);
+    size_t state = body_limit(s, HTTP_ROUTE_STATE);
+    return json > state ? json : state;
+}
+
+/* Of the request's own route. */
+static size_t limit_of(const struct http_request *r)
+{
+    return body_limit(r->server, r->route ? r->route->flags : 0);
+}
+
 void http_drop_body(struct http_request *r)
 {
     r->server->buffered_bytes -= r->body.cap;
@@ -144,10 +174,10 @@ void http_uncharge(struct http_server *s, size_t n_bytes)
 static void keep_body(struct http_request *r, const char *data, size_t n)
 {
     struct http_server *s = r->server;
-    size_t limit = (size_t)s->options.max_body_mb << 20;
+    size_t limit = limit_of(r);
     size_t spare = r->body.cap - r->body.n;
-    if (n > limit - r->body.n) {
-        request_refuse(r, 413, "The request body is larger than the server accepts.");
+    if (r->body.n + n > limit) {
+        request_refuse_length(r, limit);
         return;
     }
     if (!has_room(s, n > spare ? n - spare : 0)) {
@@ -170,7 +200,7 @@ bool request_receive(struct http_request *r, const char *data, size_t n)
         return true;
     }
     r->n_drained += n;
-    return r->n_drained <= (uint64_t)r->server->options.max_body_mb << 20;
+    return r->n_drained <= limit_of(r);
 }
 
 /* The end of a request. */
@@ -263,6 +293,13 @@ const char *http_body(const struct http_request *r, size_t *n)
     return r->body.data ? r->body.data : "";
 }
 
+void http_take_body(struct http_request *r, struct bytes *out)
+{
+    *out = r->body;
+    r->charged += r->body.cap;
+    r->body = (struct bytes){0};
+}
+
 struct arena *http_arena(struct http_request *r)
 {
     return &r->arena;
@@ -276,6 +313,12 @@ const char *http_request_id(const struct http_request *r)
 int http_key_index(const struct http_request *r)
 {
     return r->key_index;
+}
+
+bool http_is_admin(const struct http_request *r)
+{
+    const struct http_server *s = r->server;
+    return s->keys ? api_keys_is_admin(s->keys, r->key_index) : s->options.open_admin;
 }
 
 int64_t http_arrival_ns(const struct http_request *r)

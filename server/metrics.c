@@ -52,6 +52,10 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
                                       "Events dropped from streams beyond a limit of memory."},
     [METRIC_SESSIONS_EXPIRED] = {"latte_sessions_expired_total",
                                  "Sessions forgotten because nobody used them."},
+    [METRIC_RESPONSES_EXPIRED] = {"latte_responses_expired_total",
+                                  "Stored responses forgotten at the end of their time."},
+    [METRIC_RESPONSES_DROPPED] = {"latte_responses_dropped_total",
+                                  "Stored responses forgotten before, for a limit."},
 };
 
 struct histogram_row {
@@ -359,14 +363,17 @@ static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
 {
     const struct session_counts *c = &s->sessions;
     write_value(out, "latte_sessions", "gauge", "Sessions there are.", c->n_sessions);
+    write_value(out, "latte_responses", "gauge", "Responses that are stored.", s->n_responses);
     write_head(out, "latte_sessions_by_tier", "gauge",
                "Sessions by where their state is: in memory, or in the store only.");
     bytes_format(out, "latte_sessions_by_tier{tier=\"host\"} %d\n", c->n_in_memory);
     bytes_format(out, "latte_sessions_by_tier{tier=\"store\"} %d\n",
                  c->n_sessions - c->n_in_memory);
-    write_value(out, "latte_session_states", "gauge",
-                "States of sessions, of the turns before, and of snapshots, each once.",
-                s->images.n_images);
+    write_value(
+        out, "latte_session_states", "gauge",
+        "States of sessions, of the turns before, of snapshots, presets, stored responses and "
+        "requests under way, each once.",
+        s->images.n_images);
     write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
                 (double)s->images.used_bytes);
     if (s->has_store)

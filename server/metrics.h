@@ -33,6 +33,8 @@ enum metric_counter {
     METRIC_STREAM_EVENTS_DROPPED, /* latte_stream_events_dropped_total */
     METRIC_IDEMPOTENT_REPLAYS,    /* latte_idempotent_replays_total */
     METRIC_OUTCOMES_EVICTED,      /* latte_idempotency_evicted_total */
+    METRIC_RESPONSES_EXPIRED,  /* latte_responses_expired_total */
+    METRIC_RESPONSES_DROPPED,  /* latte_responses_dropped_total: for a limit */
     METRIC_COUNTER_COUNT
 };
 
@@ -58,6 +60,7 @@ void metrics_count_finish(const char *finish_reason);
 
 /* What the sessions hold now, and what their store has done. */
 struct metrics_sessions {
+    int n_responses;
     struct session_counts sessions;
     struct image_counts images;
     bool has_store;

@@ -11,7 +11,7 @@
 
 const char latte_version[] = LATTE_VERSION;
 
-enum option_kind { OPTION_STRING, OPTION_INT, OPTION_NUMBER, OPTION_FLAG };
+enum option_kind { OPTION_STRING, OPTION_INT, OPTION_NUMBER, OPTION_FLAG, OPTION_STRINGS };
 
 struct option_row {
     const char *flag, *initial, *value_name, *help;
@@ -107,6 +107,22 @@ static enum status parse_string(const struct option_row *row, const char *source
     return STATUS_OK;
 }
 
+/* One more value; the first one from the command line replaces the environment's. */
+static enum status add_string(const struct option_row *row, const char *source, const char *text,
+                              struct option_strings *out, struct error *err)
+{
+    bool by_flag = !strncmp(source, "--", 2);
+    if (by_flag && !out->by_flag)
+        out->n = 0;
+    out->by_flag = by_flag;
+    if (out->n == OPTION_MAX_STRINGS)
+        return fail_field(err, STATUS_INVALID, row->flag, "%s: expected at most %d times", source,
+                          OPTION_MAX_STRINGS);
+    enum status st = parse_string(row, source, text, &out->values[out->n], err);
+    out->n += !st;
+    return st;
+}
+
 /* Set one option; source is how the user wrote it, for the error. */
 static enum status set_option(struct options *o, const struct option_row *row, const char *source,
                               const char *text, struct error *err)
@@ -119,6 +135,8 @@ static enum status set_option(struct options *o, const struct option_row *row, c
         return parse_number(row, source, text, field, err);
     case OPTION_FLAG:
         return parse_flag(row, source, text, field, err);
+    case OPTION_STRINGS:
+        return add_string(row, source, text, field, err);
     case OPTION_STRING:
         break;
     }

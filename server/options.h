@@ -18,7 +18,7 @@
 
 /* X(field, kind, flag, default, minimum, maximum, value name, help)
  * kinds: STRING (char const *; default a string or NULL), INT (int64_t), NUMBER (double), FLAG
- * (bool).
+ * (bool), STRINGS (struct option_strings; the flag may be repeated, the variable has one).
  * A STRING whose value name is a list "a|b|c" takes one of those words only. */
 #define OPTION_LIST(X)                                                                             \
     X(model, STRING, "model", NULL, 0, 0, "DIR", "model directory to serve (required)")            \
@@ -55,13 +55,24 @@
     X(chunk_tokens, INT, "chunk-tokens", "0", 0, 65536, "N",                                       \
       "prompt tokens of one request processed in a step at most; 0: 128 on a CPU, 4096 on a GPU")  \
     X(max_sessions, INT, "max-sessions", "10000", 1, 10000000, "N", "sessions held at once")       \
+    X(max_sessions_per_key, INT, "max-sessions-per-key", "0", 0, 10000000, "N",                    \
+      "sessions that one API key may have; beyond it requests get 429; 0: no limit")               \
+    X(max_stored_mb_per_key, INT, "max-stored-mb-per-key", "0", 0, 16777216, "MB",                 \
+      "states that the sessions and snapshots of one API key may have; 0: no limit")               \
     X(session_idle_ttl, INT, "session-idle-ttl", "0", 0, 31536000, "SECONDS",                      \
       "a session unused so long is forgotten, unless it says otherwise; 0: never")                 \
     X(max_queued_turns, INT, "max-queued-turns", "32", 0, 1000000, "N",                            \
       "requests that may wait for a turn of one session")                                          \
+    X(response_ttl, INT, "response-ttl", "2592000", 1, 315360000, "SECONDS",                       \
+      "how long a stored response can be retrieved and continued")                                 \
+    X(max_responses, INT, "max-responses", "1000", 1, 10000000, "N",                               \
+      "responses stored for each API key; beyond it the oldest goes")                              \
+    X(response_mb, INT, "response-mb", "512", 1, 16777216, "MB",                                   \
+      "memory of all stored responses with their states; beyond it, and beyond half of "           \
+      "--host-state-mb, the oldest go")                                                            \
     X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
-      "memory of all sessions' and snapshots' states; beyond it those used least go to --store, "  \
-      "and without one requests get 429")                                                          \
+      "memory of all states of sessions, snapshots and presets; beyond it those used least go "    \
+      "to --store, and without one requests get 429")                                              \
     X(store, STRING, "store", NULL, 0, 0, "DIR",                                                   \
       "directory in which sessions outlive the process; without it they do not")                   \
     X(durability, STRING, "durability", "turn", 0, 0, "turn|interval|none",                        \
@@ -72,6 +83,12 @@
       "(a GPU: only with --deterministic)")                                                        \
     X(durability_interval, INT, "durability-interval", "1000", 1, 3600000, "MS",                   \
       "time in which --durability interval writes")                                                \
+    X(preset, STRINGS, "preset", NULL, 0, 0, "NAME=FILE",                                          \
+      "an exported state that sessions and requests may begin from, under this name; several "     \
+      "with commas, or repeat it")                                                                 \
+    X(max_presets, INT, "max-presets", "256", 1, 65536, "N", "presets held at once")               \
+    X(open_admin, FLAG, "open-admin", "0", 0, 1, NULL,                                             \
+      "without --api-key-file: let everybody save and delete presets")                             \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
       "longest prompt accepted")                                                                   \
     X(default_max_tokens, INT, "default-max-tokens", "4096", 1, 1000000000, "N",                   \
@@ -82,7 +99,8 @@
       "most sequences (prompts x best_of) one request may ask for; never over --max-queue")        \
     X(request_timeout, INT, "request-timeout", "0", 0, 86400, "SECONDS",                           \
       "deadline of a request from its arrival; 0: none")                                           \
-    X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB", "largest request body")                \
+    X(max_body_mb, INT, "max-body-mb", "32", 1, 1024, "MB",                                        \
+      "largest request body; one with a state may be longer by that")                              \
     X(max_buffered_mb, INT, "max-buffered-mb", "256", 1, 1048576, "MB",                            \
       "memory of all request bodies and prompts together; beyond it 503")                          \
     X(max_connections, INT, "max-connections", "4096", 1, 65536, "N", "open connections")          \
@@ -106,7 +124,8 @@
       "memory of those answers; beyond it the oldest are forgotten")                               \
     X(workers, INT, "workers", "2", 1, 64, "N", "threads that parse and tokenize large bodies")    \
     X(api_key_file, STRING, "api-key-file", NULL, 0, 0, "FILE",                                    \
-      "one API key of 8 to 255 characters per line; without it the API is open")                   \
+      "one API key of 8 to 255 characters per line, behind an admin's a blank and 'admin'; "       \
+      "without it the API is open")                                                                \
     X(cors_origin, STRING, "cors-origin", NULL, 0, 0, "ORIGIN",                                    \
       "send CORS headers for this origin, or * for any")                                           \
     X(strict_fields, FLAG, "strict-fields", "0", 0, 1, NULL,                                       \
@@ -123,6 +142,15 @@
 #define OPTION_TYPE_INT int64_t
 #define OPTION_TYPE_NUMBER double
 #define OPTION_TYPE_FLAG bool
+#define OPTION_TYPE_STRINGS struct option_strings
+
+enum { OPTION_MAX_STRINGS = 64 };
+
+struct option_strings {
+    int n;
+    const char *values[OPTION_MAX_STRINGS];
+    bool by_flag; /* not from the environment */
+};
 
 struct options {
 #define X(field, kind, ...) OPTION_TYPE_##kind field;

@@ -6,12 +6,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "server/call.h"
 #include "server/call_once.h"
 #include "server/call_queue.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
+#include "server/routes_presets.h"
+#include "server/routes_responses.h"
 #include "server/routes_sessions.h"
 #include "server/routes_streams.h"
 
@@ -27,6 +30,11 @@ static void post_completions(struct http_request *http, void *context)
 static void post_chat(struct http_request *http, void *context)
 {
     call_post(http, context, CODEC_CHAT);
+}
+
+static void post_response(struct http_request *http, void *context)
+{
+    call_post(http, context, CODEC_RESPONSES);
 }
 
 static void post_tokenize(struct http_request *http, void *context)
@@ -118,6 +126,7 @@ static void fill_metrics(struct routes *r, struct metrics_sessions *out)
 {
     sessions_count(r->storage.sessions, &out->sessions);
     image_count(&r->storage.images, &out->images);
+    out->n_responses = responses_n(r->responses);
     out->has_store = r->storage.store != NULL;
     if (r->storage.store)
         journal_count(state_store_journal(r->storage.store), &out->journal);
@@ -161,8 +170,12 @@ static void get_openapi(struct http_request *http, void *context)
 }
 
 static const struct http_route table[] = {
-    {"POST", "/v1/completions", HTTP_ROUTE_JSON, post_completions},
-    {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON, post_chat},
+    {"POST", "/v1/completions", HTTP_ROUTE_JSON | HTTP_ROUTE_STATE, post_completions},
+    {"POST", "/v1/chat/completions", HTTP_ROUTE_JSON | HTTP_ROUTE_STATE, post_chat},
+    {"POST", "/v1/responses", HTTP_ROUTE_JSON, post_response},
+    {"GET", "/v1/responses/{id}", 0, response_get},
+    {"DELETE", "/v1/responses/{id}", 0, response_delete},
+    {"GET", "/v1/responses/{id}/input_items", 0, response_get_items},
     {"GET", "/v1/models", 0, get_models},
     {"GET", "/v1/models/{id}", HTTP_ROUTE_SLASHES, get_one_model},
     {"POST", "/v1/sessions", HTTP_ROUTE_JSON, sessions_post},
@@ -174,7 +187,11 @@ static const struct http_route table[] = {
     {"GET", "/v1/sessions/{id}/snapshots", 0, session_get_snapshots},
     {"POST", "/v1/sessions/{id}/rollback", HTTP_ROUTE_JSON, session_post_rollback},
     {"GET", "/v1/sessions/{id}/state", 0, session_get_state},
-    {"PUT", "/v1/sessions/{id}/state", 0, session_put_state},
+    {"PUT", "/v1/sessions/{id}/state", HTTP_ROUTE_STATE, session_put_state},
+    {"GET", "/v1/presets", 0, presets_get_list},
+    {"GET", "/v1/presets/{name}", 0, preset_get},
+    {"PUT", "/v1/presets/{name}", HTTP_ROUTE_STATE, preset_put},
+    {"DELETE", "/v1/presets/{name}", 0, preset_remove},
     {"GET", "/v1/streams/{id}", 0, stream_get},
     {"DELETE", "/v1/streams/{id}", 0, stream_remove},
     {"POST", "/tokenize", HTTP_ROUTE_JSON, post_tokenize},
@@ -225,6 +242,8 @@ void routes_on_tick(void *context)
         return;
     metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
     sessions_reap(r->storage.sessions);
+    metrics_add(METRIC_RESPONSES_EXPIRED, (uint64_t)responses_expire(r->responses, time(NULL)));
+    metrics_add(METRIC_RESPONSES_DROPPED, (uint64_t)responses_take_dropped(r->responses));
 }
 
 /* ---- life -------------------------------------------------------------------------------------
@@ -270,7 +289,18 @@ enum status routes_open(struct routes **out, const struct options *options, stru
     const struct outcomes_options outcomes = {.limit_bytes =
                                                   (size_t)(options->idempotency_mb * MEGABYTE),
                                               .keep_s = options->idempotency_ttl};
+    size_t half_of_states = (size_t)options->host_state_mb << 19,
+           response_bytes = (size_t)options->response_mb << 20;
+    const struct responses_options responses = {
+        .ttl_s = options->response_ttl,
+        .max_per_owner = (int)options->max_responses,
+        .max_bytes = response_bytes < half_of_states ? response_bytes : half_of_states,
+    };
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
+    if (!st)
+        st = presets_open(&r->presets, (int)options->max_presets, err);
+    if (!st)
+        st = responses_open(&r->responses, &responses, err);
     if (!st)
         st = reels_open(&r->reels, &reels, err);
     if (!st)
@@ -283,6 +313,8 @@ enum status routes_open(struct routes **out, const struct options *options, stru
         queue_close(r->queue);
         outcomes_close(r->outcomes);
         reels_close(r->reels);
+        responses_close(r->responses);
+        presets_close(r->presets);
         bytes_free(&r->openapi);
         free(r);
         return st;
@@ -305,6 +337,8 @@ void routes_close(struct routes *r)
         return;
     routes_stop(r);
     call_end_detached(r);
+    responses_close(r->responses);
+    presets_close(r->presets);
     storage_close(&r->storage);
     queue_close(r->queue);
     quotas_free(&r->quotas);
@@ -355,8 +389,11 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
                                       .notify = notify,
                                       .context = r};
     enum status st = storage_open(&r->storage, &storage, err);
+    if (!st)
+        st = routes_load_presets(r, err);
     if (st)
         return st;
+    http_set_state_bytes(r->server, image_file_bytes(&r->storage.images));
     /* What decides a seed's outcome: the model, the program, and how it computes. */
     snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,
              latte_version, r->info.backend, r->info.weight_dtype, r->info.window_dtype);

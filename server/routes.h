@@ -37,7 +37,8 @@ void routes_on_tick(void *context);
 void routes_set_server(struct routes *r, struct http_server *server);
 
 /* From loading to serving: the store is read, /health/ready turns 200. A release store; requests
- * see it all. */
+ * see it all. Fails when the store or a preset of the options cannot be read; then nothing is
+ * served. */
 enum status routes_publish(struct routes *r, const struct served_model *model, struct error *err);
 
 /* From serving to draining: /health/ready turns 503 and new generations are refused. Any thread. */

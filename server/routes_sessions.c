@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/base/json.h"
 #include "server/call.h"
+#include "server/request_json.h"
 
 enum {
     MAX_FORKS = 64,
@@ -40,42 +40,9 @@ static bool find_place(struct http_request *http, void *context, struct place *o
 
 static void refuse(const struct place *p, const struct error *err)
 {
-    http_fail(p->http, err, err->status == STATUS_NOT_FOUND ? "session_not_found" : NULL);
-}
-
-/* The body as an object whose members are all among names. */
-static enum status read_body(const struct place *p, const char *const *names, cJSON **out,
-                             struct error *err)
-{
-    size_t n;
-    const char *body = http_body(p->http, &n);
-    const struct json_limits limits = {.max_depth = CODEC_MAX_DEPTH, .max_values = 1000};
-    enum status st = json_check(body, n, &limits, err);
-    if (st)
-        return st == STATUS_INVALID
-                   ? fail_context(err, "We could not parse the JSON body of your request")
-                   : st;
-    cJSON *tree = cJSON_ParseWithLength(body, n);
-    if (!tree)
-        return fail(err, STATUS_NOMEM, "out of memory for the body of a request");
-    if (!cJSON_IsObject(tree))
-        st = fail(err, STATUS_INVALID, "The body of the request is no JSON object.");
-    for (const cJSON *member = st ? NULL : tree->child; member; member = member->next) {
-        const char *const *name = names;
-        while (*name && strcmp(*name, member->string))
-            name++;
-        if (!*name) {
-            struct codec_text shown = codec_clip(member->string);
-            st = fail_field(err, STATUS_INVALID, member->string, "Unknown parameter: '%.*s'.",
-                            (int)shown.n, shown.data);
-            break;
-        }
-    }
-    if (st)
-        cJSON_Delete(tree);
-    else
-        *out = tree;
-    return st;
+    const char *code =
+        !strcmp(err->field, "from.preset") ? "preset_not_found" : "session_not_found";
+    http_fail(p->http, err, err->status == STATUS_NOT_FOUND ? code : NULL);
 }
 
 /* The beginning of every endpoint with a body. False: it is answered. */
@@ -85,44 +52,10 @@ static bool begin(struct http_request *http, void *context, const char *const *n
     struct error err;
     if (!find_place(http, context, p))
         return false;
-    if (!read_body(p, names, tree, &err))
+    if (!request_json_read(http, names, tree, &err))
         return true;
     refuse(p, &err);
     return false;
-}
-
-/* A whole number; `otherwise` when it is absent or null. */
-static enum status read_number(const cJSON *tree, const char *name, int64_t least, int64_t most,
-                               int64_t otherwise, int64_t *out, struct error *err)
-{
-    const cJSON *v = cJSON_GetObjectItemCaseSensitive(tree, name);
-    *out = otherwise;
-    if (!v || cJSON_IsNull(v))
-        return STATUS_OK;
-    bool good = cJSON_IsNumber(v) && v->valuedouble >= (double)least &&
-                v->valuedouble <= (double)most && v->valuedouble == (double)(int64_t)v->valuedouble;
-    if (!good)
-        return fail_field(err, STATUS_INVALID, name,
-                          "Invalid '%s': expected a whole number from %lld to %lld.", name,
-                          (long long)least, (long long)most);
-    *out = (int64_t)v->valuedouble;
-    return STATUS_OK;
-}
-
-/* A name of a snapshot; NULL when it is absent or null. */
-static enum status read_name(const cJSON *tree, const char *field, const char **out,
-                             struct error *err)
-{
-    const cJSON *v = cJSON_GetObjectItemCaseSensitive(tree, field);
-    *out = NULL;
-    if (!v || cJSON_IsNull(v))
-        return STATUS_OK;
-    if (!cJSON_IsString(v) || !*v->valuestring || strlen(v->valuestring) >= SESSION_NAME_BYTES)
-        return fail_field(err, STATUS_INVALID, field,
-                          "Invalid '%s': expected a string of 1 to %d bytes.", field,
-                          SESSION_NAME_BYTES - 1);
-    *out = v->valuestring;
-    return STATUS_OK;
 }
 
 /* The metadata as JSON text, which the caller frees; NULL when there is none. */
@@ -352,20 +285,38 @@ static void errand_handed_in(struct errand *e, enum status st, const struct erro
 
 /* ---- sessions -------------------------------------------------------------------------------- */
 
+/* The image that a new session begins with, kept; NULL: before any token. */
+static enum status read_from(const struct place *p, const cJSON *tree, struct image **out,
+                             struct error *err)
+{
+    static const char *const names[] = {"preset", "session", "snapshot", NULL};
+    const cJSON *from = cJSON_GetObjectItemCaseSensitive(tree, "from");
+    if (!from || cJSON_IsNull(from))
+        return STATUS_OK;
+    if (!cJSON_IsObject(from))
+        return fail_field(err, STATUS_INVALID, "from", "Invalid 'from': expected an object.");
+    enum status st = request_json_members(from, "from", names, err);
+    return st ? st : request_json_image(p->routes, from, "from", p->owner, out, err);
+}
+
 void sessions_post(struct http_request *http, void *context)
 {
-    static const char *const names[] = {"metadata", "idle_ttl", NULL};
+    static const char *const names[] = {"metadata", "idle_ttl", "from", NULL};
     struct place p;
     struct error err;
     cJSON *tree = NULL;
     char *metadata = NULL;
+    struct image *image = NULL;
     if (!begin(http, context, names, &p, &tree))
         return;
     struct session_request request = {.owner = p.owner};
     enum status st = read_metadata(tree, &metadata, &err);
     if (!st)
-        st = read_number(tree, "idle_ttl", 1, MAX_IDLE_S, 0, &request.idle_s, &err);
+        st = request_json_number(tree, "idle_ttl", 1, MAX_IDLE_S, 0, &request.idle_s, &err);
+    if (!st)
+        st = read_from(&p, tree, &image, &err);
     request.metadata = metadata;
+    request.from = image;
     struct errand *e = st ? NULL : errand_new(&p);
     if (st)
         refuse(&p, &err);
@@ -374,6 +325,7 @@ void sessions_post(struct http_request *http, void *context)
         st = session_create(p.routes->storage.sessions, &request, on_session, e, &err);
         errand_handed_in(e, st, &err);
     }
+    image_drop(image);
     cJSON_free(metadata);
     cJSON_Delete(tree);
 }
@@ -498,7 +450,7 @@ void session_post_fork(struct http_request *http, void *context)
     int64_t n = 1;
     if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_number(tree, "n", 1, MAX_FORKS, 1, &n, &err);
+    enum status st = request_json_number(tree, "n", 1, MAX_FORKS, 1, &n, &err);
     cJSON_Delete(tree);
     if (st)
         refuse(&p, &err);
@@ -526,7 +478,7 @@ void session_post_snapshot(struct http_request *http, void *context)
     cJSON *tree = NULL;
     if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_name(tree, "name", &name, &err);
+    enum status st = request_json_name(tree, "", "name", &name, &err);
     if (!st && !name)
         st = fail_field(&err, STATUS_INVALID, "name", "Missing required parameter: 'name'.");
     struct errand *e = st ? NULL : errand_new(&p);
@@ -571,7 +523,7 @@ void session_post_rollback(struct http_request *http, void *context)
     cJSON *tree = NULL;
     if (!begin(http, context, names, &p, &tree))
         return;
-    enum status st = read_name(tree, "snapshot", &name, &err);
+    enum status st = request_json_name(tree, "", "snapshot", &name, &err);
     struct errand *e = st ? NULL : errand_new(&p);
     if (st)
         refuse(&p, &err);

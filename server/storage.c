@@ -124,6 +124,9 @@ enum status storage_open(struct storage *s, const struct storage_options *o, str
         .store = s->store,
         .owners = (const uint8_t(*)[SESSION_OWNER_BYTES])s->owners,
         .n_owners = s->n_owners,
+        .quota = {.max_sessions = (int)o->options->max_sessions_per_key,
+                  .max_bytes = (size_t)o->options->max_stored_mb_per_key << 20,
+                  .image_bytes = image_file_bytes(&s->images)},
     };
     if (!st)
         st = sessions_open(&s->sessions, &sessions, err);

@@ -45,7 +45,7 @@ static enum status start_job(struct generation *g, struct sequence *s, uint32_t 
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
         .shared = s->prompt->shared,
-        .from = g->setup.turn ? g->setup.turn->from : NULL,
+        .from = g->setup.turn ? g->setup.turn->from : g->setup.from,
         .into = g->setup.turn ? g->setup.turn->into : NULL,
         .max_tokens = q->max_tokens,
         .deadline_ms = g->setup.deadline_ms,
@@ -234,7 +234,7 @@ static bool advance_all(struct generation *g)
         if (g->turn.failed)
             end_with_error(g, &err);
     }
-    if (g->failed || !g->setup.request->stream)
+    if (g->failed || !(g->setup.request->stream || g->setup.response))
         return any;
     for (size_t i = 0; i < g->n_sequences; i++)
         stream_reply_events(g, &g->sequences[i]);

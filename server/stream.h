@@ -25,6 +25,7 @@
 #include "engine/job.h"
 #include "server/codec.h"
 #include "server/output.h"
+#include "server/responses.h"
 
 struct generation;
 
@@ -64,6 +65,8 @@ struct stream_setup {
     const struct stream_prompt *prompts; /* [n_prompts] */
     size_t n_prompts;
     const struct stream_turn *turn; /* NULL: none */
+    struct response *response; /* of the Responses API: the reply is written from it; or NULL */
+    struct image *from; /* without a turn: the state that all prompts continue, or NULL; borrowed */
     struct codec_reply reply;
     size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */
@@ -96,6 +99,10 @@ const struct error *stream_error(const struct generation *g);
  * The generation is to be polled again. */
 void stream_turn_committed(struct generation *g, const struct codec_session *session,
                            const struct error *err);
+
+/* The state after the turn as the reply gives it, borrowed until stream_close: for a stream before
+ * stream_turn_committed, for a whole reply before stream_write. */
+void stream_give_state(struct generation *g, struct codec_text state);
 
 /* Text and lists that wait to be sent. */
 size_t stream_held_bytes(const struct generation *g);

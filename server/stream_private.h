@@ -3,6 +3,7 @@
  *   stream.c        jobs, their progress, the life of a generation
  *   stream_turn.c   the end of a session's turn
  *   stream_reply.c  what its choices have to say, as events or as a whole
+ *   stream_response.c  the same of the Responses API
  *
  * Threads, memory, errors: as stream.h says.
  */
@@ -29,12 +30,13 @@ struct turn {
     struct image *into; /* its image, owned */
     int32_t *replayed;  /* [n_replayed] its tokens, owned */
     size_t n_replayed;
-    bool committing;    /* it is being committed, which counts as running */
-    bool committed;     /* that is over, and not looked at yet */
-    bool settled;       /* the reply may end */
-    struct error error; /* of committing */
-    int32_t *ids;       /* [n] output tokens */
-    int64_t *ends;      /* [n] bytes of the choice's text after each */
+    bool committing;         /* it is being committed, which counts as running */
+    bool committed;          /* that is over, and not looked at yet */
+    bool settled;            /* the reply may end */
+    struct codec_text state; /* as the reply gives it, borrowed; data NULL: it does not */
+    struct error error;      /* of committing */
+    int32_t *ids;            /* [n] output tokens */
+    int64_t *ends;           /* [n] bytes of the choice's text after each */
     size_t n, cap;
     struct bytes text; /* of the choice */
     bool failed;       /* memory ran out */
@@ -49,6 +51,7 @@ struct generation {
     struct codec_usage usage;
     struct bytes events; /* framed, not sent yet */
     size_t n_sent;       /* bytes of events that were read */
+    size_t n_told;       /* events of the response that were framed */
     bool open, ended;    /* all jobs were submitted; the last event is framed */
     bool failed;
     struct error error;
@@ -75,5 +78,9 @@ void stream_turn_free(struct generation *g);
 void stream_reply_events(struct generation *g, struct sequence *s);
 void stream_reply_end(struct generation *g);
 void stream_reply_error(struct generation *g);
+/* The same three where there is a response: it becomes what the choice says, and events come from
+ * it if they are wanted. */
+void stream_response_events(struct generation *g, struct sequence *s);
+void stream_response_error(struct generation *g);
 
 #endif

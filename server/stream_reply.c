@@ -16,6 +16,9 @@ static void write_event(struct generation *g, struct sequence *s, struct codec_c
     const struct codec_request *q = g->setup.request;
     bool ids_now = q->return_token_ids && !s->prompt_sent;
     bool chat = q->api == CODEC_CHAT;
+    struct codec_reply reply = g->setup.reply;
+    if (c->finish)
+        reply.state = g->turn.state;
     if (ids_now && !chat) {
         c->prompt_ids = s->prompt->ids + s->prompt->n_carried;
         c->n_prompt_ids = s->prompt->n - s->prompt->n_carried;
@@ -25,11 +28,11 @@ static void write_event(struct generation *g, struct sequence *s, struct codec_c
     c->logprobs = q->n_logprobs >= 0 && !c->role;
     c->ids = q->return_token_ids;
     bytes_text(&g->events, "data: ");
-    codec_write_head(&g->events, &g->setup.reply,
+    codec_write_head(&g->events, &reply,
                      ids_now && chat ? s->prompt->ids + s->prompt->n_carried : NULL,
                      s->prompt->n - s->prompt->n_carried);
-    codec_write_choice(&g->events, &g->setup.reply, c, true);
-    codec_write_tail(&g->events, &g->setup.reply,
+    codec_write_choice(&g->events, &reply, c, true);
+    codec_write_tail(&g->events, &reply,
                      q->include_usage && q->continuous_usage ? &g->usage : NULL);
     bytes_text(&g->events, "\n\n");
     s->prompt_sent = true;
@@ -44,6 +47,10 @@ static size_t list_bytes(const struct output *o)
  * and the finish_reason in a last event of its own; completions put it beside the last text. */
 void stream_reply_events(struct generation *g, struct sequence *s)
 {
+    if (g->setup.response) {
+        stream_response_events(g, s);
+        return;
+    }
     bool chat = g->setup.request->api == CODEC_CHAT;
     struct output *o = &s->output;
     bool end = s->finish && !s->finish_sent && stream_turn_is_settled(g);
@@ -68,6 +75,9 @@ void stream_reply_events(struct generation *g, struct sequence *s)
 
 void stream_reply_end(struct generation *g)
 {
+    g->ended = true;
+    if (g->setup.response) /* its last event is the end */
+        return;
     if (g->setup.request->include_usage) {
         bytes_text(&g->events, "data: ");
         codec_write_head(&g->events, &g->setup.reply, NULL, 0);
@@ -75,16 +85,19 @@ void stream_reply_end(struct generation *g)
         bytes_text(&g->events, "\n\n");
     }
     bytes_text(&g->events, "data: [DONE]\n\n");
-    g->ended = true;
 }
 
 void stream_reply_error(struct generation *g)
 {
+    g->ended = true;
+    if (g->setup.response) {
+        stream_response_error(g);
+        return;
+    }
     bytes_text(&g->events, "data: ");
     http_error_json(&g->events, http_status_of(g->error.status), g->error.text,
                     *g->error.field ? g->error.field : NULL, NULL);
     bytes_text(&g->events, "\n\n");
-    g->ended = true;
 }
 
 /* ---- whole replies ------------------------------------------------------------------------- */
@@ -127,11 +140,17 @@ static void write_whole_choice(struct generation *g, struct sequence *s, int64_t
 
 void stream_write(struct generation *g, struct bytes *out)
 {
+    if (g->setup.response) {
+        response_write(out, g->setup.response);
+        return;
+    }
     const struct codec_request *q = g->setup.request;
     size_t best_of = (size_t)q->best_of, n = (size_t)q->n;
     bool ids = q->return_token_ids && q->api == CODEC_CHAT;
     const struct stream_prompt *first = g->setup.prompts;
-    codec_write_head(out, &g->setup.reply, ids ? first->ids + first->n_carried : NULL,
+    struct codec_reply reply = g->setup.reply;
+    reply.state = g->turn.state;
+    codec_write_head(out, &reply, ids ? first->ids + first->n_carried : NULL,
                      first->n - first->n_carried);
     for (size_t p = 0; p < g->setup.n_prompts; p++) {
         struct sequence *of_prompt = g->sequences + p * best_of;
@@ -140,5 +159,5 @@ void stream_write(struct generation *g, struct bytes *out)
         for (size_t i = 0; i < n; i++)
             write_whole_choice(g, &of_prompt[i], (int64_t)(p * n + i), out);
     }
-    codec_write_tail(out, &g->setup.reply, &g->usage);
+    codec_write_tail(out, &reply, &g->usage);
 }

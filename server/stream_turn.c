@@ -81,6 +81,11 @@ void stream_turn_committed(struct generation *g, const struct codec_session *ses
         g->setup.reply.session = *session;
 }
 
+void stream_give_state(struct generation *g, struct codec_text state)
+{
+    g->turn.state = state;
+}
+
 /* True when it has been committed, or not. */
 static bool end_commit(struct generation *g, struct error *err)
 {

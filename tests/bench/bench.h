@@ -12,6 +12,7 @@
 /* Subcommands: argv[0] is the subcommand's name. Exit code 0, 1 (failed), 2 (usage). */
 int bench_engine(int argc, char **argv);
 int bench_serve(int argc, char **argv);
+int bench_sessions(int argc, char **argv);
 
 /* The p-th quantile (0..1) of n values by linear interpolation; sorts them. NAN when n is 0. */
 double bench_quantile(double *values, size_t n, double p);

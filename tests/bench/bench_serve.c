@@ -2,29 +2,25 @@
  * through HTTP, with N streams at once. Starts a server of its own, a process on the loopback,
  * unless --url names one. The streams are shared out to client threads, so that the server is what
  * is measured. */
-#include <arpa/inet.h>
 #include <curl/curl.h>
 #include <errno.h>
 #include <getopt.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include "engine/cores.h"
 #include "tests/bench/bench.h"
 #include "tests/bench/bench_load.h"
 #include "tests/bench/bench_random.h"
+#include "tests/bench/bench_server.h"
 
 enum {
     MAX_STREAMS = 4096,
     MAX_LEVELS = 16,
     MIN_REQUESTS = 32, /* of a level: a median of two says nothing */
-    START_TIMEOUT_S = 120,
     MAX_SERVER_ARGS = 32,
 };
 
@@ -77,98 +73,22 @@ static bool run_level(const struct settings *settings, const char *base, int n)
     return ok;
 }
 
-/* A loopback port nobody listens on at the moment. */
-static int free_port(void)
+/* The server's arguments: the bench's own, and those behind "--". */
+static void fill_args(const struct settings *settings, const char *model_dir, char slots[16],
+                      const char **args)
 {
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t n = sizeof(a);
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    int port = 0;
-    if (fd >= 0 && !bind(fd, (struct sockaddr *)&a, n) &&
-        !getsockname(fd, (struct sockaddr *)&a, &n))
-        port = ntohs(a.sin_port);
-    if (fd >= 0)
-        close(fd);
-    return port;
-}
-
-/* Become the latte-server that stands beside this program. */
-static void exec_server(const struct settings *settings, const char *model_dir, int port)
-{
-    char path[4096], port_text[16], slots[16];
-    char *args[MAX_SERVER_ARGS + 24];
     int n = 0, most = 1;
-    ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 32);
-    if (length < 0)
-        return;
-    path[length] = '\0';
-    strcpy(strrchr(path, '/'), "/latte-server");
-    snprintf(port_text, sizeof(port_text), "%d", port);
     for (int i = 0; i < settings->n_levels; i++)
         most = settings->levels[i] > most ? settings->levels[i] : most;
-    snprintf(slots, sizeof(slots), "%d", most);
-    const char *const fixed[] = {path,
-                                 "--model",
-                                 model_dir,
-                                 "--port",
-                                 port_text,
-                                 "--max-slots",
-                                 slots,
-                                 "--max-queue",
-                                 "4096",
-                                 "--threads",
-                                 settings->threads,
-                                 "--device",
-                                 settings->device,
-                                 "--no-access-log",
-                                 "--log-level",
-                                 "warn"};
+    snprintf(slots, 16, "%d", most);
+    const char *const fixed[] = {"--model",     model_dir,       "--max-slots", slots,
+                                 "--max-queue", "4096",          "--threads",   settings->threads,
+                                 "--device",    settings->device};
     for (size_t i = 0; i < sizeof(fixed) / sizeof(*fixed); i++)
-        args[n++] = (char *)fixed[i];
+        args[n++] = fixed[i];
     for (int i = 0; i < settings->n_server_args; i++)
         args[n++] = settings->server_args[i];
     args[n] = NULL;
-    execv(path, args);
-    perror(path);
-}
-
-/* Returns its pid, or -1. */
-static pid_t start_server(const struct settings *settings, const char *model_dir, int port)
-{
-    pid_t pid = fork();
-    if (pid == 0) {
-        dup2(STDERR_FILENO, STDOUT_FILENO); /* stdout is for the table */
-        exec_server(settings, model_dir, port);
-        _exit(127);
-    }
-    return pid;
-}
-
-static size_t ignore_body(char *data, size_t size, size_t n, void *context)
-{
-    (void)data, (void)context;
-    return size * n;
-}
-
-static bool wait_ready(const char *base, pid_t pid)
-{
-    char url[600];
-    snprintf(url, sizeof(url), "%s/health/ready", base);
-    double deadline = bench_now() + START_TIMEOUT_S;
-    CURL *curl = curl_easy_init();
-    curl_easy_setopt(curl, CURLOPT_URL, url);
-    curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, ignore_body);
-    curl_easy_setopt(curl, CURLOPT_TIMEOUT, 5L);
-    long code = 0;
-    while (code != 200 && bench_now() < deadline &&
-           (pid <= 0 || waitpid(pid, NULL, WNOHANG) == 0)) {
-        if (curl_easy_perform(curl) == CURLE_OK)
-            curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &code);
-        if (code != 200)
-            usleep(50000);
-    }
-    curl_easy_cleanup(curl);
-    return code == 200;
 }
 
 static void usage(FILE *out)
@@ -320,18 +240,17 @@ static bool measure(const struct settings *s, const char *base)
 /* Serve a model directory for as long as the measurement takes. */
 static bool measure_own(const struct settings *s, const char *model_dir)
 {
-    char base[64];
-    const int port = free_port();
+    char base[64], slots[16];
+    const char *args[MAX_SERVER_ARGS + 16];
+    const int port = bench_free_port();
     snprintf(base, sizeof(base), "http://127.0.0.1:%d", port);
-    const pid_t pid = start_server(s, model_dir, port);
-    bool ok = pid >= 0 && wait_ready(base, pid);
+    fill_args(s, model_dir, slots, args);
+    const pid_t pid = bench_server_start(args, port);
+    bool ok = pid >= 0 && bench_server_await(base, pid);
     if (!ok)
         fprintf(stderr, "latte-bench serve: no server became ready at %s\n", base);
     ok = ok && measure(s, base);
-    if (pid > 0) {
-        kill(pid, SIGTERM);
-        waitpid(pid, NULL, 0);
-    }
+    bench_server_stop(pid);
     return ok;
 }
 
@@ -347,7 +266,7 @@ static bool measure_random(const struct settings *s)
 
 static bool measure_other(const struct settings *s)
 {
-    if (wait_ready(s->url, 0))
+    if (bench_server_await(s->url, 0))
         return measure(s, s->url);
     fprintf(stderr, "latte-bench serve: no server is ready at %s\n", s->url);
     return false;

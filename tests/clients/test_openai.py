@@ -16,8 +16,10 @@ import urllib.parse
 import uuid
 
 import openai
+import pydantic
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 
 CHECKS = []
 
@@ -179,6 +181,123 @@ def extra_fields(client, name):
 
 
 @check
+def response(client, name):
+    r = strict(Response, client.responses.create(
+        model=name, input="Tell me about a cat.", instructions="You are brief.",
+        max_output_tokens=6, temperature=0.5, top_p=0.9, metadata={"k": "v"}, user="u",
+        extra_body={"seed": 3, "ignore_eos": True}))
+    assert r.status == "incomplete" and r.incomplete_details.reason == "max_output_tokens"
+    assert r.object == "response" and r.model == name and r.id.startswith("resp_")
+    assert r.output[0].type == "message" and r.output[0].id.startswith("msg_")
+    assert r.output_text and r.error is None
+    assert (r.instructions, r.temperature, r.top_p) == ("You are brief.", 0.5, 0.9)
+    assert r.metadata == {"k": "v"} and r.user == "u" and r.max_output_tokens == 6
+    assert r.usage.output_tokens == 6 and r.usage.input_tokens_details.cached_tokens == 0
+    assert r.usage.total_tokens == r.usage.input_tokens + 6
+    assert strict(Response, client.responses.retrieve(r.id)) == r
+    # the output goes back as input
+    again = strict(Response, client.responses.create(
+        model=name, store=False, max_output_tokens=2,
+        input=[{"role": "user", "content": "Tell me about a cat."}] + r.output
+        + [{"role": "user", "content": [{"type": "input_text", "text": "More."}]}]))
+    expect(openai.NotFoundError, lambda: client.responses.retrieve(again.id))
+
+
+@check
+def response_chain(client, name):
+    first = client.responses.create(model=name, input="A dog.", max_output_tokens=5)
+    args = dict(model=name, input="And then?", previous_response_id=first.id, max_output_tokens=5,
+                temperature=0)
+    second, other = (strict(Response, client.responses.create(**args)) for _ in range(2))
+    assert second.previous_response_id == first.id
+    assert second.output_text == other.output_text, "a state does not change"
+    seen = second.usage.input_tokens_details.cached_tokens
+    assert seen == first.usage.total_tokens
+    third = client.responses.create(model=name, input="x", previous_response_id=second.id,
+                                    max_output_tokens=1)
+    assert third.usage.input_tokens_details.cached_tokens == second.usage.total_tokens
+    client.responses.delete(first.id)
+    expect(openai.BadRequestError, lambda: client.responses.create(**args),
+           code="previous_response_not_found", param="previous_response_id")
+    expect(openai.NotFoundError, lambda: client.responses.delete(first.id))
+    client.responses.create(model=name, input="x", previous_response_id=second.id,
+                            max_output_tokens=1)
+    expect(openai.BadRequestError, lambda: client.responses.create(
+        model=name, input="x", previous_response_id=second.id, instructions="Rhyme."),
+        param="instructions")
+
+
+@check
+def response_stream(client, name):
+    args = dict(model=name, input="A dog.", max_output_tokens=12,
+                include=["message.output_text.logprobs"], top_logprobs=2,
+                extra_body={"seed": 5, "ignore_eos": True})
+    whole = strict(Response, client.responses.create(**args))
+    events = list(client.responses.create(stream=True, **args))
+    adapter = pydantic.TypeAdapter(ResponseStreamEvent)
+    for i, event in enumerate(events):
+        found = adapter.validate_python(json.loads(event.model_dump_json()))
+        assert type(found) is type(event) and event.sequence_number == i
+    kinds = [e.type for e in events]
+    n = kinds.count("response.output_text.delta")
+    assert kinds == [
+        "response.created", "response.in_progress", "response.output_item.added",
+        "response.content_part.added"] + n * ["response.output_text.delta"] + [
+        "response.output_text.done", "response.content_part.done", "response.output_item.done",
+        "response.incomplete"]
+    deltas = [e for e in events if e.type == "response.output_text.delta"]
+    assert "".join(e.delta for e in deltas) == whole.output_text == events[4 + n].text
+    assert sum(len(e.logprobs) for e in deltas) == 12
+    last = events[-1].response
+    logprobs = last.output[0].content[0].logprobs
+    assert logprobs == whole.output[0].content[0].logprobs and len(logprobs[0].top_logprobs) == 2
+    assert last.usage == whole.usage
+    assert strict(Response, client.responses.retrieve(last.id)) == last
+    rest = list(client.responses.retrieve(last.id, stream=True, starting_after=6))
+    assert [e.model_dump() for e in rest] == [e.model_dump() for e in events[7:]]
+
+
+@check
+def response_stream_helper(client, name):
+    with client.responses.stream(model=name, input="A cat.", max_output_tokens=6) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert final.output_text == text
+
+
+@check
+def response_input_items(client, name):
+    words = ["one", "two", "three", "four", "five"]
+    r = client.responses.create(model=name, max_output_tokens=1, input=[
+        {"role": "assistant" if i % 2 else "user", "content": w} for i, w in enumerate(words)])
+    adapter = pydantic.TypeAdapter(ResponseItem)
+    for order in "asc", "desc":
+        items = list(client.responses.input_items.list(r.id, order=order, limit=2))
+        for item in items:
+            adapter.validate_python(json.loads(item.model_dump_json()))
+        assert [i.content[0].text for i in items] == (words if order == "asc" else words[::-1])
+    assert [i.content[0].type for i in items[:2]] == ["input_text", "output_text"]
+
+
+@check
+def response_errors(client, name):
+    def wrong(param, **args):
+        body = dict(model=name, input="x")
+        body.update(args)
+        expect(openai.BadRequestError, lambda: client.responses.create(**body), param=param)
+
+    wrong("temperature", temperature=3)
+    wrong("tools", tools=[{"type": "web_search"}])
+    wrong("background", background=True)
+    wrong("reasoning.effort", reasoning={"effort": "high"})
+    wrong("text.format.type", text={"format": {"type": "json_object"}})
+    wrong("input[0].type", input=[{"type": "function_call_output", "call_id": "c", "output": "o"}])
+    wrong("input[0].content[0].type", input=[{"role": "user", "content": [
+        {"type": "input_image", "image_url": "data:image/png;base64,"}]}])
+    wrong("input", input=[])
+
+
+@check
 def errors(client, name):
     bad = openai.BadRequestError
     c = client.completions.create
@@ -194,6 +313,26 @@ def errors(client, name):
         param="response_format.type")
     expect(openai.NotFoundError, lambda: c(model="other", prompt="x"), code="model_not_found",
            param="model")
+
+
+@check
+def states(client, name):
+    """A conversation of which the server keeps nothing; streams have the state in their end."""
+    def say(text, state, **more):
+        extra = {"return_state": True, **({"state": state} if state else {})}
+        return client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": text}], max_tokens=8, seed=2,
+            store=False, extra_body=extra, **more)
+
+    whole = streamed = None
+    for text in "one", "two":
+        r = say(text, whole)
+        whole, parts, found = r.state, [], []
+        for chunk in say(text, streamed, stream=True):
+            parts += [c.delta.content or "" for c in chunk.choices]
+            found += [chunk.state] if "state" in chunk.model_extra else []
+        assert "".join(parts) == r.choices[0].message.content and found == [whole]
+        streamed = found[0]
 
 
 @check

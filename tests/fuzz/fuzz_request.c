@@ -36,7 +36,7 @@ static void check_promises(const struct codec_request *q)
     check_prompts(q);
     CHECK(q->n_stops >= 0 && q->n_stops <= CODEC_MAX_STOPS);
     CHECK(q->n_stop_tokens >= 0 && q->n_stop_tokens <= SAMPLER_MAX_STOP_TOKENS);
-    if (q->api != CODEC_COMPLETIONS && q->api != CODEC_CHAT)
+    if (q->api >= CODEC_TOKENIZE)
         return;
     CHECK(q->n >= 1 && q->best_of >= q->n && q->best_of <= CODEC_MAX_N);
     CHECK(q->max_tokens >= 0 && q->max_tokens <= context.max_tokens_limit);

@@ -331,16 +331,67 @@ static void fill_up(const struct server *s)
     }
 }
 
+/* A session with a turn behind it and a snapshot "taken"; of a server that has no room, none. */
+static void make_session(const struct server *s, char id[64])
+{
+    struct reply reply;
+    char body[200];
+    client_post(s, "/v1/sessions", "{}", &reply);
+    cJSON *v = cJSON_ParseWithLength(reply.body.data, reply.body.n);
+    const cJSON *found = cJSON_GetObjectItemCaseSensitive(v, "id");
+    snprintf(id, 64, "%s", found ? found->valuestring : "sess_none");
+    cJSON_Delete(v);
+    reply_free(&reply);
+    if (s != &plain)
+        return;
+    snprintf(body, sizeof(body), "{\"session_id\":\"%s\",\"prompt\":[5],\"max_tokens\":1}", id);
+    client_post(s, "/v1/completions", body, &reply);
+    assert_int_equal(reply.code, 200);
+    reply_free(&reply);
+    snprintf(body, sizeof(body), "/v1/sessions/%s/snapshots", id);
+    client_post(s, body, "{\"name\":\"taken\"}", &reply);
+    assert_int_equal(reply.code, 200);
+    reply_free(&reply);
+}
+
+/* The exported state of a session with a turn behind it. */
+static void export_state(const struct server *s, struct reply *out)
+{
+    char id[64], path[120];
+    make_session(s, id);
+    char body[120];
+    snprintf(body, sizeof(body), "{\"session_id\":\"%s\",\"prompt\":[5],\"max_tokens\":1}", id);
+    client_post(s, "/v1/completions", body, out);
+    assert_int_equal(out->code, 200);
+    reply_free(out);
+    snprintf(path, sizeof(path), "/v1/sessions/%s/state", id);
+    client_get(s, path, out);
+    assert_int_equal(out->code, 200);
+}
+
+/* It has a preset "fixed", and all may save others. */
+static void start_plain(void)
+{
+    struct reply exported;
+    char option[200];
+    export_state(&tight, &exported);
+    assert_int_equal(test_file_write(tight.dir, "state", exported.body.data, exported.body.n), 0);
+    reply_free(&exported);
+    snprintf(option, sizeof(option), "fixed=%s/state", tight.dir);
+    server_start(&plain, (const char *const[]){"--preset", option, "--open-admin", NULL});
+}
+
 static int start_all(void **state)
 {
     (void)state;
-    server_start(&plain, NULL);
     server_start(&tight, (const char *const[]){"--request-timeout", "1", "--max-tokens-limit",
                                                "1000000000", NULL});
+    start_plain();
     server_start(&small,
                  (const char *const[]){"--max-body-mb", "1", "--stream-limit-mb", "0.1", NULL});
-    server_start(&full, (const char *const[]){"--max-slots", "1", "--max-queue", "2",
-                                              "--max-sessions", "1", NULL});
+    server_start(&full,
+                 (const char *const[]){"--max-slots", "1", "--max-queue", "2", "--max-sessions",
+                                       "1", "--max-presets", "1", "--open-admin", NULL});
     fill_up(&full);
     start_keyed();
     struct reply reply;
@@ -455,9 +506,8 @@ static void test_request_fields(void **state)
         const char *path;
         enum codec_api api;
     } apis[] = {
-        {"/v1/completions", CODEC_COMPLETIONS},
-        {"/v1/chat/completions", CODEC_CHAT},
-        {"/tokenize", CODEC_TOKENIZE},
+        {"/v1/completions", CODEC_COMPLETIONS}, {"/v1/chat/completions", CODEC_CHAT},
+        {"/v1/responses", CODEC_RESPONSES},     {"/tokenize", CODEC_TOKENIZE},
         {"/detokenize", CODEC_DETOKENIZE},
     };
     for (size_t i = 0; i < COUNT_OF(apis); i++)
@@ -466,6 +516,8 @@ static void test_request_fields(void **state)
         member(child(yaml_document_get_root_node(&document), "components"), "schemas");
     compare_fields("stream_options", child(schemas, "StreamOptions"), 0, codec_stream_option);
     compare_fields("message", child(schemas, "Message"), 0, codec_message_field);
+    compare_fields("item", child(schemas, "InputMessage"), 0, codec_item_field);
+    compare_fields("from", child(schemas, "From"), 0, codec_from_field);
 }
 
 /* The first example of an operation's request body, as JSON text; NULL without a body. */
@@ -483,29 +535,6 @@ static char *example_body(yaml_node_t *operation)
     char *text = cJSON_PrintUnformatted(v);
     cJSON_Delete(v);
     return text;
-}
-
-/* A session with a turn behind it and a snapshot "taken"; of a server that has no room, none. */
-static void make_session(const struct server *s, char id[64])
-{
-    struct reply reply;
-    char body[200];
-    client_post(s, "/v1/sessions", "{}", &reply);
-    cJSON *v = cJSON_ParseWithLength(reply.body.data, reply.body.n);
-    const cJSON *found = cJSON_GetObjectItemCaseSensitive(v, "id");
-    snprintf(id, 64, "%s", found ? found->valuestring : "sess_none");
-    cJSON_Delete(v);
-    reply_free(&reply);
-    if (s != &plain)
-        return;
-    snprintf(body, sizeof(body), "{\"session_id\":\"%s\",\"prompt\":[5],\"max_tokens\":1}", id);
-    client_post(s, "/v1/completions", body, &reply);
-    assert_int_equal(reply.code, 200);
-    reply_free(&reply);
-    snprintf(body, sizeof(body), "/v1/sessions/%s/snapshots", id);
-    client_post(s, body, "{\"name\":\"taken\"}", &reply);
-    assert_int_equal(reply.code, 200);
-    reply_free(&reply);
 }
 
 /* Begin a turn of the session that ends when the connection does. */
@@ -578,6 +607,8 @@ static void provoke_session(const char *path, const char *method, int status, co
         q.body = "x", q.n_body = 1;
     if (status == 400 && !strcmp(upper, "GET"))
         strcat(real_path, "?limit=0");
+    if (status == 404 && !brace)
+        q.body = "{\"from\":{\"preset\":\"none\"}}";
     if (status == 409 && strstr(path, "snapshots"))
         q.body = "{\"name\":\"taken\"}";
     else if (status == 409)
@@ -644,10 +675,13 @@ static void provoke_key(const char *path, int status, const char *example, struc
     struct reply first;
     snprintf(key, sizeof(key), "Idempotency-Key: %d%s", status, path);
     const char *const headers[] = {key, NULL};
+    bool responses = strstr(path, "responses") != NULL;
     const char *text = strstr(path, "chat") ? "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
+                       : responses          ? "\"input\":\"x\""
                                             : "\"prompt\":\"x\"";
     char body[200];
-    snprintf(body, sizeof(body), "{%s,\"max_tokens\":1,\"stream\":true}", text);
+    snprintf(body, sizeof(body), "{%s,\"%s\":1,\"stream\":true}", text,
+             responses ? "max_output_tokens" : "max_tokens");
     struct client_request q = {.path = path, .body = body, .headers = headers};
     client_send(&plain, &q, &first);
     assert_true(reply_header(&first, "X-Stream-Id", id, sizeof(id)));
@@ -660,17 +694,160 @@ static void provoke_key(const char *path, int status, const char *example, struc
     client_send(&plain, &q, reply);
 }
 
+/* Begin a response that ends when the connection does; its id. */
+static int hold_response(const struct server *s, char id[64])
+{
+    static const char body[] = "{\"input\":\"x\",\"max_output_tokens\":1000000,"
+                               "\"ignore_eos\":true,\"stream\":true}";
+    char text[400];
+    struct bytes out = {0};
+    int n = snprintf(text, sizeof(text),
+                     "POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     "Content-Length: %zu\r\n\r\n%s",
+                     strlen(body), body);
+    int fd = raw_connect(s);
+    raw_write(fd, text, (size_t)n);
+    if (id) {
+        assert_true(raw_await(fd, &out, "response.in_progress", 30000));
+        snprintf(id, 64, "%.37s", strstr(out.data, "resp_"));
+    } else {
+        assert_true(server_await_metric(s, "latte_requests_waiting", 2, 30000));
+    }
+    bytes_free(&out);
+    return fd;
+}
+
+/* The id of a stored response; "resp_none" where none can be made. */
+static void make_response(char id[64])
+{
+    struct reply reply;
+    client_post(&plain, "/v1/responses", "{\"input\":\"x\",\"max_output_tokens\":1}", &reply);
+    assert_int_equal(reply.code, 200);
+    snprintf(id, 64, "%.37s", strstr(reply.body.data, "resp_"));
+    reply_free(&reply);
+}
+
+/* The same for what is about responses. */
+static void provoke_response(const char *path, const char *method, int status, const char *example,
+                             struct reply *reply)
+{
+    static const char *const xml[] = {"Content-Type: text/xml", NULL};
+    static const char endless_response[] = "{\"input\":\"x\",\"max_output_tokens\":1000000,"
+                                           "\"ignore_eos\":true}";
+    const struct server *s = status == 401   ? &keyed
+                             : status == 413 ? &small
+                             : status == 429 ? &full
+                             : status == 504 ? &tight
+                                             : &plain;
+    char id[64] = "resp_none", real_path[200], body[200], upper[16], *big = NULL;
+    int held = -1;
+    const char *brace = strchr(path, '{');
+    if (brace && (status == 200 || status == 400))
+        make_response(id);
+    snprintf(real_path, sizeof(real_path), "%.*s%s%s%s", brace ? (int)(brace - path) : 100, path,
+             brace ? id : "", brace ? strchr(path, '}') + 1 : "",
+             status == 400 && brace ? "?limit=x&stream=x" : "");
+    for (size_t i = 0; i <= strlen(method); i++)
+        upper[i] = method[i] ? (char)(method[i] & ~32) : '\0';
+    struct client_request q = {.method = upper, .path = real_path, .body = example};
+    if (status == 400 && example)
+        q.body = "{";
+    if (status == 404 && example)
+        q.body = "{\"input\":\"x\",\"model\":\"none\"}";
+    if (status == 409) {
+        held = hold_response(s, id);
+        snprintf(body, sizeof(body), "{\"input\":\"x\",\"previous_response_id\":\"%s\"}", id);
+        q.body = body;
+    }
+    if (status == 413) {
+        big = malloc(3 << 20);
+        memset(big, ' ', 3 << 20);
+        q.body = big;
+        q.n_body = 3 << 20;
+    }
+    if (status == 415)
+        q.headers = xml;
+    if (status == 429)
+        held = hold_response(s, NULL); /* it takes the last place */
+    if (status == 504)
+        q.body = endless_response;
+    if (status == 503)
+        ask_while_loading(&q, reply);
+    else
+        client_send(s, &q, reply);
+    if (held >= 0)
+        close(held);
+    free(big);
+}
+
+/* The same for presets. */
+static void provoke_preset(const char *path, const char *method, int status, struct reply *reply)
+{
+    char upper[16], real_path[100];
+    struct reply exported;
+    const struct server *s = status == 401   ? &keyed
+                             : status == 413 ? &small
+                             : status == 403 ? &small
+                             : status == 429 ? &full
+                                             : &plain;
+    bool put = !strcmp(method, "put"), remove = !strcmp(method, "delete");
+    export_state(&plain, &exported);
+    for (size_t i = 0; i <= strlen(method); i++)
+        upper[i] = method[i] ? (char)(method[i] & ~32) : '\0';
+    struct client_request q = {.method = "PUT",
+                               .path = "/v1/presets/old",
+                               .body = exported.body.data,
+                               .n_body = exported.body.n};
+    if (status == 429 || (status == 200 && remove)) {
+        client_send(s, &q, reply);
+        assert_int_equal(reply->code, 200);
+        reply_free(reply);
+    }
+    const char *name = status == 409               ? "fixed"
+                       : status == 404 && !put     ? "none"
+                       : status == 200 && (remove) ? "old"
+                       : status == 200 && !put     ? "fixed"
+                                                   : "new";
+    bool one = strchr(path, '{') != NULL;
+    snprintf(real_path, sizeof(real_path), "/v1/presets%s%s", one ? "/" : "", one ? name : "");
+    q.method = upper;
+    q.path = real_path;
+    char *big = status == 413 ? calloc(1, 3 << 20) : NULL;
+    if (!put)
+        q.body = NULL, q.n_body = 0;
+    else if (big)
+        q.body = big, q.n_body = 3 << 20;
+    else if (status == 404)
+        q.body = "{\"session\":\"sess_none\"}", q.n_body = 0;
+    else if (status == 400)
+        q.body = "x", q.n_body = 1;
+    if (status == 503)
+        ask_while_loading(&q, reply);
+    else
+        client_send(s, &q, reply);
+    free(big);
+    reply_free(&exported);
+}
+
 /* Send what makes an operation answer with a status; false when nothing here can. */
 static bool provoke(const char *path, const char *method, int status, const char *example,
                     struct reply *reply)
 {
     bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
-    if (strstr(path, "/sessions") || status == 409 || status == 412) {
-        provoke_session(path, method, status, example, reply);
-        return true;
-    }
     if (status == 422 || (status == 410 && !one)) {
         provoke_key(path, status, example, reply);
+        return true;
+    }
+    if (strstr(path, "/responses")) {
+        provoke_response(path, method, status, example, reply);
+        return true;
+    }
+    if (strstr(path, "/presets")) {
+        provoke_preset(path, method, status, reply);
+        return true;
+    }
+    if (strstr(path, "/sessions") || status == 409 || status == 412) {
+        provoke_session(path, method, status, example, reply);
         return true;
     }
     if (strstr(path, "/streams")) {
@@ -808,8 +985,8 @@ static void test_statuses(void **state)
 static void test_full_replies(void **state)
 {
     (void)state;
-    static const char *const extras[] = {"", ",\"stream\":true,\"stream_options\":"
-                                             "{\"include_usage\":true}"};
+    static const char *const extras[] = {
+        "", ",\"stream\":true,\"stream_options\":{\"include_usage\":true}", "", ",\"stream\":true"};
     static const struct {
         const char *path, *body, *schemas[2];
     } cases[] = {
@@ -821,20 +998,32 @@ static void test_full_replies(void **state)
          "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"n\":2,\"logprobs\":true,"
          "\"top_logprobs\":2,\"return_token_ids\":true,\"max_tokens\":5%s}",
          {"ChatCompletion", "ChatChunk"}},
+        {"/v1/responses",
+         "{\"input\":\"x\",\"include\":[\"message.output_text.logprobs\"],\"top_logprobs\":2,"
+         "\"return_token_ids\":true,\"max_output_tokens\":5%s}",
+         {"Response", "ResponseEvent"}},
+        {"/v1/completions",
+         "{\"prompt\":\"a\",\"return_state\":true,\"max_tokens\":5%s}",
+         {"Completion", "Completion"}},
+        {"/v1/chat/completions",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"return_state\":true,"
+         "\"max_tokens\":5%s}",
+         {"ChatCompletion", "ChatChunk"}},
     };
     yaml_node_t *schemas =
         member(child(yaml_document_get_root_node(&document), "components"), "schemas");
-    for (int i = 0; i < 4; i++) {
+    for (size_t i = 0; i < 2 * COUNT_OF(cases); i++) {
         char body[600];
         bool streamed = i % 2;
-        snprintf(body, sizeof(body), cases[i / 2].body, extras[streamed]);
+        snprintf(body, sizeof(body), cases[i / 2].body, extras[i < 4 ? streamed : 2 + streamed]);
         struct reply reply;
         client_post(&plain, cases[i / 2].path, body, &reply);
         assert_int_equal(reply.code, 200);
         yaml_node_t *schema = child(schemas, cases[i / 2].schemas[streamed]);
         const char *text = reply.body.data;
         for (; text && *text; text = streamed ? strstr(text, "\n\n") + 2 : NULL) {
-            cJSON *v = cJSON_ParseWithOpts(text + (streamed ? 6 : 0), NULL, false);
+            const char *json = streamed ? strstr(text, "data: ") + 6 : text;
+            cJSON *v = cJSON_ParseWithOpts(json, NULL, false);
             if (!v) /* [DONE] is an array to be, and no JSON */
                 continue;
             const char *wrong = validate(v, schema, true);

@@ -457,6 +457,73 @@ static void test_tokenize_forms(void **state)
     drop(&p);
 }
 
+/* The input as messages, and as items whose lines are JSON once they are put into braces; what is
+ * repeated of a request is JSON behind a first member. */
+static void test_response_input(void **state)
+{
+    (void)state;
+    struct parsed p;
+    parse(&p, CODEC_RESPONSES,
+          "{\"instructions\":\"be "
+          "\\\"kind\\\"\",\"input\":[{\"role\":\"developer\",\"content\":\"a\\nb\"},"
+          "{\"type\":\"message\",\"role\":\"user\",\"content\":[{\"type\":\"input_text\",\"text\":"
+          "\"c\"},"
+          "{\"type\":\"input_text\",\"text\":\"d\"}]},{\"role\":\"assistant\",\"content\":\"e\"}],"
+          "\"metadata\":{\"k\":\"v\"}}");
+    const struct codec_request *q = &p.request;
+    static const struct {
+        enum chat_role role;
+        const char *content;
+    } expected[] = {{CHAT_ROLE_SYSTEM, "be \"kind\""},
+                    {CHAT_ROLE_SYSTEM, "a\nb"},
+                    {CHAT_ROLE_USER, "c\nd"},
+                    {CHAT_ROLE_ASSISTANT, "e"}};
+    assert_int_equal(q->n_messages, COUNT_OF(expected));
+    for (size_t i = 0; i < COUNT_OF(expected); i++) {
+        assert_int_equal(q->messages[i].role, expected[i].role);
+        assert_int_equal(q->messages[i].n, strlen(expected[i].content));
+        assert_memory_equal(q->messages[i].content, expected[i].content, q->messages[i].n);
+    }
+    assert_int_equal(q->max_tokens, context.chat_max_tokens);
+    assert_true(q->store);
+
+    static const char *const roles[] = {"developer", "user", "assistant"};
+    assert_int_equal(q->n_items, COUNT_OF(roles));
+    const char *line = q->items.data;
+    char text[300];
+    for (size_t i = 0; i < COUNT_OF(roles); i++) {
+        size_t n = strcspn(line, "\n");
+        snprintf(text, sizeof(text), "{%.*s}", (int)n, line);
+        cJSON *item = cJSON_Parse(text);
+        assert_non_null(item);
+        assert_string_equal(cJSON_GetObjectItem(item, "role")->valuestring, roles[i]);
+        assert_int_equal(cJSON_GetArraySize(cJSON_GetObjectItem(item, "content")), i == 1 ? 2 : 1);
+        cJSON_Delete(item);
+        line += n + 1;
+    }
+    assert_int_equal(*line, '\0');
+
+    struct bytes object = {0};
+    bytes_format(&object, "{\"a\":0%s}", q->repeated.data);
+    struct json_limits limits = {.max_depth = 10};
+    assert_int_equal(json_check(object.data, object.n, &limits, &p.err), STATUS_OK);
+    cJSON *v = cJSON_Parse(object.data);
+    assert_string_equal(cJSON_GetObjectItem(v, "instructions")->valuestring, "be \"kind\"");
+    assert_string_equal(cJSON_GetObjectItem(cJSON_GetObjectItem(v, "metadata"), "k")->valuestring,
+                        "v");
+    assert_true(cJSON_GetObjectItem(v, "temperature")->valuedouble == context.temperature);
+    cJSON_Delete(v);
+    bytes_free(&object);
+    drop(&p);
+
+    /* A chain has read its instructions. */
+    parse(&p, CODEC_RESPONSES,
+          "{\"instructions\":\"i\",\"input\":\"x\",\"previous_response_id\":\"resp_1\"}");
+    assert_int_equal(p.request.n_messages, 1);
+    assert_string_equal(p.request.previous_response_id, "resp_1");
+    drop(&p);
+}
+
 /* Any body, cut and changed anywhere, is read or refused, and nothing else. */
 static void test_mutations(void **state)
 {
@@ -464,7 +531,8 @@ static void test_mutations(void **state)
     const char *body = "{\"prompt\":[\"a\",[1,2]],\"n\":2,\"logit_bias\":{\"5\":-1.5e1},\"stop\":"
                        "[\"x\\u00e9\"],\"stream\":true,\"stream_options\":{\"include_usage\":true},"
                        "\"seed\":-12,\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":"
-                       "\"text\",\"text\":\"q\"}]}]}";
+                       "\"text\",\"text\":\"q\"}]}],\"input\":[{\"role\":\"assistant\",\"content\":"
+                       "[{\"type\":\"refusal\",\"refusal\":\"q\"}]}],\"metadata\":{\"a\":\"b\"}}";
     static const char replacements[] = "\"{}[]:,0-.e\\un\xc3 \x01";
     size_t n = strlen(body);
     char *copy = malloc(n);
@@ -485,8 +553,10 @@ static void test_mutations(void **state)
 static enum status read_once(void *body, struct error *err)
 {
     struct parsed p;
-    parse_with(&p, &context, *(const char *)body == 'c' ? H : C, (const char *)body + 1,
-               strlen(body) - 1);
+    enum codec_api api = *(const char *)body == 'c'   ? H
+                         : *(const char *)body == 'r' ? CODEC_RESPONSES
+                                                      : C;
+    parse_with(&p, &context, api, (const char *)body + 1, strlen(body) - 1);
     *err = p.err;
     drop(&p);
     return p.status;
@@ -498,6 +568,8 @@ static void test_out_of_memory(void **state)
     static char bodies[][200] = {
         "p{\"prompt\":[\"a\",[1,2]],\"logit_bias\":{\"5\":1},\"stop\":[\"x\"],\"seed\":7}",
         "c{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"q\"}]}]}",
+        "r{\"input\":[{\"role\":\"user\",\"content\":[{\"type\":\"input_text\",\"text\":\"q\"}]}],"
+        "\"instructions\":\"i\",\"metadata\":{\"a\":\"b\"}}",
     };
     for (size_t i = 0; i < COUNT_OF(bodies); i++)
         fail_alloc_walk(read_once, bodies[i]);
@@ -743,6 +815,7 @@ int main(void)
         cmocka_unit_test(test_messages),
         cmocka_unit_test(test_unknown_fields),
         cmocka_unit_test(test_tokenize_forms),
+        cmocka_unit_test(test_response_input),
         cmocka_unit_test(test_mutations),
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_completion_reply),

@@ -29,6 +29,7 @@ static int clear_environment(void **state)
     unsetenv("LATTE_MAX_SLOTS");
     unsetenv("LATTE_ACCESS_LOG");
     unsetenv("LATTE_LOG_LEVEL");
+    unsetenv("LATTE_PRESET");
     return 0;
 }
 
@@ -135,6 +136,25 @@ static void test_environment(void **state)
     assert_non_null(strstr(err.text, "LATTE_PORT"));
 }
 
+static void test_repeated(void **state)
+{
+    (void)state;
+    struct options o;
+    struct error err;
+    assert_int_equal(PARSE(&o, &err, "--model", "a"), STATUS_OK);
+    assert_int_equal(o.preset.n, 0);
+    setenv("LATTE_PRESET", "e=env", 1);
+    assert_int_equal(PARSE(&o, &err, "--model", "a"), STATUS_OK);
+    assert_int_equal(o.preset.n, 1);
+    assert_string_equal(o.preset.values[0], "e=env");
+    assert_int_equal(PARSE(&o, &err, "--model", "a", "--preset", "b=1", "--preset=c=2"), STATUS_OK);
+    assert_int_equal(o.preset.n, 2); /* the command line wins */
+    assert_string_equal(o.preset.values[0], "b=1");
+    assert_string_equal(o.preset.values[1], "c=2");
+    assert_int_equal(PARSE(&o, &err, "--model", "a", "--preset="), STATUS_INVALID);
+    assert_non_null(strstr(err.text, "NAME=FILE"));
+}
+
 /* What is wrong, and what the message must name. */
 static const struct {
     const char *words[4];
@@ -226,6 +246,7 @@ int main(void)
         cmocka_unit_test_setup(test_forms, clear_environment),
         cmocka_unit_test_setup(test_cors_origin, clear_environment),
         cmocka_unit_test_setup_teardown(test_environment, clear_environment, clear_environment),
+        cmocka_unit_test_setup_teardown(test_repeated, clear_environment, clear_environment),
         cmocka_unit_test_setup(test_errors, clear_environment),
         cmocka_unit_test(test_help),
     };

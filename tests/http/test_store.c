@@ -1,0 +1,685 @@
+/* test_store.c - sessions that outlive the process: ended, killed at any moment, with a full disk,
+ * with damaged files, with more sessions than memory has room for. The oracle is the same server
+ * without sessions: a conversation that is sent whole, token for token.
+ *
+ * LATTE_KILLS how often the server is killed under 16 streams (3).
+ */
+#include "tests/http/harness.h"
+
+#include <cjson/cJSON.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "tests/unit/model_files.h"
+
+#define COMPLETIONS "/v1/completions"
+
+enum { MAX_IDS = 4096, N_STREAMS = 16 };
+
+static struct server server;
+static char model_dir[128], store_dir[160];
+
+/* ---- the server ------------------------------------------------------------------------------ */
+
+static void start(const char *const *more)
+{
+    const char *args[32] = {"--model",   model_dir, "--store",         store_dir,
+                            "--threads", "1",       "--no-access-log", NULL};
+    for (int n = 7; more && *more; more++, n++) {
+        args[n] = *more;
+        args[n + 1] = NULL;
+    }
+    server_start(&server, args);
+}
+
+/* End it one way or the other; its scratch directory goes, model and store stay. */
+static void end(int signal_number)
+{
+    server_signal(&server, signal_number);
+    int code = server_wait_exit(&server, 30000);
+    assert_int_equal(code, signal_number == SIGTERM ? 0 : 128 + signal_number);
+    close(server.stdout_fd);
+    test_dir_remove(server.dir);
+}
+
+static int set_up(void **state)
+{
+    (void)state;
+    make_tiny_model(model_dir, sizeof(model_dir));
+    snprintf(store_dir, sizeof(store_dir), "%s/store", model_dir);
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    if (server.pid > 0)
+        end(SIGKILL);
+    test_dir_remove(model_dir);
+    return 0;
+}
+
+/* ---- requests -------------------------------------------------------------------------------- */
+
+struct answer {
+    int code;
+    cJSON *json;
+};
+
+static struct answer send_text(const char *method, const char *path, char *body, const char *header)
+{
+    const char *const headers[] = {header, NULL};
+    struct client_request request = {
+        .method = method, .path = path, .body = body, .headers = header ? headers : NULL};
+    struct reply reply;
+    client_send(&server, &request, &reply);
+    struct answer a = {reply.code, cJSON_ParseWithLength(reply.body.data, reply.body.n)};
+    if (!a.json)
+        fail_msg("%s %s: %d %s", method, path, reply.code, reply.body.data);
+    reply_free(&reply);
+    free(body);
+    return a;
+}
+
+__attribute__((format(printf, 1, 2))) static char *text_of(const char *format, ...)
+{
+    char *text = NULL;
+    va_list args;
+    va_start(args, format);
+    assert_true(vasprintf(&text, format, args) >= 0);
+    va_end(args);
+    return text;
+}
+
+static void expect(struct answer *a, int code)
+{
+    if (a->code != code)
+        fail_msg("status %d, expected %d: %s", a->code, code, cJSON_PrintUnformatted(a->json));
+}
+
+static void done(struct answer *a)
+{
+    cJSON_Delete(a->json);
+    a->json = NULL;
+}
+
+static const cJSON *member(const cJSON *v, const char *name)
+{
+    const cJSON *found = cJSON_GetObjectItemCaseSensitive(v, name);
+    if (!found)
+        fail_msg("no %s in %s", name, cJSON_PrintUnformatted(v));
+    return found;
+}
+
+/* ---- conversations --------------------------------------------------------------------------- */
+
+struct talk {
+    char id[64];
+    int version;
+    int32_t ids[MAX_IDS];
+    int n;
+};
+
+static void open_talk(struct talk *t, const char *header)
+{
+    struct answer a =
+        send_text("POST", "/v1/sessions", text_of("{\"metadata\":{\"k\":\"v\"}}"), header);
+    expect(&a, 200);
+    *t = (struct talk){0};
+    snprintf(t->id, sizeof(t->id), "%s", member(a.json, "id")->valuestring);
+    done(&a);
+}
+
+static struct answer ask(const char *method, const struct talk *t, const char *what,
+                         const char *body, const char *header)
+{
+    char path[160];
+    snprintf(path, sizeof(path), "/v1/sessions/%.63s%.40s", t->id, what);
+    return send_text(method, path, body ? strdup(body) : NULL, header);
+}
+
+static char *print_ids(const int32_t *ids, int n)
+{
+    cJSON *array = cJSON_CreateIntArray(ids, n);
+    char *text = cJSON_PrintUnformatted(array);
+    cJSON_Delete(array);
+    return text;
+}
+
+static int read_ids(const cJSON *array, int32_t *out, int max)
+{
+    int n = 0;
+    const cJSON *item;
+    cJSON_ArrayForEach(item, array)
+    {
+        assert_true(n < max);
+        out[n++] = item->valueint;
+    }
+    return n;
+}
+
+static int make_prompt(int32_t *ids, int seed)
+{
+    int n = 1 + seed * 5 % 7;
+    for (int i = 0; i < n; i++)
+        ids[i] = 300 + (seed * 37 + i * 11) % 500;
+    return n;
+}
+
+static char *turn_body(const struct talk *t, const int32_t *prompt, int n, int max_tokens,
+                       const char *more)
+{
+    char *ids = print_ids(prompt, n);
+    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
+                         "\"ignore_eos\":true,\"return_token_ids\":true%s}",
+                         t->id, ids, max_tokens, more);
+    free(ids);
+    return body;
+}
+
+/* A turn that has to be answered with this code; with 200 the talk goes on. */
+static void take_turn(struct talk *t, int seed, int max_tokens, int code, const char *header)
+{
+    int32_t prompt[8];
+    int n = make_prompt(prompt, seed);
+    struct answer a =
+        send_text("POST", COMPLETIONS, turn_body(t, prompt, n, max_tokens, ""), header);
+    expect(&a, code);
+    if (code == 200) {
+        const cJSON *session = member(a.json, "session");
+        const cJSON *choice = cJSON_GetArrayItem(member(a.json, "choices"), 0);
+        memcpy(t->ids + t->n, prompt, (size_t)n * sizeof(*prompt));
+        t->n += n;
+        t->n += read_ids(member(choice, "token_ids"), t->ids + t->n, MAX_IDS - t->n);
+        assert_int_equal(member(session, "position")->valueint, t->n);
+        assert_int_equal(member(session, "version")->valueint, ++t->version);
+    }
+    done(&a);
+}
+
+/* What the server says without a session to all this at once. */
+static int say_once(const int32_t *ids, int n, int max_tokens, int32_t *out)
+{
+    char *list = print_ids(ids, n);
+    struct answer a = send_text("POST", COMPLETIONS,
+                                text_of("{\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
+                                        "\"ignore_eos\":true,\"return_token_ids\":true}",
+                                        list, max_tokens),
+                                NULL);
+    expect(&a, 200);
+    int n_out = read_ids(member(cJSON_GetArrayItem(member(a.json, "choices"), 0), "token_ids"), out,
+                         max_tokens);
+    done(&a);
+    free(list);
+    return n_out;
+}
+
+/* The session is where the talk is, and says next what the whole talk says. */
+static void check_talk(struct talk *t, int seed)
+{
+    struct answer a = ask("GET", t, "", NULL, NULL);
+    expect(&a, 200);
+    assert_int_equal(member(a.json, "position")->valueint, t->n);
+    assert_int_equal(member(a.json, "version")->valueint, t->version);
+    done(&a);
+    int32_t whole[MAX_IDS], said[8];
+    int before = t->n;
+    take_turn(t, seed, 4, 200, NULL);
+    int n_prompt = t->n - before - 4;
+    memcpy(whole, t->ids, (size_t)(before + n_prompt) * sizeof(*whole));
+    assert_int_equal(say_once(whole, before + n_prompt, 4, said), 4);
+    assert_memory_equal(said, t->ids + before + n_prompt, 4 * sizeof(*said));
+}
+
+/* ---- the end and a new beginning ------------------------------------------------------------- */
+
+static void test_restart(void **state)
+{
+    (void)state;
+    static struct talk talks[4];
+    static const char *const modes[] = {"turn", "interval", "none"};
+    for (int m = 0; m < 3; m++) {
+        const char *const args[] = {"--durability", modes[m], NULL};
+        start(args);
+        for (int i = 0; i < 4; i++) {
+            if (!m)
+                open_talk(&talks[i], NULL);
+            for (int k = 0; k <= i; k++)
+                take_turn(&talks[i], 10 * m + k, 6, 200, NULL);
+        }
+        end(m ? SIGKILL : SIGTERM);
+    }
+    start(NULL);
+    struct answer a = ask("GET", &talks[1], "", NULL, NULL);
+    assert_string_equal(member(a.json, "tier")->valuestring, "store");
+    assert_string_equal(member(member(a.json, "metadata"), "k")->valuestring, "v");
+    done(&a);
+    for (int i = 0; i < 4; i++)
+        check_talk(&talks[i], 77 + i);
+    end(SIGTERM);
+}
+
+static void test_what_belongs_to_a_session(void **state)
+{
+    (void)state;
+    struct talk parent, child;
+    start(NULL);
+    open_talk(&parent, NULL);
+    take_turn(&parent, 1, 8, 200, NULL);
+    struct answer a = ask("POST", &parent, "/snapshots", "{\"name\":\"early\"}", NULL);
+    expect(&a, 200);
+    done(&a);
+    struct talk early = parent;
+    take_turn(&parent, 2, 8, 200, NULL);
+    struct talk before = parent;
+    take_turn(&parent, 3, 8, 200, NULL);
+    a = ask("POST", &parent, "/fork", "{\"n\":2}", NULL);
+    expect(&a, 200);
+    child = parent;
+    child.version = 0;
+    snprintf(child.id, sizeof(child.id), "%s",
+             member(cJSON_GetArrayItem(member(a.json, "data"), 0), "id")->valuestring);
+    struct talk deleted;
+    snprintf(deleted.id, sizeof(deleted.id), "%s",
+             member(cJSON_GetArrayItem(member(a.json, "data"), 1), "id")->valuestring);
+    done(&a);
+    a = ask("DELETE", &deleted, "", NULL, NULL);
+    expect(&a, 200);
+    done(&a);
+    end(SIGKILL);
+    start(NULL);
+    a = ask("GET", &deleted, "", NULL, NULL);
+    expect(&a, 404);
+    done(&a);
+    check_talk(&child, 5);
+    a = ask("POST", &parent, "/rollback", "{}", NULL);
+    expect(&a, 200);
+    done(&a);
+    before.version = parent.version + 1;
+    check_talk(&before, 6);
+    a = ask("POST", &parent, "/rollback", "{\"snapshot\":\"early\"}", NULL);
+    expect(&a, 200);
+    done(&a);
+    early.version = before.version + 1;
+    check_talk(&early, 7);
+    end(SIGTERM);
+}
+
+/* A key finds its sessions although the file of keys was put in another order. */
+static void test_owners(void **state)
+{
+    (void)state;
+    char path[200];
+    struct talk mine, others;
+    snprintf(path, sizeof(path), "%s/keys", model_dir);
+    const char *const args[] = {"--api-key-file", path, NULL};
+    static const char a_key[] = "Authorization: Bearer key-of-alice";
+    static const char b_key[] = "Authorization: Bearer key-of-bob-1";
+    for (int round = 0; round < 2; round++) {
+        FILE *f = fopen(path, "w");
+        fprintf(f, "%s",
+                round ? "another-key\nkey-of-bob-1\nkey-of-alice\n"
+                      : "key-of-alice\nkey-of-bob-1\n");
+        fclose(f);
+        start(args);
+        if (!round) {
+            open_talk(&mine, a_key);
+            open_talk(&others, b_key);
+        }
+        take_turn(&mine, 1, 4, 200, a_key);
+        take_turn(&others, 2, 4, 200, b_key);
+        take_turn(&mine, 1, 4, 404, b_key);
+        struct answer a = ask("GET", &others, "/state", NULL, a_key);
+        expect(&a, 404);
+        done(&a);
+        end(SIGKILL);
+    }
+    unlink(path);
+}
+
+/* ---- killed ---------------------------------------------------------------------------------- */
+
+/* One session and its stream. What the client was told of the turn that was cut off is kept. */
+struct teller {
+    struct talk talk;
+    pthread_t thread;
+    int number, seed;
+    int32_t prompt[8], told[64];
+    int n_prompt, n_told, max_tokens;
+    struct bytes line;
+    bool is_acknowledged;
+};
+
+static atomic_bool is_killed;
+static atomic_int n_acknowledged;
+
+static void on_event(struct teller *t, const char *line)
+{
+    if (!strcmp(line, "data: [DONE]"))
+        t->is_acknowledged = true;
+    cJSON *event = strncmp(line, "data: {", 7) ? NULL : cJSON_Parse(line + 6);
+    const cJSON *choice = cJSON_GetArrayItem(cJSON_GetObjectItem(event, "choices"), 0);
+    const cJSON *ids = cJSON_GetObjectItem(choice, "token_ids");
+    if (ids)
+        t->n_told += read_ids(ids, t->told + t->n_told, 64 - t->n_told);
+    cJSON_Delete(event);
+}
+
+static bool on_data(void *context, const char *data, size_t n)
+{
+    struct teller *t = context;
+    for (size_t i = 0; i < n; i++) {
+        if (data[i] != '\n') {
+            bytes_char(&t->line, data[i]);
+            continue;
+        }
+        on_event(t, t->line.n ? t->line.data : "");
+        t->line.n = 0;
+    }
+    return true;
+}
+
+static void append_turn(struct talk *t, const int32_t *prompt, int n_prompt, const int32_t *output,
+                        int n_output)
+{
+    assert_true(t->n + n_prompt + n_output < MAX_IDS);
+    memcpy(t->ids + t->n, prompt, (size_t)n_prompt * sizeof(*prompt));
+    memcpy(t->ids + t->n + n_prompt, output, (size_t)n_output * sizeof(*output));
+    t->n += n_prompt + n_output;
+    t->version++;
+}
+
+static void *tell(void *context)
+{
+    struct teller *t = context;
+    while (!atomic_load(&is_killed)) {
+        t->seed++;
+        t->n_prompt = make_prompt(t->prompt, t->seed * N_STREAMS + t->number);
+        t->max_tokens = 1 + (t->seed * 7 + t->number) % 24;
+        t->n_told = 0;
+        t->is_acknowledged = false;
+        t->line.n = 0;
+        char *body = turn_body(&t->talk, t->prompt, t->n_prompt, t->max_tokens, ",\"stream\":true");
+        struct client_request request = {
+            .path = COMPLETIONS, .body = body, .on_data = on_data, .context = t};
+        struct reply reply;
+        client_send(&server, &request, &reply);
+        reply_free(&reply);
+        free(body);
+        if (!t->is_acknowledged)
+            break;
+        assert_int_equal(t->n_told, t->max_tokens);
+        append_turn(&t->talk, t->prompt, t->n_prompt, t->told, t->n_told);
+        t->n_told = 0;
+        t->n_prompt = 0;
+        atomic_fetch_add(&n_acknowledged, 1);
+    }
+    bytes_free(&t->line);
+    return NULL;
+}
+
+/* The turn that was cut off is there whole, or not at all. */
+static void settle(struct teller *t)
+{
+    struct answer a = ask("GET", &t->talk, "", NULL, NULL);
+    expect(&a, 200);
+    int version = member(a.json, "version")->valueint;
+    done(&a);
+    if (version == t->talk.version)
+        return;
+    assert_int_equal(version, t->talk.version + 1);
+    assert_true(t->n_prompt > 0);
+    int32_t whole[MAX_IDS], said[64];
+    memcpy(whole, t->talk.ids, (size_t)t->talk.n * sizeof(*whole));
+    memcpy(whole + t->talk.n, t->prompt, (size_t)t->n_prompt * sizeof(*whole));
+    int n = say_once(whole, t->talk.n + t->n_prompt, t->max_tokens, said);
+    assert_int_equal(n, t->max_tokens);
+    assert_memory_equal(said, t->told, (size_t)t->n_told * sizeof(*said));
+    append_turn(&t->talk, t->prompt, t->n_prompt, said, n);
+}
+
+static void test_kills(void **state)
+{
+    (void)state;
+    static struct teller tellers[N_STREAMS];
+    const char *asked = getenv("LATTE_KILLS");
+    int n_kills = asked ? atoi(asked) : 3;
+    unsigned seed = 20261128;
+    const char *const args[] = {"--host-state-mb", "1", "--replay-tokens", "16", NULL};
+    start(args);
+    for (int i = 0; i < N_STREAMS; i++) {
+        tellers[i] = (struct teller){.number = i};
+        open_talk(&tellers[i].talk, NULL);
+    }
+    for (int k = 0; k < n_kills; k++) {
+        atomic_store(&is_killed, false);
+        for (int i = 0; i < N_STREAMS; i++)
+            assert_int_equal(pthread_create(&tellers[i].thread, NULL, tell, &tellers[i]), 0);
+        sleep_ms(20 + rand_r(&seed) % 400);
+        atomic_store(&is_killed, true);
+        end(SIGKILL);
+        for (int i = 0; i < N_STREAMS; i++)
+            pthread_join(tellers[i].thread, NULL);
+        start(args);
+        assert_true(server_metric(&server, "latte_sessions") == N_STREAMS);
+        for (int i = 0; i < N_STREAMS; i++) {
+            struct teller *t = &tellers[i];
+            settle(t);
+            check_talk(&t->talk, ++t->seed * N_STREAMS + i);
+            t->n_prompt = 0;
+            if (t->talk.n > MAX_IDS - 1000) { /* a new one in its place */
+                struct answer a = ask("DELETE", &t->talk, "", NULL, NULL);
+                expect(&a, 200);
+                done(&a);
+                open_talk(&t->talk, NULL);
+            }
+        }
+    }
+    print_message("seed 20261128, %d kills, %d turns acknowledged\n", n_kills,
+                  atomic_load(&n_acknowledged));
+    end(SIGTERM);
+}
+
+/* ---- the disk -------------------------------------------------------------------------------- */
+
+static void limit_files(rlim_t n_bytes)
+{
+    struct rlimit limit;
+    assert_int_equal(prlimit(server.pid, RLIMIT_FSIZE, NULL, &limit), 0);
+    limit.rlim_cur = n_bytes;
+    assert_int_equal(prlimit(server.pid, RLIMIT_FSIZE, &limit, NULL), 0);
+}
+
+/* Nothing can be written: turns are refused and leave their sessions; with room they go on. */
+static void test_full_disk(void **state)
+{
+    (void)state;
+    struct talk talk, other;
+    start(NULL);
+    open_talk(&talk, NULL);
+    open_talk(&other, NULL);
+    take_turn(&talk, 1, 6, 200, NULL);
+    limit_files(100);
+    take_turn(&talk, 2, 6, 503, NULL);
+    take_turn(&other, 3, 6, 503, NULL);
+    struct answer a = ask("POST", &talk, "/rollback", "{}", NULL);
+    expect(&a, 503);
+    done(&a);
+    a = send_text("POST", "/v1/sessions", strdup("{}"), NULL);
+    expect(&a, 503);
+    done(&a);
+    assert_true(server_metric(&server, "latte_store_errors_total") >= 4);
+    limit_files(RLIM_INFINITY);
+    check_talk(&talk, 4);
+    check_talk(&other, 5);
+    limit_files(100);
+    take_turn(&talk, 6, 6, 503, NULL);
+    end(SIGKILL);
+    start(NULL);
+    check_talk(&talk, 7);
+    check_talk(&other, 8);
+    end(SIGTERM);
+}
+
+/* The one file of a state; false: there is none. */
+static bool state_file(char *path, size_t n)
+{
+    char dir[200];
+    bool found = false;
+    snprintf(dir, sizeof(dir), "%s/states", store_dir);
+    DIR *entries = opendir(dir);
+    for (struct dirent *e; entries && (e = readdir(entries));) {
+        if (e->d_name[0] == '.')
+            continue;
+        found = true;
+        snprintf(path, n, "%s/%s", dir, e->d_name);
+    }
+    if (entries)
+        closedir(entries);
+    return found;
+}
+
+static void change_byte(const char *path, off_t at)
+{
+    unsigned char byte;
+    int fd = open(path, O_RDWR);
+    assert_true(fd >= 0 && pread(fd, &byte, 1, at) == 1);
+    byte ^= 0x10;
+    assert_int_equal(pwrite(fd, &byte, 1, at), 1);
+    close(fd);
+}
+
+static void expect_lost(const struct talk *t)
+{
+    int32_t prompt[8];
+    int n = make_prompt(prompt, 1);
+    struct answer a = send_text("POST", COMPLETIONS, turn_body(t, prompt, n, 4, ""), NULL);
+    expect(&a, 410);
+    if (!strstr(member(member(a.json, "error"), "message")->valuestring, t->id))
+        fail_msg("the error does not name the session");
+    done(&a);
+}
+
+/* A state's file that was cut or changed, an entry of the journal that was: that session is refused
+ * by its name, the others go on, and it can be deleted. */
+static void test_damage(void **state)
+{
+    (void)state;
+    char path[512], journal[200];
+    snprintf(journal, sizeof(journal), "%s/sessions.journal", store_dir);
+    for (int kind = 0; kind < 3; kind++) {
+        struct talk large, small;
+        start(NULL);
+        open_talk(&large, NULL);
+        open_talk(&small, NULL);
+        take_turn(&small, 1, 6, 200, NULL);
+        take_turn(&large, 2, 600, 200, NULL); /* more than is ever computed again */
+        for (int i = 0; !state_file(path, sizeof(path)); i++) {
+            assert_true(i < 5000);
+            sleep_ms(2);
+        }
+        while (strstr(path, ".new") && state_file(path, sizeof(path)))
+            sleep_ms(2);
+        end(SIGTERM);
+        if (kind < 2) { /* so that the journal, written as a whole, has no other way to the state */
+            start(NULL);
+            assert_true(server_await_metric(&server, "latte_journal_writes_total", 1, 10000));
+            end(SIGTERM);
+        }
+        struct stat about;
+        assert_int_equal(stat(kind == 2 ? journal : path, &about), 0);
+        if (kind == 0)
+            assert_int_equal(truncate(path, about.st_size / 2), 0);
+        else if (kind == 1)
+            change_byte(path, about.st_size / 2);
+        else
+            change_byte(journal, about.st_size - 500); /* within the last turn's tokens */
+        start(NULL);
+        expect_lost(&large);
+        check_talk(&small, 3);
+        end(SIGKILL);
+        start(NULL);
+        expect_lost(&large);
+        check_talk(&small, 4);
+        struct answer a = ask("DELETE", &large, "", NULL, NULL);
+        expect(&a, 200);
+        done(&a);
+        a = ask("DELETE", &small, "", NULL, NULL);
+        expect(&a, 200);
+        done(&a);
+        end(SIGTERM);
+    }
+}
+
+static void test_another_models_store(void **state)
+{
+    (void)state;
+    struct talk talk;
+    struct bytes output;
+    char dir[128];
+    start(NULL);
+    open_talk(&talk, NULL);
+    end(SIGTERM);
+    assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
+    const char *const args[] = {"--model", "weights/latte-12m", "--port", "0",
+                                "--store", store_dir,           NULL};
+    assert_int_equal(server_run(args, &output), 1);
+    if (!strstr(output.data, "another model"))
+        fail_msg("the server said: %s", output.data);
+    bytes_free(&output);
+    test_dir_remove(dir);
+}
+
+/* ---- more sessions than memory has room for -------------------------------------------------- */
+
+static void check_many(const char *replay_tokens)
+{
+    enum { N = 150 };
+    static struct talk talks[N];
+    const char *const args[] = {"--host-state-mb", "1", "--replay-tokens", replay_tokens, NULL};
+    unsigned seed = 7;
+    start(args);
+    for (int i = 0; i < N; i++)
+        open_talk(&talks[i], NULL);
+    for (int k = 0; k < 3 * N; k++) {
+        struct talk *t = &talks[rand_r(&seed) % N];
+        take_turn(t, k, 3, 200, NULL);
+    }
+    double bytes = server_metric(&server, "latte_session_state_bytes");
+    assert_true(bytes > 0 && bytes <= 1 << 20);
+    assert_true(server_metric(&server, "latte_state_evictions_total") > 0);
+    for (int i = 0; i < N; i += 10)
+        check_talk(&talks[i], i);
+    end(SIGTERM);
+}
+
+static void test_many_sessions(void **state)
+{
+    (void)state;
+    check_many("0");
+    check_many("64");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_restart, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_what_belongs_to_a_session, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_owners, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_kills, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_full_disk, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_damage, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_another_models_store, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_many_sessions, set_up, tear_down),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
