@@ -3,6 +3,7 @@
 #include "tests/http/harness.h"
 
 #include <cjson/cJSON.h>
+#include <dirent.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -273,6 +274,8 @@ static const char endless[] = "{\"prompt\":\"x\",\"n\":2,\"max_tokens\":1000000,
 #define KEY "0123456789abcdef"
 
 static struct server plain, tight, keyed, small, full;
+static struct server damaged; /* with a session that is lost */
+static char damaged_id[64], damaged_model[128], damaged_store[128];
 static int fillers[2]; /* connections that keep `full` full */
 
 static void start_keyed(void)
@@ -381,6 +384,42 @@ static void start_plain(void)
     server_start(&plain, (const char *const[]){"--preset", option, "--open-admin", NULL});
 }
 
+/* A session that the store has lost: its state's file was changed between two starts. The state is
+ * an import, so there is no other way to it. */
+static void start_damaged(void)
+{
+    char path[400], states[200];
+    struct reply exported, reply;
+    assert_int_equal(test_dir_make(damaged_store, sizeof(damaged_store)), 0);
+    make_tiny_model(damaged_model, sizeof(damaged_model));
+    const char *const args[] = {"--model", damaged_model, "--store", damaged_store, NULL};
+    export_state(&plain, &exported);
+    server_start(&damaged, args);
+    client_post(&damaged, "/v1/sessions", "{}", &reply);
+    snprintf(damaged_id, sizeof(damaged_id), "%.37s", strstr(reply.body.data, "sess_"));
+    reply_free(&reply);
+    snprintf(path, sizeof(path), "/v1/sessions/%s/state", damaged_id);
+    client_send(
+        &damaged,
+        &(struct client_request){
+            .method = "PUT", .path = path, .body = exported.body.data, .n_body = exported.body.n},
+        &reply);
+    assert_int_equal(reply.code, 200);
+    reply_free(&reply);
+    reply_free(&exported);
+    server_stop(&damaged);
+    snprintf(states, sizeof(states), "%s/states", damaged_store);
+    DIR *entries = opendir(states);
+    assert_non_null(entries);
+    for (struct dirent *e; (e = readdir(entries));) {
+        snprintf(path, sizeof(path), "%s/%.150s", states, e->d_name);
+        if (e->d_name[0] != '.')
+            assert_int_equal(truncate(path, 100), 0);
+    }
+    closedir(entries);
+    server_start(&damaged, args);
+}
+
 static int start_all(void **state)
 {
     (void)state;
@@ -394,6 +433,7 @@ static int start_all(void **state)
                                        "1", "--max-presets", "1", "--open-admin", NULL});
     fill_up(&full);
     start_keyed();
+    start_damaged();
     struct reply reply;
     client_get(&plain, "/openapi.yaml", &reply);
     assert_int_equal(reply.code, 200);
@@ -413,6 +453,9 @@ static int stop_all(void **state)
     close(fillers[1]);
     server_stop(&full);
     server_stop(&keyed);
+    server_stop(&damaged);
+    test_dir_remove(damaged_model);
+    test_dir_remove(damaged_store);
     return 0;
 }
 
@@ -574,6 +617,7 @@ static void provoke_session(const char *path, const char *method, int status, co
                                                                            "If-Match: \"99\"",
                                                                            NULL};
     const struct server *s = status == 401   ? &keyed
+                             : status == 410 ? &damaged
                              : status == 413 ? &small
                              : status == 429 ? &full
                                              : &plain;
@@ -582,7 +626,9 @@ static void provoke_session(const char *path, const char *method, int status, co
     char *big = NULL;
     int held = -1;
     snprintf(id, sizeof(id), "sess_none");
-    if (status != 404 && status != 401 && status != 503)
+    if (status == 410)
+        snprintf(id, sizeof(id), "%s", damaged_id);
+    else if (status != 404 && status != 401 && status != 503)
         make_session(s, id);
     const char *brace = strchr(path, '{');
     snprintf(real_path, sizeof(real_path), "%.*s%s%s", brace ? (int)(brace - path) : 100, path,
@@ -834,7 +880,14 @@ static bool provoke(const char *path, const char *method, int status, const char
                     struct reply *reply)
 {
     bool get = !strcmp(method, "get"), one = strstr(path, "{id}") != NULL;
-    if (status == 422 || (status == 410 && !one)) {
+    if (strstr(path, "/streams")) {
+        provoke_stream(method, status, reply);
+        return true;
+    }
+    /* A turn's 410 has two reasons: completions show the lost session, the others the lost reply.
+     */
+    bool by_key = strstr(path, "/chat") || strstr(path, "/responses");
+    if (status == 422 || (status == 410 && by_key)) {
         provoke_key(path, status, example, reply);
         return true;
     }
@@ -846,12 +899,8 @@ static bool provoke(const char *path, const char *method, int status, const char
         provoke_preset(path, method, status, reply);
         return true;
     }
-    if (strstr(path, "/sessions") || status == 409 || status == 412) {
+    if (strstr(path, "/sessions") || status == 409 || status == 410 || status == 412) {
         provoke_session(path, method, status, example, reply);
-        return true;
-    }
-    if (strstr(path, "/streams")) {
-        provoke_stream(method, status, reply);
         return true;
     }
     char real_path[300], *big = NULL;
