@@ -124,6 +124,7 @@ static void free_values(struct image *image)
         return;
     free(image->values);
     image->values = NULL;
+    atomic_store_explicit(&image->is_here, false, memory_order_relaxed);
     store->used_bytes -= image_bytes(store);
     store->n_in_memory--;
     pthread_cond_broadcast(&store->changed);
@@ -288,6 +289,7 @@ static enum status new_held(struct image **out, struct image_store *store, struc
     }
     random_name(image->name);
     image->values = values;
+    atomic_store_explicit(&image->is_here, true, memory_order_relaxed);
     image->n_holds = 1;
     *out = image;
     return STATUS_OK;
@@ -381,8 +383,18 @@ void image_move_values(struct image *from, struct image *to)
     CHECK(from->n_holds == 1 && !from->n_keeps && from->values && !to->values);
     to->values = from->values;
     from->values = NULL;
+    atomic_store_explicit(&to->is_here, true, memory_order_relaxed);
+    atomic_store_explicit(&from->is_here, false, memory_order_relaxed);
     image_settle(to);
     pthread_mutex_unlock(&store->lock);
+}
+
+size_t image_replay_length(struct image *image)
+{
+    pthread_mutex_lock(&image->store->lock);
+    size_t n = image->n_replayed;
+    pthread_mutex_unlock(&image->store->lock);
+    return n;
 }
 
 void image_want_file(struct image *image)

@@ -37,6 +37,7 @@
 #define LATTE_ENGINE_IMAGE_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -98,7 +99,8 @@ struct image {
     int n_pending;
     int32_t pending[IMAGE_MAX_PENDING];
     uint32_t tail;
-    float *values; /* [store->n_values]; NULL only for those who do not hold it */
+    float *values;       /* [store->n_values]; NULL only for those who do not hold it */
+    atomic_bool is_here; /* in memory, for those who only want to tell */
 
     /* Under the store's lock. */
     int n_holds, n_keeps;
@@ -169,6 +171,8 @@ enum status image_set_origin(struct image *image, struct image *parent, const in
 void image_set_file(struct image *image);
 /* The values of an image that the caller holds become another's, whose state is the same. */
 void image_move_values(struct image *from, struct image *to);
+/* Tokens from the nearest image with a file to this one: what computing it again would feed. */
+size_t image_replay_length(struct image *image);
 /* It wants a file soon, without giving its values up. */
 void image_want_file(struct image *image);
 /* With the lock held: find the list on which the image belongs now, after a change. It may be

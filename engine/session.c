@@ -163,6 +163,13 @@ static bool is_overdue(const struct session *s, int64_t now)
     return s->idle_s && !s->in_turn && now >= s->now.used + s->idle_s;
 }
 
+/* Its state, or it has none yet. */
+static bool is_in_memory(const struct session *s)
+{
+    const struct image *image = s->now.image;
+    return !image || atomic_load_explicit(&image->is_here, memory_order_relaxed);
+}
+
 void session_describe(const struct session *s, struct session_info *out)
 {
     *out = (struct session_info){
@@ -172,7 +179,7 @@ void session_describe(const struct session *s, struct session_info *out)
         .used = s->now.used,
         .expires = s->idle_s ? s->now.used + s->idle_s : 0,
         .in_turn = s->in_turn,
-        .in_memory = !s->now.image || s->now.image->values,
+        .in_memory = is_in_memory(s),
         .n_snapshots = s->now.n_kept,
         .metadata = s->metadata,
     };
@@ -281,7 +288,7 @@ void sessions_count(struct sessions *t, struct session_counts *out)
     out->n_sessions = t->n;
     out->n_pending = t->n_pending;
     for (const struct session *s = t->oldest; s; s = s->newer)
-        out->n_in_memory += !s->now.image || s->now.image->values;
+        out->n_in_memory += is_in_memory(s);
     pthread_mutex_unlock(&t->lock);
 }
 

@@ -123,7 +123,7 @@ static void apply(struct sessions *t, struct change *c, struct session_outcome *
 /* A state from which too much would have to be computed again is written soon. */
 static void bound_replay(const struct change *c, struct image *image)
 {
-    if (!c->is_delete && image && image->n_replayed > STATE_STORE_MAX_REPLAY)
+    if (!c->is_delete && image && image_replay_length(image) > STATE_STORE_MAX_REPLAY)
         image_want_file(image);
 }
 

@@ -696,6 +696,10 @@ static void fetch_states(struct call *c)
     if (!st) {
         start_generation(c);
     } else if (st == STATUS_BUSY && c->routes->storage.store) {
+        if (c->turn.from && c->from) { /* who waits for memory keeps others' waiting short */
+            image_release(c->from);
+            c->from = NULL;
+        }
         c->item = (struct work_item){.run = fetch_on_worker, .done = on_fetched};
         c->working = true;
         defer(c);

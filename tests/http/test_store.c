@@ -2,7 +2,9 @@
  * with damaged files, with more sessions than memory has room for. The oracle is the same server
  * without sessions: a conversation that is sent whole, token for token.
  *
- * LATTE_KILLS how often the server is killed under 16 streams (3).
+ * LATTE_KILLS how often the server is killed under 16 streams (3). LATTE_SESSIONS how many sessions
+ * there are where memory is too small for them (150), LATTE_STORE_MODEL another model than a tiny
+ * one.
  */
 #include "tests/http/harness.h"
 
@@ -32,8 +34,9 @@ static char model_dir[128], store_dir[160];
 
 static void start(const char *const *more)
 {
-    const char *args[32] = {"--model",   model_dir, "--store",         store_dir,
-                            "--threads", "1",       "--no-access-log", NULL};
+    const char *model = getenv("LATTE_STORE_MODEL");
+    const char *args[32] = {"--model", model ? model : model_dir, "--store", store_dir, "--threads",
+                            "1",       "--no-access-log",         NULL};
     for (int n = 7; more && *more; more++, n++) {
         args[n] = *more;
         args[n + 1] = NULL;
@@ -641,36 +644,84 @@ static void test_another_models_store(void **state)
 
 /* ---- more sessions than memory has room for -------------------------------------------------- */
 
-static void check_many(const char *replay_tokens)
+/* What LATTE_SESSIONS and LATTE_STORE_MODEL ask for: the full-size run. */
+struct many {
+    struct talk *talks; /* [n] */
+    int *order;         /* [n] */
+    int n, round;
+    atomic_int next;
+};
+
+static void *continue_some(void *context)
 {
-    enum { N = 150 };
-    static struct talk talks[N];
-    const char *const args[] = {"--host-state-mb", "1", "--replay-tokens", replay_tokens, NULL};
-    unsigned seed = 7;
-    start(args);
-    for (int i = 0; i < N; i++)
-        open_talk(&talks[i], NULL);
-    for (int k = 0; k < 3 * N; k++) {
-        struct talk *t = &talks[rand_r(&seed) % N];
-        take_turn(t, k, 3, 200, NULL);
+    struct many *m = context;
+    for (int i; (i = atomic_fetch_add(&m->next, 1)) < m->n;)
+        take_turn(&m->talks[m->order[i]], 31 * m->round + m->order[i], 3, 200, NULL);
+    return NULL;
+}
+
+/* Each session once, in a random order, by many clients. */
+static void continue_all(struct many *m, unsigned *seed)
+{
+    pthread_t threads[N_STREAMS];
+    for (int i = 0; i < m->n; i++) {
+        int at = rand_r(seed) % (i + 1);
+        m->order[i] = m->order[at];
+        m->order[at] = i;
     }
+    atomic_store(&m->next, 0);
+    m->round++;
+    for (int i = 0; i < N_STREAMS; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, continue_some, m), 0);
+    for (int i = 0; i < N_STREAMS; i++)
+        pthread_join(threads[i], NULL);
     double bytes = server_metric(&server, "latte_session_state_bytes");
-    assert_true(bytes > 0 && bytes <= 1 << 20);
+    print_message(
+        "%d sessions continued, %d times each: states take %.0f MB, the process %.0f MB\n", m->n,
+        m->round, bytes / 1e6, server_metric(&server, "process_resident_memory_bytes") / 1e6);
+}
+
+static void check_many(const char *replay_tokens, const char *memory_mb)
+{
+    const char *asked = getenv("LATTE_SESSIONS");
+    struct many m = {.n = asked ? atoi(asked) : 150};
+    const char *const args[] = {"--host-state-mb", memory_mb,         "--replay-tokens",
+                                replay_tokens,     "--max-slots",     "64",
+                                "--threads",       asked ? "2" : "1", NULL};
+    unsigned seed = 7;
+    m.talks = calloc((size_t)m.n, sizeof(*m.talks));
+    m.order = calloc((size_t)m.n, sizeof(*m.order));
+    start(args);
+    for (int i = 0; i < m.n; i++)
+        open_talk(&m.talks[i], NULL);
+    for (int round = 0; round < 3; round++)
+        continue_all(&m, &seed);
+    double bytes = server_metric(&server, "latte_session_state_bytes");
+    assert_true(bytes > 0 && bytes <= atof(memory_mb) * (1 << 20));
     assert_true(server_metric(&server, "latte_state_evictions_total") > 0);
-    for (int i = 0; i < N; i += 10)
-        check_talk(&talks[i], i);
+    end(SIGKILL);
+    start(args);
+    assert_true(server_metric(&server, "latte_sessions") == m.n);
+    for (int i = 0; i < m.n; i += 1 + m.n / 15)
+        check_talk(&m.talks[i], i);
     end(SIGTERM);
+    free(m.talks);
+    free(m.order);
 }
 
 static void test_many_sessions(void **state)
 {
     (void)state;
-    check_many("0");
-    check_many("64");
+    const char *mb = getenv("LATTE_SESSIONS") ? "1024" : "1";
+    check_many("64", mb);
+    if (!getenv("LATTE_SESSIONS") || getenv("LATTE_WRITE_ALL"))
+        check_many("0", mb);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_restart, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_what_belongs_to_a_session, set_up, tear_down),
