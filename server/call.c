@@ -383,6 +383,7 @@ static enum status open_generation(struct call *c, struct error *err)
         .prompts = c->prompts,
         .n_prompts = c->n_prompts,
         .response = c->response,
+        .images = &c->routes->storage.images,
         .max_bytes = MAX_REPLY_BYTES,
         .arrival_ns = http_arrival_ns(c->http),
         .owner = c,

@@ -245,13 +245,19 @@ static void write_engine(struct bytes *out, const struct engine *engine)
     write_value(out, "latte_slots_used", "gauge", "Slots that hold a sequence.", stats.n_running);
     write_value(out, "latte_engine_steps_total", "counter", "Steps of the model.",
                 (double)stats.n_steps);
+    write_value(out, "latte_engine_prompt_tokens_total", "counter",
+                "Prompt tokens the model has read: one that several choices share only once, and "
+                "none that a stored state had seen.",
+                (double)stats.n_prompt_tokens);
     write_value(out, "latte_engine_dropped_tokens_total", "counter",
                 "Tokens drawn ahead for choices that had ended by then.",
                 (double)stats.n_dropped_tokens);
     write_value(out, "latte_state_loads_total", "counter",
-                "Turns whose state was copied to a device.", (double)stats.n_state_loads);
+                "Jobs that began from a state which was copied to a device.",
+                (double)stats.n_state_loads);
     write_value(out, "latte_state_hits_total", "counter",
-                "Turns whose state was still on a device.", (double)stats.n_state_hits);
+                "Jobs that began from a state which was still on a device.",
+                (double)stats.n_state_hits);
     write_value(out, "latte_engine_step_seconds_total", "counter", "Time spent in steps.",
                 (double)stats.step_ns * 1e-9);
     write_value(out, "latte_engine_failed", "gauge", "1 when a device has failed.", stats.failed);

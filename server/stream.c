@@ -8,7 +8,10 @@
 #include "server/http.h"
 #include "server/metrics.h"
 
-enum { READ_TOKENS = 16 }; /* from a job at once */
+enum {
+    READ_TOKENS = 16,     /* from a job at once */
+    MIN_FORK_TOKENS = 16, /* shorter prompts cost less than a state that is saved and loaded */
+};
 
 /* ---- jobs ---------------------------------------------------------------------------------- */
 
@@ -37,10 +40,44 @@ static void fill_sampling(struct sampling_params *p, const struct codec_request 
     p->logit_bias = q->logit_bias;
 }
 
-static enum status start_job(struct generation *g, struct sequence *s, uint32_t choice,
-                             struct error *err)
+/* Scores of a prompt come with its own processing, and a repetition penalty must see it. */
+static bool may_fork(const struct generation *g, const struct stream_prompt *prompt)
 {
     const struct codec_request *q = g->setup.request;
+    bool scored = q->echo && q->n_logprobs >= 0;
+    return g->setup.images && !g->setup.turn && q->best_of > 1 && !scored &&
+           q->repetition_penalty == 1 && prompt->n > MIN_FORK_TOKENS;
+}
+
+/* A place for the state that the first choice of prompt i leaves before its last token, so that
+ * each choice feeds that one itself. Without room for it each computes its whole prompt. */
+static void plan_fork(struct generation *g, size_t i)
+{
+    struct error err;
+    if (may_fork(g, &g->setup.prompts[i]) && image_new(&g->forks[i], g->setup.images, &err))
+        g->forks[i] = NULL;
+}
+
+/* The first choice leaves the state at a mark; the others wait for it in the engine's queue. */
+static void fork_job(const struct generation *g, size_t prompt, uint32_t choice,
+                     struct job_request *request)
+{
+    size_t n_seen = request->n_prompt - 1;
+    if (choice) {
+        request->from = g->forks[prompt];
+        request->n_seen = n_seen;
+        request->after = g->sequences[prompt * (size_t)g->setup.request->best_of].job;
+    } else {
+        request->marks[request->n_marks++] = (struct job_mark){n_seen, g->forks[prompt]};
+    }
+}
+
+static enum status start_job(struct generation *g, size_t i, struct error *err)
+{
+    const struct codec_request *q = g->setup.request;
+    struct sequence *s = &g->sequences[i];
+    size_t prompt = i / (size_t)q->best_of;
+    uint32_t choice = (uint32_t)(i % (size_t)q->best_of);
     struct job_request request = {
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
@@ -53,6 +90,10 @@ static enum status start_job(struct generation *g, struct sequence *s, uint32_t 
         .user = g->setup.owner,
     };
     fill_sampling(&request.sampling, q, choice);
+    if (!choice)
+        plan_fork(g, prompt);
+    if (g->forks[prompt])
+        fork_job(g, prompt, choice, &request);
     enum status st = job_new(&s->job, &request, err);
     if (st)
         return st;
@@ -338,9 +379,15 @@ static struct generation *new_generation(const struct stream_setup *setup)
 {
     struct generation *g = calloc(1, sizeof(*g));
     size_t n = setup->n_prompts * (size_t)setup->request->best_of;
-    if (g)
+    if (g) {
         g->sequences = calloc(n, sizeof(*g->sequences));
-    if (!g || !g->sequences) {
+        g->forks = calloc(setup->n_prompts, sizeof(*g->forks));
+    }
+    if (!g || !g->sequences || !g->forks) {
+        if (g) {
+            free(g->sequences);
+            free(g->forks);
+        }
         free(g);
         return NULL;
     }
@@ -362,9 +409,8 @@ enum status stream_open(struct generation **out, const struct stream_setup *setu
     struct generation *g = new_generation(setup);
     if (!g)
         return fail(err, STATUS_NOMEM, "out of memory for the choices of a request");
-    size_t best_of = (size_t)setup->request->best_of;
     for (size_t i = 0; i < g->n_sequences && !st; i++)
-        st = start_job(g, &g->sequences[i], (uint32_t)(i % best_of), err);
+        st = start_job(g, i, err);
     if (st) {
         stream_close(g);
         return st;
@@ -385,6 +431,9 @@ void stream_close(struct generation *g)
         drop_job(g, &g->sequences[i]);
         output_free(&g->sequences[i].output);
     }
+    for (size_t i = 0; i < g->setup.n_prompts; i++)
+        image_release(g->forks[i]);
+    free(g->forks);
     stream_turn_free(g);
     bytes_free(&g->events);
     free(g->sequences);

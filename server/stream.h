@@ -67,6 +67,8 @@ struct stream_setup {
     const struct stream_turn *turn; /* NULL: none */
     struct response *response; /* of the Responses API: the reply is written from it; or NULL */
     struct image *from; /* without a turn: the state that all prompts continue, or NULL; borrowed */
+    struct image_store *images;     /* for the state that the choices of a prompt share; NULL: each
+                                     * choice computes its whole prompt */
     struct codec_reply reply;
     size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */

@@ -44,6 +44,8 @@ struct turn {
 
 struct generation {
     struct stream_setup setup;
+    struct image **forks; /* [n_prompts] the state before the prompt's last token, for the choices
+                           * after the first; NULL where each has its own. Owned */
     struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
     size_t n_sequences, n_running;
     size_t n_bytes;   /* held by all outputs */
