@@ -61,7 +61,6 @@ static void check_states(const struct job_request *r)
     size_t at = r->n_seen;
     CHECK(r->n_seen < r->n_prompt && (!r->n_seen || (r->from && r->prompt_logprobs < 0)));
     CHECK(!r->n_runs || (!r->n_seen && !r->n_marks));
-    CHECK(!r->n_seen || r->sampling.repetition_penalty == 1);
     CHECK(r->n_marks >= 0 && r->n_marks <= JOB_MAX_MARKS && (!r->after || r->from));
     for (int i = 0; i < r->n_marks; i++) {
         CHECK(r->marks[i].image && r->marks[i].at > at && r->marks[i].at <= r->n_prompt);

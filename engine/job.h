@@ -60,7 +60,7 @@ struct job_request {
                                       * bits as theirs. NULL: one run, chunked */
     int n_runs;
     /* Tokens at the front of the prompt that `from` has seen as its last ones: they are not fed
-     * again. Not for scored prompts, nor with a repetition penalty, which must see all tokens. */
+     * again, but penalties know them. Not for scored prompts. */
     size_t n_seen;
     int n_marks;
     struct job_mark marks[JOB_MAX_MARKS]; /* [n_marks], in ascending order */

@@ -185,6 +185,8 @@ static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct e
     bool is_there = request->from && s->resident[index] == request->from->id;
     s->resident[index] = 0;
     enum status st = stepper_admit(s->stepper, index, &request->sampling, !is_there, err);
+    if (!st && request->n_seen)
+        st = stepper_note(s->stepper, index, request->prompt, request->n_seen, err);
     if (!st && request->from && !is_there)
         st = image_load(s->model, index, request->from, err);
     if (request->from)

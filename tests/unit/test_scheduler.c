@@ -183,6 +183,15 @@ enum status model_admit(struct model *m, int slot, const struct sampling_params 
     return STATUS_OK;
 }
 
+enum status model_note(struct model *m, int slot, const int32_t *tokens, size_t n,
+                       struct error *err)
+{
+    (void)m, (void)err;
+    for (size_t i = 0; i < n; i++)
+        sampler_note(fake.sampler, slot, tokens[i], false);
+    return STATUS_OK;
+}
+
 /* All is computed when queued, and shown when collected. */
 enum status model_queue(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
                         int n_seqs, const struct step_draw *draws, int n_draws,
@@ -741,6 +750,7 @@ static void test_marks(void **state)
         specs[i].n_prompt = 1 + (int)(mix((uint64_t)i) % 70);
         specs[i].prompt_logprobs = i % 5 ? -1 : 2;
         specs[i].max_tokens = i % 7;
+        specs[i].repetition_penalty = i % 3 ? 1 : 1.7f;
         set_marks(&specs[i], (uint64_t)i);
         take_images(images[i], specs[i].n_marks, &store);
         jobs[i] = submitted(s, make_job_from(&specs[i], images[i], NULL, 0, NULL));
