@@ -15,6 +15,7 @@
 
 #include <stdatomic.h>
 
+#include "engine/prefix.h"
 #include "engine/session.h"
 #include "server/codec.h"
 #include "server/output.h"
@@ -115,6 +116,18 @@ struct image *call_from(const struct call *c);
  * reply. Sets status, error and code. The request's parsed tree is gone afterwards: it may be
  * large, and a stream lives long. Any thread. */
 void call_prepare(struct call *c);
+
+/* States of earlier prompts (call_prefix.c).
+ *
+ * plan: for prompt i, which is set, find the state that it may begin from, and reserve images for
+ * those that it is to leave: at `marks`, ascending places before its last token, and after the
+ * answer. marks: where messages of a chat with these ids end; returns how many. keep, as in
+ * stream.h: of a call. free: let go of all that was planned. */
+void call_prefix_plan(struct call *c, size_t i, const size_t *marks, int n_marks);
+int call_prefix_marks(const struct call *c, const int32_t *ids, size_t n,
+                      size_t marks[STREAM_MAX_MARKS]);
+void call_prefix_keep(void *call, struct image *image, const int32_t *ids, size_t n);
+void call_prefix_free(struct call *c);
 
 /* A job of the call has news: call_run_woken will see to it, once for all jobs of a step. */
 void call_wake(struct call *c);

@@ -36,6 +36,10 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
     [METRIC_TURNS] = {"latte_session_turns_total", "Turns of sessions that were committed."},
     [METRIC_TURNS_LOST] = {"latte_session_turns_abandoned_total",
                            "Turns that failed or that their client broke off; not applied."},
+    [METRIC_PREFIX_HITS] = {"latte_prefix_hits_total",
+                            "Prompts that began from a stored state of an earlier one."},
+    [METRIC_PREFIX_TOKENS] = {"latte_prefix_cached_tokens_total",
+                              "Prompt tokens that those states had seen."},
     [METRIC_SESSIONS_EXPIRED] = {"latte_sessions_expired_total",
                                  "Sessions forgotten because nobody used them."},
     [METRIC_RESPONSES_EXPIRED] = {"latte_responses_expired_total",
@@ -368,6 +372,11 @@ static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
         s->images.n_images);
     write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
                 (double)s->images.used_bytes);
+    write_value(out, "latte_prefix_entries", "gauge", "Stored states of beginnings of prompts.",
+                s->n_prefixes);
+    write_value(out, "latte_prefix_bytes", "gauge",
+                "Host memory of those states, their tokens, and of states still to be computed.",
+                (double)s->prefix_bytes);
     if (s->has_store)
         write_store(out, s);
 }

@@ -29,6 +29,8 @@ enum metric_counter {
     METRIC_SESSIONS_EXPIRED,   /* latte_sessions_expired_total */
     METRIC_RESPONSES_EXPIRED,  /* latte_responses_expired_total */
     METRIC_RESPONSES_DROPPED,  /* latte_responses_dropped_total: for a limit */
+    METRIC_PREFIX_HITS,        /* latte_prefix_hits_total: prompts that began from a stored state */
+    METRIC_PREFIX_TOKENS,      /* latte_prefix_cached_tokens_total: that those had seen */
     METRIC_COUNTER_COUNT
 };
 
@@ -59,6 +61,8 @@ struct metrics_sessions {
     struct image_counts images;
     bool has_store;
     struct journal_counts journal;
+    int n_prefixes; /* states after beginnings of prompts, which are not among images */
+    size_t prefix_bytes;
 };
 
 /* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL

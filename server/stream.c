@@ -40,22 +40,30 @@ static void fill_sampling(struct sampling_params *p, const struct codec_request 
     p->logit_bias = q->logit_bias;
 }
 
-/* Scores of a prompt come with its own processing, and a repetition penalty must see it. */
+/* Scores of a prompt come with its own processing. */
 static bool may_fork(const struct generation *g, const struct stream_prompt *prompt)
 {
     const struct codec_request *q = g->setup.request;
     bool scored = q->echo && q->n_logprobs >= 0;
     return g->setup.images && !g->setup.turn && q->best_of > 1 && !scored &&
-           q->repetition_penalty == 1 && prompt->n > MIN_FORK_TOKENS;
+           prompt->n - prompt->n_seen > MIN_FORK_TOKENS;
 }
 
 /* A place for the state that the first choice of prompt i leaves before its last token, so that
  * each choice feeds that one itself. Without room for it each computes its whole prompt. */
 static void plan_fork(struct generation *g, size_t i)
 {
+    const struct stream_prompt *prompt = &g->setup.prompts[i];
+    const struct job_mark *last = prompt->n_marks ? &prompt->marks[prompt->n_marks - 1] : NULL;
     struct error err;
-    if (may_fork(g, &g->setup.prompts[i]) && image_new(&g->forks[i], g->setup.images, &err))
+    if (!may_fork(g, prompt))
+        return;
+    if (last && last->at == prompt->n - 1) {
+        g->forks[i] = last->image;
+        image_hold(last->image);
+    } else if (image_new(&g->forks[i], g->setup.images, &err)) {
         g->forks[i] = NULL;
+    }
 }
 
 /* The first choice leaves the state at a mark; the others wait for it in the engine's queue. */
@@ -67,9 +75,26 @@ static void fork_job(const struct generation *g, size_t prompt, uint32_t choice,
         request->from = g->forks[prompt];
         request->n_seen = n_seen;
         request->after = g->sequences[prompt * (size_t)g->setup.request->best_of].job;
-    } else {
+    } else if (!request->n_marks || request->marks[request->n_marks - 1].at < n_seen) {
         request->marks[request->n_marks++] = (struct job_mark){n_seen, g->forks[prompt]};
     }
+}
+
+/* What the first choice leaves of its way through the prompt, and the only one at its end. */
+static void set_marks(const struct stream_prompt *prompt, struct job_request *request)
+{
+    request->n_marks = prompt->n_marks;
+    memcpy(request->marks, prompt->marks, (size_t)prompt->n_marks * sizeof(*prompt->marks));
+    if (prompt->answer)
+        request->into = prompt->answer;
+}
+
+/* The state that a prompt's jobs begin from. */
+static struct image *base_of(const struct generation *g, const struct stream_prompt *prompt)
+{
+    if (g->setup.turn)
+        return g->setup.turn->from;
+    return g->setup.from ? g->setup.from : prompt->from;
 }
 
 static enum status start_job(struct generation *g, size_t i, struct error *err)
@@ -82,7 +107,8 @@ static enum status start_job(struct generation *g, size_t i, struct error *err)
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
         .shared = s->prompt->shared,
-        .from = g->setup.turn ? g->setup.turn->from : g->setup.from,
+        .from = base_of(g, s->prompt),
+        .n_seen = s->prompt->n_seen,
         .into = g->setup.turn ? g->setup.turn->into : NULL,
         .max_tokens = q->max_tokens,
         .deadline_ms = g->setup.deadline_ms,
@@ -90,8 +116,10 @@ static enum status start_job(struct generation *g, size_t i, struct error *err)
         .user = g->setup.owner,
     };
     fill_sampling(&request.sampling, q, choice);
-    if (!choice)
+    if (!choice) {
+        set_marks(s->prompt, &request);
         plan_fork(g, prompt);
+    }
     if (g->forks[prompt])
         fork_job(g, prompt, choice, &request);
     enum status st = job_new(&s->job, &request, err);
@@ -106,6 +134,9 @@ static void drop_job(struct generation *g, struct sequence *s)
 {
     if (!s->job)
         return;
+    struct job_snapshot snapshot;
+    job_snapshot(s->job, &snapshot);
+    stream_keep_marks(g, s, &snapshot);
     job_cancel(s->job);
     job_set_user(s->job, NULL);
     job_release(s->job);
@@ -211,6 +242,8 @@ static void push_tokens(struct generation *g, struct sequence *s, const struct j
             output_push(&s->output, &tokens[i]);
         if (g->setup.turn && !tokens[i].is_prompt)
             stream_turn_note(g, s, tokens[i].token);
+        if (s->prompt->answer && !tokens[i].is_prompt)
+            stream_keep_note(s, tokens[i].token);
     }
     int64_t n_new = s->output.n_tokens - before;
     g->usage.completion_tokens += n_new;
@@ -231,6 +264,8 @@ static void end_sequence(struct generation *g, struct sequence *s,
         end_without_room(g, STATUS_NOMEM);
         return;
     }
+    if (snapshot->finish == FINISH_STOP || snapshot->finish == FINISH_LENGTH)
+        stream_keep_answer(g, s);
     bool length = snapshot->finish == FINISH_LENGTH && !s->output.stopped;
     finish_sequence(g, s, length ? "length" : "stop");
 }
@@ -241,6 +276,7 @@ static bool advance_sequence(struct generation *g, struct sequence *s)
     struct job_token tokens[READ_TOKENS];
     struct job_snapshot snapshot;
     job_snapshot(s->job, &snapshot); /* before the ring: what finished has put all its tokens */
+    stream_keep_marks(g, s, &snapshot);
     size_t n = job_read(s->job, tokens, READ_TOKENS);
     push_tokens(g, s, tokens, n);
     enum status st = check_room(g, s);
@@ -395,8 +431,10 @@ static struct generation *new_generation(const struct stream_setup *setup)
     g->n_sequences = n;
     for (size_t i = 0; i < n; i++)
         init_sequence(g, i);
-    for (size_t i = 0; i < setup->n_prompts; i++)
+    for (size_t i = 0; i < setup->n_prompts; i++) {
         g->usage.prompt_tokens += (int64_t)(setup->prompts[i].n - setup->prompts[i].n_carried);
+        g->usage.cached_tokens += (int64_t)setup->prompts[i].n_seen;
+    }
     return g;
 }
 
@@ -417,6 +455,9 @@ enum status stream_open(struct generation **out, const struct stream_setup *setu
     }
     g->open = true;
     metrics_add(METRIC_PROMPT_TOKENS, (uint64_t)g->usage.prompt_tokens);
+    metrics_add(METRIC_PREFIX_TOKENS, (uint64_t)g->usage.cached_tokens);
+    for (size_t i = 0; i < setup->n_prompts; i++)
+        metrics_add(METRIC_PREFIX_HITS, setup->prompts[i].n_seen > 0);
     *out = g;
     return STATUS_OK;
 }
@@ -430,6 +471,7 @@ void stream_close(struct generation *g)
     for (size_t i = 0; i < g->n_sequences; i++) {
         drop_job(g, &g->sequences[i]);
         output_free(&g->sequences[i].output);
+        free(g->sequences[i].answer);
     }
     for (size_t i = 0; i < g->setup.n_prompts; i++)
         image_release(g->forks[i]);
