@@ -237,6 +237,9 @@ struct backend_ops {
     enum status (*admit)(struct backend *b, int slot, const struct sampling_params *params,
                          struct error *err);
     void (*draw)(struct backend *b, const struct buffer *logits);
+    /* After admit: tokens [n] that count as prompt too, which no step brings. */
+    enum status (*note)(struct backend *b, int slot, const int32_t *tokens, size_t n,
+                        struct error *err);
 
     void (*memory)(struct backend *b, struct backend_memory *out);
 };

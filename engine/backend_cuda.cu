@@ -203,6 +203,7 @@ static const struct backend_ops fused_ops = {
     .linear_group = gpu_linear_group,
     .admit = cuda_admit,
     .draw = cuda_draw,
+    .note = cuda_note,
     .memory = gpu_memory,
 };
 
@@ -213,6 +214,7 @@ static const struct backend_ops composed_ops = {
     .linear_group = gpu_linear_group,
     .admit = cuda_admit,
     .draw = cuda_draw,
+    .note = cuda_note,
     .memory = gpu_memory,
 };
 

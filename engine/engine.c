@@ -274,9 +274,15 @@ enum status engine_submit(struct engine *e, struct job *job, struct error *err)
 {
     bool tried[ENGINE_MAX_DEVICES] = {false};
     enum status st = STATUS_OK;
+    const struct job *after = job_request(job)->after;
+    if (after) {
+        job_set_unit(job, job_unit(after));
+        return scheduler_submit(e->units[job_unit(after)].scheduler, job, err);
+    }
     for (int k = 0; k < e->n_units; k++) {
         int i = least_loaded(e, tried);
         tried[i] = true;
+        job_set_unit(job, i);
         st = scheduler_submit(e->units[i].scheduler, job, err);
         if (st != STATUS_BUSY && st != STATUS_DEVICE)
             break;

@@ -233,6 +233,14 @@ void image_release(struct image *image)
     change(image, image ? &image->n_holds : NULL, -1);
 }
 
+bool image_is_shared(struct image *image)
+{
+    pthread_mutex_lock(&image->store->lock);
+    bool is_shared = image->n_holds > 1 || image->n_keeps;
+    pthread_mutex_unlock(&image->store->lock);
+    return is_shared;
+}
+
 void image_keep(struct image *image)
 {
     change(image, &image->n_keeps, 1);
@@ -295,10 +303,23 @@ static enum status new_held(struct image **out, struct image_store *store, struc
     return STATUS_OK;
 }
 
+/* The same; what can be done without goes first. */
+static enum status new_in_room(struct image **out, struct image_store *store, struct error *err)
+{
+    enum status st;
+    bool more = store->give_way != NULL;
+    while ((st = new_held(out, store, err)) == STATUS_BUSY && more) {
+        pthread_mutex_unlock(&store->lock);
+        more = store->give_way(store->give_way_context);
+        pthread_mutex_lock(&store->lock);
+    }
+    return st;
+}
+
 enum status image_new(struct image **out, struct image_store *store, struct error *err)
 {
     pthread_mutex_lock(&store->lock);
-    enum status st = new_held(out, store, err);
+    enum status st = new_in_room(out, store, err);
     pthread_mutex_unlock(&store->lock);
     return st;
 }
@@ -315,10 +336,10 @@ enum status image_new_wait(struct image **out, struct image_store *store, int wa
         end.tv_nsec -= 1000000000;
     }
     pthread_mutex_lock(&store->lock);
-    enum status st = new_held(out, store, err);
+    enum status st = new_in_room(out, store, err);
     while (st == STATUS_BUSY && store->has_files &&
            !pthread_cond_timedwait(&store->changed, &store->lock, &end))
-        st = new_held(out, store, err);
+        st = new_in_room(out, store, err);
     pthread_mutex_unlock(&store->lock);
     return st;
 }

@@ -70,6 +70,9 @@ struct image_store {
     size_t limit_bytes;
     bool has_files;    /* a state store is there: values may be written and dropped */
     size_t max_replay; /* values may be dropped that so few tokens give again, bit for bit */
+    bool (*give_way)(void *context); /* asked while it is full, without the lock: release an image
+                                      * that can be done without. False: there is none. Or NULL */
+    void *give_way_context;
 
     pthread_mutex_t lock;   /* guards all that follows, and what images say is under it */
     pthread_cond_t changed; /* values came or went; work for the state store */
@@ -137,6 +140,9 @@ void image_release(struct image *image); /* accepts NULL */
 bool image_try_hold(struct image *image);
 void image_keep(struct image *image);
 void image_drop(struct image *image); /* accepts NULL */
+
+/* Whether somebody else holds it too. */
+bool image_is_shared(struct image *image);
 
 /* Tokens of a session that has this image; NULL is the state before any token. */
 uint64_t image_length(const struct image *image);

@@ -100,29 +100,40 @@ enum status inbox_submit(struct inbox *in, struct job *job, struct error *err)
     return STATUS_OK;
 }
 
-static struct job *take(struct inbox *in, int n_running)
+/* Take the job behind `before` (NULL: the first) out of the queue. With the lock held. */
+static struct job *unlink_job(struct inbox *in, struct job *before)
 {
-    pthread_mutex_lock(&in->lock);
-    struct job *job = in->queue_first;
-    if (job) {
-        in->queue_first = job_links(job)->queue_next;
-        if (!in->queue_first)
-            in->queue_last = NULL;
-        in->stats.n_waiting--;
-        in->stats.n_running += n_running;
-    }
-    pthread_mutex_unlock(&in->lock);
+    struct job **link = before ? &job_links(before)->queue_next : &in->queue_first;
+    struct job *job = *link;
+    *link = job_links(job)->queue_next;
+    if (in->queue_last == job)
+        in->queue_last = before;
+    in->stats.n_waiting--;
     return job;
 }
 
 struct job *inbox_take(struct inbox *in)
 {
-    return take(in, 0);
+    pthread_mutex_lock(&in->lock);
+    struct job *job = in->queue_first ? unlink_job(in, NULL) : NULL;
+    pthread_mutex_unlock(&in->lock);
+    return job;
 }
 
 struct job *inbox_admit(struct inbox *in)
 {
-    return take(in, 1);
+    pthread_mutex_lock(&in->lock);
+    struct job *before = NULL, *job = in->queue_first;
+    while (job && job_start(job) == JOB_WAITS) {
+        before = job;
+        job = job_links(job)->queue_next;
+    }
+    if (job) {
+        unlink_job(in, before);
+        in->stats.n_running++;
+    }
+    pthread_mutex_unlock(&in->lock);
+    return job;
 }
 
 void inbox_leave(struct inbox *in)

@@ -46,7 +46,8 @@ void inbox_free(struct inbox *in); /* releases what is still on the ready list *
  * running or waiting. */
 enum status inbox_submit(struct inbox *in, struct job *job, struct error *err);
 
-/* The longest waiting job, NULL if there is none. admit counts it as running, until leave. */
+/* The longest waiting job, NULL if there is none. admit passes over those that wait for a state,
+ * and counts what it gives as running, until leave. */
 struct job *inbox_take(struct inbox *in);
 struct job *inbox_admit(struct inbox *in);
 void inbox_leave(struct inbox *in);

@@ -18,9 +18,12 @@ struct job {
     struct job_run *runs;       /* [n_runs], owned */
     size_t ring_size;
     int64_t deadline_ns;
+    int unit; /* of the engine */
 
     atomic_int n_references;
     atomic_bool cancelled;
+    atomic_int n_marks_done; /* as in progress, for those that come after */
+    atomic_bool over;
     _Atomic(void *) user;
     struct job_links links; /* guarded by the scheduler's lock */
 
@@ -50,6 +53,19 @@ static bool runs_fit(const struct job_request *r)
     for (int i = 0; i < r->n_runs; i++)
         n += r->runs[i].n_chunked + r->runs[i].n_single;
     return r->n_runs == 0 || n == r->n_prompt;
+}
+
+/* Our own mistakes. */
+static void check_states(const struct job_request *r)
+{
+    size_t at = r->n_seen;
+    CHECK(r->n_seen < r->n_prompt && (!r->n_seen || (r->from && r->prompt_logprobs < 0)));
+    CHECK(!r->n_runs || (!r->n_seen && !r->n_marks));
+    CHECK(r->n_marks >= 0 && r->n_marks <= JOB_MAX_MARKS && (!r->after || r->from));
+    for (int i = 0; i < r->n_marks; i++) {
+        CHECK(r->marks[i].image && r->marks[i].at > at && r->marks[i].at <= r->n_prompt);
+        at = r->marks[i].at;
+    }
 }
 
 static enum status check_request(const struct job_request *r, struct error *err)
@@ -99,10 +115,26 @@ static void free_job(struct job *job)
     prompt_release(job->request.shared);
     image_release(job->request.from);
     image_release(job->request.into);
+    for (int i = 0; i < job->request.n_marks; i++)
+        image_release(job->request.marks[i].image);
+    job_release(job->request.after);
     free(job->bias);
     free(job->runs);
     free(job->ring);
     free(job);
+}
+
+/* References for the job. */
+static void hold_states(const struct job_request *r)
+{
+    if (r->from)
+        image_hold(r->from);
+    if (r->into)
+        image_hold(r->into);
+    for (int i = 0; i < r->n_marks; i++)
+        image_hold(r->marks[i].image);
+    if (r->after)
+        job_hold(r->after);
 }
 
 /* The prompt of a request, with a reference for the job. */
@@ -121,16 +153,14 @@ enum status job_new(struct job **out, const struct job_request *request, struct 
     enum status st = check_request(request, err);
     if (st)
         return st;
+    check_states(request);
     struct job *job = calloc(1, sizeof(*job));
     if (!job)
         return fail(err, STATUS_NOMEM, "job: out of memory");
     const struct sampling_params *sampling = &request->sampling;
     job->request = *request;
     job->request.shared = NULL;
-    if (request->from)
-        image_hold(request->from);
-    if (request->into)
-        image_hold(request->into);
+    hold_states(request);
     job->ring_size = ring_size(request);
     job->bias = copy_of(sampling->logit_bias, (size_t)sampling->n_logit_bias, sizeof(*job->bias));
     job->runs = copy_of(request->runs, (size_t)request->n_runs, sizeof(*job->runs));
@@ -148,6 +178,8 @@ enum status job_new(struct job **out, const struct job_request *request, struct 
     job->request.runs = job->runs;
     atomic_init(&job->n_references, 1);
     atomic_init(&job->cancelled, false);
+    atomic_init(&job->n_marks_done, 0);
+    atomic_init(&job->over, false);
     atomic_init(&job->user, request->user);
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->grown, NULL);
@@ -328,6 +360,7 @@ bool job_finish(struct job *job, enum job_finish how, const struct error *err)
         job->progress.error = *err;
     job->ring_bell = NULL;
     job->wanted_room = 0;
+    atomic_store(&job->over, true);
     bool was_parked = unpark(job);
     pthread_mutex_unlock(&job->lock);
     return was_parked;
@@ -345,6 +378,36 @@ void job_mark_prompt_done(struct job *job, size_t n_prompt_done)
     pthread_mutex_lock(&job->lock);
     job->progress.n_prompt_done = n_prompt_done;
     pthread_mutex_unlock(&job->lock);
+}
+
+void job_mark_saved(struct job *job)
+{
+    pthread_mutex_lock(&job->lock);
+    CHECK(job->progress.n_marks_done < job->request.n_marks);
+    atomic_store(&job->n_marks_done, ++job->progress.n_marks_done);
+    pthread_mutex_unlock(&job->lock);
+}
+
+enum job_start job_start(const struct job *job)
+{
+    const struct job *after = job->request.after;
+    if (!after)
+        return JOB_READY;
+    bool over = atomic_load(&after->over); /* before the count: what is over saves no more */
+    for (int i = atomic_load(&after->n_marks_done) - 1; i >= 0; i--)
+        if (after->request.marks[i].image == job->request.from)
+            return JOB_READY;
+    return over ? JOB_LOST : JOB_WAITS;
+}
+
+void job_set_unit(struct job *job, int unit)
+{
+    job->unit = unit;
+}
+
+int job_unit(const struct job *job)
+{
+    return job->unit;
 }
 
 struct job_links *job_links(struct job *job)

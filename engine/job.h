@@ -33,6 +33,16 @@ struct job_run {
     size_t n_chunked, n_single;
 };
 
+enum { JOB_MAX_MARKS = 4 };
+
+/* A place in a prompt where the state is kept, for others to begin from. A chunk of the prompt
+ * ends there, so a job from that image, with the rest of the prompt, is bit-equal to this one;
+ * against a prompt that is cut elsewhere the tolerance of chunks holds. */
+struct job_mark {
+    size_t at;           /* tokens of the prompt before it; over n_seen, up to n_prompt */
+    struct image *image; /* new: filled when the job gets there, nothing pending. Held by the job */
+};
+
 struct job_request {
     const int32_t *prompt; /* [n_prompt], at least 1 token, each in 0..V-1; copied if not shared */
     size_t n_prompt;
@@ -49,7 +59,14 @@ struct job_request {
                                       * and is cut where they were, so that the state is the same
                                       * bits as theirs. NULL: one run, chunked */
     int n_runs;
-    void *user; /* the reader's own pointer, see job_user */
+    /* Tokens at the front of the prompt that `from` has seen as its last ones: they are not fed
+     * again, but penalties know them. Not for scored prompts. */
+    size_t n_seen;
+    int n_marks;
+    struct job_mark marks[JOB_MAX_MARKS]; /* [n_marks], in ascending order */
+    struct job *after; /* `from` is one of its marks' images: wait in the queue until it is filled,
+                        * on the same device. Held by the job; NULL: `from` is complete */
+    void *user;        /* the reader's own pointer, see job_user */
 };
 
 enum job_finish {
@@ -73,7 +90,8 @@ struct job_token {
 struct job_snapshot {
     enum job_finish finish;
     struct error error;    /* filled for FINISH_ERROR */
-    size_t n_prompt_done;  /* prompt tokens processed */
+    size_t n_prompt_done;  /* prompt tokens processed, those seen before included */
+    int n_marks_done;      /* marks whose images are complete */
     size_t n_output;       /* tokens generated, also those not read yet */
     bool stopped_by_token; /* FINISH_STOP: the last output token is the stop token */
     int64_t submitted_ns, admitted_ns, first_token_ns, finished_ns;
@@ -119,6 +137,17 @@ bool job_put(struct job *job, const struct job_token *token);
 bool job_finish(struct job *job, enum job_finish how, const struct error *err); /* likewise */
 void job_mark_admitted(struct job *job);
 void job_mark_prompt_done(struct job *job, size_t n_prompt_done);
+void job_mark_saved(struct job *job); /* the next of its marks */
+/* Whether the state that it begins from is there. Takes no lock. */
+enum job_start {
+    JOB_READY,
+    JOB_WAITS, /* for a mark of `after` */
+    JOB_LOST,  /* which ended before it got there */
+};
+enum job_start job_start(const struct job *job);
+/* The device that has the job: of engine_submit, for those that come after it. */
+void job_set_unit(struct job *job, int unit);
+int job_unit(const struct job *job);
 
 /* CLOCK_MONOTONIC now, in nanoseconds. */
 int64_t job_clock_ns(void);

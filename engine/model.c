@@ -347,6 +347,13 @@ enum status model_admit(struct model *m, int slot, const struct sampling_params 
     return m->backend->ops->admit(m->backend, slot, params, err);
 }
 
+enum status model_note(struct model *m, int slot, const int32_t *tokens, size_t n,
+                       struct error *err)
+{
+    CHECK(model_depth(m) > 0 && slot >= 0 && slot < m->options.n_slots);
+    return m->backend->ops->note(m->backend, slot, tokens, n, err);
+}
+
 enum status model_queue(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
                         int n_seqs, const struct step_draw *draws, int n_draws,
                         const struct step_score *scores, int n_scores, struct error *err)

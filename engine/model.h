@@ -71,6 +71,10 @@ int model_depth(const struct model *m);
 enum status model_admit(struct model *m, int slot, const struct sampling_params *params,
                         struct error *err);
 
+/* After it: tokens [n] that the slot's penalties count as prompt, and no step brings. */
+enum status model_note(struct model *m, int slot, const int32_t *tokens, size_t n,
+                       struct error *err);
+
 /* As model_step, but returns when the step is queued. A sequence of one row may bring
  * TOKEN_DRAWN: the token the last draw of its slot gives, known or not. draws name logit rows
  * in the order of the step (backend.h). */

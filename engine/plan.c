@@ -66,7 +66,9 @@ static bool is_scored(const struct slot *slot)
 /* Where the slot waits for its next rows. */
 static void line_up(struct planner *p, struct slot *slot)
 {
-    if (in_prompt(slot))
+    if (slot->held)
+        unlink_slot(slot);
+    else if (in_prompt(slot))
         move_to(&p->prompts, slot);
     else if (slot->n_draws < slot->max_draws)
         move_to(&p->decoding, slot);
@@ -74,13 +76,32 @@ static void line_up(struct planner *p, struct slot *slot)
         unlink_slot(slot);
 }
 
+/* Where the job's next mark is, or no place at all. */
+static size_t next_mark(const struct slot *slot)
+{
+    const struct job_request *request = slot->request;
+    return slot->n_marks < request->n_marks ? request->marks[slot->n_marks].at : SIZE_MAX;
+}
+
+static size_t least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static uint64_t n_before(const struct job_request *request)
+{
+    if (!request->from)
+        return 0;
+    CHECK(request->from->position >= request->n_seen);
+    return request->from->position - request->n_seen;
+}
+
 static int64_t max_draws(const struct planner *p, const struct job_request *request)
 {
     int64_t max_position = p->limits.max_position;
     if (!max_position)
         return request->max_tokens;
-    int64_t seen = request->from ? (int64_t)request->from->position : 0;
-    int64_t left = max_position - seen - (int64_t)request->n_prompt;
+    int64_t left = max_position - (int64_t)n_before(request) - (int64_t)request->n_prompt;
     left = left > 0 ? left : 0;
     return request->max_tokens < left ? request->max_tokens : left;
 }
@@ -98,7 +119,8 @@ struct slot *planner_enter(struct planner *p, struct job *job, int wanted)
                           .request = request,
                           .deadline_ns = job_deadline_ns(job),
                           .generation = slot->generation + 1,
-                          .n_before = request->from ? request->from->position : 0,
+                          .n_before = n_before(request),
+                          .n_fed = request->n_seen,
                           .max_draws = max_draws(p, request)};
     line_up(p, slot);
     return slot;
@@ -137,6 +159,14 @@ void planner_retry(struct planner *p)
         line_up(p, p->stuck.first);
 }
 
+void planner_release(struct planner *p, struct slot *slot)
+{
+    CHECK(slot->held);
+    slot->held = false;
+    slot->n_marks++;
+    line_up(p, slot);
+}
+
 struct slot *planner_owner(const struct planner *p, const struct share *share)
 {
     struct slot *slot = &p->slots[share->slot];
@@ -168,6 +198,7 @@ static void add_share(struct planner *p, struct plan *plan, struct slot *slot,
     slot->n_coming += share->n_entries;
     slot->n_fed += (size_t)share->n_prompt_rows;
     slot->n_draws += share->draws;
+    slot->held = slot->n_fed == next_mark(slot);
     line_up(p, slot);
 }
 
@@ -248,7 +279,7 @@ static bool plan_chunk(struct planner *p, struct plan *plan, struct slot *slot)
     const struct job_request *request = slot->request;
     bool scored = is_scored(slot);
     size_t chunk = (size_t)(scored ? p->scored_chunk : p->limits.chunk_tokens);
-    size_t end = chunk_end(slot, chunk);
+    size_t end = least(chunk_end(slot, chunk), next_mark(slot));
     struct stepper_seq seq = seq_of(p, slot);
     seq.n_rows = (int)(end - slot->n_fed);
     seq.tokens = request->prompt + slot->n_fed;

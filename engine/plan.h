@@ -10,6 +10,9 @@
  * its way, tokens and places in its job's ring. A slot whose job ends meanwhile is free at
  * once; its generation tells that a queued share has lost its owner.
  *
+ * Chunks end at a job's marks too. Once the chunk before a mark is queued the slot is held, and
+ * gets no further rows, until the scheduler has saved its state.
+ *
  * Slots wait in lists, so planning costs what the step serves and not what the model holds.
  *
  * Threads: the engine thread, open and close apart.
@@ -41,10 +44,12 @@ struct slot {
     const struct job_request *request;
     int64_t deadline_ns; /* of the job, 0 for none */
     uint32_t generation; /* a new one for each job */
-    uint64_t n_before;   /* tokens the slot's state had seen before the prompt */
-    size_t n_fed;        /* prompt tokens queued */
+    uint64_t n_before;   /* tokens the slot's state had seen before the prompt's first */
+    size_t n_fed;        /* prompt tokens queued, or seen before */
     int run;             /* of request->runs, where n_fed is */
     size_t run_begin;    /* prompt token with which that run begins */
+    int n_marks;         /* marks of the job that were saved */
+    bool held;           /* the rows before the next mark are on their way */
     int64_t n_draws;     /* output tokens queued to be drawn */
     int64_t max_draws;   /* output tokens it may have: max_tokens, or less at the position limit */
     int64_t n_output;    /* output tokens that came back */
@@ -101,6 +106,9 @@ bool planner_has_room(const struct planner *p);
  * Jobs whose ring is full are passed over until planner_retry. */
 void planner_next(struct planner *p, struct plan *plan);
 void planner_retry(struct planner *p);
+
+/* The state at the slot's next mark was saved. */
+void planner_release(struct planner *p, struct slot *slot);
 
 /* The owner of a share, NULL when its job has left. */
 struct slot *planner_owner(const struct planner *p, const struct share *share);

@@ -185,6 +185,8 @@ static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct e
     bool is_there = request->from && s->resident[index] == request->from->id;
     s->resident[index] = 0;
     enum status st = stepper_admit(s->stepper, index, &request->sampling, !is_there, err);
+    if (!st && request->n_seen)
+        st = stepper_note(s->stepper, index, request->prompt, request->n_seen, err);
     if (!st && request->from && !is_there)
         st = image_load(s->model, index, request->from, err);
     if (request->from)
@@ -193,11 +195,24 @@ static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct e
     return st;
 }
 
+/* The job that was to compute the state it begins from ended before that. */
+static void end_lost(struct scheduler *s, struct job *job)
+{
+    struct error err;
+    fail(&err, STATUS_CONFLICT, "the state that the job begins from was not computed");
+    inbox_leave(&s->inbox);
+    end_job(s, job, FINISH_ERROR, &err);
+}
+
 static void admit(struct scheduler *s)
 {
     struct job *job;
     struct error err;
     while (planner_has_room(s->planner) && (job = inbox_admit(&s->inbox))) {
+        if (job_start(job) == JOB_LOST) {
+            end_lost(s, job);
+            continue;
+        }
         struct slot *slot =
             planner_enter(s->planner, job, resident_slot(s, job_request(job)->from));
         job_mark_admitted(job);
@@ -255,6 +270,22 @@ static void put_draw(struct scheduler *s, struct slot *slot, const struct sample
         complete_slot(s, slot, FINISH_LENGTH, sampled->token);
 }
 
+/* The slot is held at a mark: nothing of it was queued behind the rows that came back. False:
+ * the device failed. */
+static bool save_mark(struct scheduler *s, struct slot *slot)
+{
+    const struct job_mark *mark = &slot->request->marks[slot->n_marks];
+    struct error err;
+    if (image_save(s->model, planner_index(s->planner, slot), mark->image, &err)) {
+        fail_device(s, &err);
+        return false;
+    }
+    CHECK(mark->image->position == slot->n_before + mark->at);
+    job_mark_saved(slot->job);
+    planner_release(s->planner, slot);
+    return true;
+}
+
 /* results: the share's scores of the tokens after its rows, then its draw. */
 static void use_share(struct scheduler *s, struct slot *slot, const struct share *share,
                       const struct sampled *results)
@@ -268,6 +299,8 @@ static void use_share(struct scheduler *s, struct slot *slot, const struct share
         put(s, slot, &(struct sampled){.token = request->prompt[0], .logprob = NAN}, true);
     for (int i = 0; i < share->n_scores; i++)
         put(s, slot, &results[i], true);
+    if (share->n_prompt_rows && slot->held && slot->n_fed == end && !save_mark(s, slot))
+        return;
     if (share->draws)
         put_draw(s, slot, &results[share->n_scores]);
     else if (end == request->n_prompt)
@@ -444,7 +477,7 @@ static enum status check_prompt(const struct scheduler *s, const struct job_requ
         return fail_field(err, STATUS_TOO_LARGE, "prompt",
                           "the prompt has %zu tokens; this server takes at most %zu", r->n_prompt,
                           limit);
-    uint64_t seen = r->from ? r->from->position : 0;
+    uint64_t seen = r->from && !r->after ? r->from->position - r->n_seen : 0;
     if (s->max_position && r->n_prompt + seen > (uint64_t)s->max_position)
         return fail_field(err, STATUS_TOO_LARGE, "prompt",
                           "the prompt has %zu tokens after %llu; this model's context holds %lld",

@@ -199,6 +199,17 @@ enum status stepper_admit(struct stepper *s, int slot, const struct sampling_par
     return STATUS_OK;
 }
 
+enum status stepper_note(struct stepper *s, int slot, const int32_t *tokens, size_t n,
+                         struct error *err)
+{
+    CHECK(slot >= 0 && slot < s->options.n_slots);
+    if (s->on_device)
+        return model_note(s->model, slot, tokens, n, err);
+    for (size_t i = 0; s->host.counts[slot] && i < n; i++)
+        sampler_note(s->host.sampler, slot, tokens[i], false);
+    return STATUS_OK;
+}
+
 enum status stepper_queue(struct stepper *s, const struct stepper_seq *seqs, int n_seqs,
                           struct error *err)
 {

@@ -50,6 +50,11 @@ int stepper_depth(const struct stepper *s);
 enum status stepper_admit(struct stepper *s, int slot, const struct sampling_params *params,
                           bool empty, struct error *err);
 
+/* After it: tokens [n] of the request's prompt that its state has seen, so that no step feeds
+ * them; a repetition penalty counts them all the same. */
+enum status stepper_note(struct stepper *s, int slot, const int32_t *tokens, size_t n,
+                         struct error *err);
+
 /* Queue a step of n_seqs sequences, each slot at most once. */
 enum status stepper_queue(struct stepper *s, const struct stepper_seq *seqs, int n_seqs,
                           struct error *err);

@@ -152,9 +152,10 @@ static void call_free(struct call *c)
     if (c->turn.active)
         session_abandon(c->routes->storage.sessions, &c->turn);
     leave_response(c);
+    stream_close(c->generation);
+    call_prefix_free(c);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
-    stream_close(c->generation);
     image_release(c->from);
     image_release(c->into);
     image_release(c->left);
@@ -584,6 +585,9 @@ static enum status open_generation(struct call *c, struct error *err)
         .prompts = c->prompts,
         .n_prompts = c->n_prompts,
         .response = c->response,
+        .images = &c->routes->storage.images,
+        .keep = call_prefix_keep,
+        .keep_context = c,
         .max_bytes = MAX_REPLY_BYTES,
         .arrival_ns = http_arrival_ns(c->http),
         .owner = c,

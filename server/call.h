@@ -20,6 +20,7 @@
 
 #include <stdatomic.h>
 
+#include "engine/prefix.h"
 #include "engine/session.h"
 #include "server/codec.h"
 #include "server/outcomes.h"
@@ -43,7 +44,7 @@ struct routes {
     struct call *starting; /* streams that have not begun to answer */
     struct presets *presets;
     struct responses *responses;
-    struct call *woken;    /* calls with news, to be looked at once each */
+    struct call *woken; /* calls with news, to be looked at once each */
     struct reels *reels;
     struct outcomes *outcomes; /* of requests with an Idempotency-Key */
     struct waiter *waiters;    /* repetitions of those that run */
@@ -84,7 +85,7 @@ struct call {
     size_t n_prompts;
     char waits_for[SESSION_ID_BYTES]; /* the session whose turn is to end first, or empty */
     struct call *line_next;           /* behind this one */
-    struct session_turn turn;     /* of a request with session_id, while it is under way */
+    struct session_turn turn;         /* of a request with session_id, while it is under way */
     struct image *from, *into;    /* the states before and after it, held; without a turn, from is
                                    * what the prompts continue, or NULL */
     struct image *left;           /* the state to give back, held: into, or what a replay left */
@@ -142,6 +143,18 @@ void call_fail(struct call *c, const struct error *err, const char *code);
  * request's parsed tree is gone afterwards: it may be large, and a stream lives long. Any thread.
  */
 void call_prepare(struct call *c);
+
+/* States of earlier prompts (call_prefix.c).
+ *
+ * plan: for prompt i, which is set, find the state that it may begin from, and reserve images for
+ * those that it is to leave: at `marks`, ascending places before its last token, and after the
+ * answer. marks: where messages of a chat with these ids end; returns how many. keep, as in
+ * stream.h: of a call. free: let go of all that was planned. */
+void call_prefix_plan(struct call *c, size_t i, const size_t *marks, int n_marks);
+int call_prefix_marks(const struct call *c, const int32_t *ids, size_t n,
+                      size_t marks[STREAM_MAX_MARKS]);
+void call_prefix_keep(void *call, struct image *image, const int32_t *ids, size_t n);
+void call_prefix_free(struct call *c);
 
 /* A job of the call has news: call_run_woken will see to it, once for all jobs of a step. */
 void call_wake(struct call *c);

@@ -138,6 +138,8 @@ static enum status prepare_completion(struct call *c)
     enum status st = take_prompts(c, c->request.n_prompts);
     for (size_t i = 0; i < c->request.n_prompts && !st; i++)
         st = prepare_prompt(c, i);
+    for (size_t i = 0; i < c->request.n_prompts && !st; i++)
+        call_prefix_plan(c, i, (size_t[]){c->prompts[i].n - 1}, 1);
     return st;
 }
 
@@ -237,8 +239,12 @@ static enum status prepare_chat(struct call *c)
     if (!st)
         st = set_prompt(c, 0, list.ids, list.n);
     token_list_free(&list);
-    if (!st)
+    if (!st) {
+        size_t marks[STREAM_MAX_MARKS];
+        int n_marks = call_prefix_marks(c, c->prompts[0].ids, c->prompts[0].n, marks);
+        call_prefix_plan(c, 0, marks, n_marks);
         add_template_stops(c);
+    }
     return st;
 }
 

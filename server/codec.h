@@ -164,6 +164,7 @@ struct codec_reply {
 
 struct codec_usage { /* of this request: a session's earlier tokens do not count */
     int64_t prompt_tokens, completion_tokens;
+    int64_t cached_tokens; /* of the prompt, that a stored state had seen */
 };
 
 /* A choice's tokens as the inside of JSON arrays, growing token by token. Completions use all

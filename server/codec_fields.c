@@ -267,10 +267,11 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
 
 /* What completions and chat take. */
 #define GENERATION_FIELDS                                                                          \
-    SAMPLING_FIELDS, INT("n", n, 1, CODEC_MAX_N), FLAG("resumable", resumable), FLAG("queue", queue),                                                  \
-        {"session_id", field_string, AT(session_id), 0, 0, false}, CUSTOM("from", field_from),     \
-        {"state", field_text, AT(state), 0, 0, false}, FLAG("return_state", return_state),         \
-        CUSTOM("store", field_ignore_bool), CUSTOM("stream_options", field_stream_options),        \
+    SAMPLING_FIELDS, INT("n", n, 1, CODEC_MAX_N), FLAG("resumable", resumable),                    \
+        FLAG("queue", queue), {"session_id", field_string, AT(session_id), 0, 0, false},           \
+        CUSTOM("from", field_from), {"state", field_text, AT(state), 0, 0, false},                 \
+        FLAG("return_state", return_state), CUSTOM("store", field_ignore_bool),                    \
+        CUSTOM("stream_options", field_stream_options),                                            \
         CUSTOM("response_format", field_response_format)
 
 static const struct field completion_fields[] = {

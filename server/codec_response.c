@@ -303,11 +303,12 @@ void codec_write_tail(struct bytes *out, const struct codec_reply *r,
         bytes_format(out,
                      ",\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,"
                      "\"total_tokens\":%lld,"
-                     "\"prompt_tokens_details\":{\"cached_tokens\":0,\"audio_tokens\":0},"
+                     "\"prompt_tokens_details\":{\"cached_tokens\":%lld,\"audio_tokens\":0},"
                      "\"completion_tokens_details\":{\"reasoning_tokens\":0,\"audio_tokens\":0,"
                      "\"accepted_prediction_tokens\":0,\"rejected_prediction_tokens\":0}}",
                      (long long)usage->prompt_tokens, (long long)usage->completion_tokens,
-                     (long long)(usage->prompt_tokens + usage->completion_tokens));
+                     (long long)(usage->prompt_tokens + usage->completion_tokens),
+                     (long long)usage->cached_tokens);
     else if (r->usage_field)
         bytes_text(out, ",\"usage\":null");
     if (*r->session.id)

@@ -50,6 +50,10 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
                                 "Kept streams forgotten before their time: memory was short."},
     [METRIC_STREAM_EVENTS_DROPPED] = {"latte_stream_events_dropped_total",
                                       "Events dropped from streams beyond a limit of memory."},
+    [METRIC_PREFIX_HITS] = {"latte_prefix_hits_total",
+                            "Prompts that began from a stored state of an earlier one."},
+    [METRIC_PREFIX_TOKENS] = {"latte_prefix_cached_tokens_total",
+                              "Prompt tokens that those states had seen."},
     [METRIC_SESSIONS_EXPIRED] = {"latte_sessions_expired_total",
                                  "Sessions forgotten because nobody used them."},
     [METRIC_RESPONSES_EXPIRED] = {"latte_responses_expired_total",
@@ -259,13 +263,19 @@ static void write_engine(struct bytes *out, const struct engine *engine)
     write_value(out, "latte_slots_used", "gauge", "Slots that hold a sequence.", stats.n_running);
     write_value(out, "latte_engine_steps_total", "counter", "Steps of the model.",
                 (double)stats.n_steps);
+    write_value(out, "latte_engine_prompt_tokens_total", "counter",
+                "Prompt tokens the model has read: one that several choices share only once, and "
+                "none that a stored state had seen.",
+                (double)stats.n_prompt_tokens);
     write_value(out, "latte_engine_dropped_tokens_total", "counter",
                 "Tokens drawn ahead for choices that had ended by then.",
                 (double)stats.n_dropped_tokens);
     write_value(out, "latte_state_loads_total", "counter",
-                "Turns whose state was copied to a device.", (double)stats.n_state_loads);
+                "Jobs that began from a state which was copied to a device.",
+                (double)stats.n_state_loads);
     write_value(out, "latte_state_hits_total", "counter",
-                "Turns whose state was still on a device.", (double)stats.n_state_hits);
+                "Jobs that began from a state which was still on a device.",
+                (double)stats.n_state_hits);
     write_value(out, "latte_engine_step_seconds_total", "counter", "Time spent in steps.",
                 (double)stats.step_ns * 1e-9);
     write_value(out, "latte_engine_failed", "gauge", "1 when a device has failed.", stats.failed);
@@ -376,6 +386,11 @@ static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
         s->images.n_images);
     write_value(out, "latte_session_state_bytes", "gauge", "Host memory of those states.",
                 (double)s->images.used_bytes);
+    write_value(out, "latte_prefix_entries", "gauge", "Stored states of beginnings of prompts.",
+                s->n_prefixes);
+    write_value(out, "latte_prefix_bytes", "gauge",
+                "Host memory of those states, their tokens, and of states still to be computed.",
+                (double)s->prefix_bytes);
     if (s->has_store)
         write_store(out, s);
 }

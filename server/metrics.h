@@ -33,8 +33,10 @@ enum metric_counter {
     METRIC_STREAM_EVENTS_DROPPED, /* latte_stream_events_dropped_total */
     METRIC_IDEMPOTENT_REPLAYS,    /* latte_idempotent_replays_total */
     METRIC_OUTCOMES_EVICTED,      /* latte_idempotency_evicted_total */
-    METRIC_RESPONSES_EXPIRED,  /* latte_responses_expired_total */
-    METRIC_RESPONSES_DROPPED,  /* latte_responses_dropped_total: for a limit */
+    METRIC_RESPONSES_EXPIRED,     /* latte_responses_expired_total */
+    METRIC_RESPONSES_DROPPED,     /* latte_responses_dropped_total: for a limit */
+    METRIC_PREFIX_HITS,   /* latte_prefix_hits_total: prompts that began from a stored state */
+    METRIC_PREFIX_TOKENS, /* latte_prefix_cached_tokens_total: that those had seen */
     METRIC_COUNTER_COUNT
 };
 
@@ -65,6 +67,8 @@ struct metrics_sessions {
     struct image_counts images;
     bool has_store;
     struct journal_counts journal;
+    int n_prefixes; /* states after beginnings of prompts, which are not among images */
+    size_t prefix_bytes;
 };
 
 /* What is kept for clients that come back. */

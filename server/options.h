@@ -89,6 +89,12 @@
     X(max_presets, INT, "max-presets", "256", 1, 65536, "N", "presets held at once")               \
     X(open_admin, FLAG, "open-admin", "0", 0, 1, NULL,                                             \
       "without --api-key-file: let everybody save and delete presets")                             \
+    X(prefix_cache_mb, INT, "prefix-cache-mb", "256", 0, 16777216, "MB",                           \
+      "of that, for states after the beginnings of prompts that come again; 0: keep none")         \
+    X(prefix_min_tokens, INT, "prefix-min-tokens", "0", 0, 1000000000, "N",                        \
+      "keep a state only where it saves so many tokens; 0: 32 on a CPU, 512 on a GPU")             \
+    X(share_prefixes, FLAG, "share-prefixes", "0", 0, 1, NULL,                                     \
+      "API keys find each other's beginnings of prompts")                                          \
     X(max_prompt_tokens, INT, "max-prompt-tokens", "1000000", 1, 1000000000, "N",                  \
       "longest prompt accepted")                                                                   \
     X(default_max_tokens, INT, "default-max-tokens", "4096", 1, 1000000000, "N",                   \

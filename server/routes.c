@@ -122,6 +122,21 @@ static void get_live(struct http_request *http, void *context)
     reply_health(http, status, strcmp(status, "failed") != 0);
 }
 
+/* They lie in the same store as the states of sessions. */
+static void count_prefixes(struct routes *r, struct metrics_sessions *out)
+{
+    struct prefix_stats stats;
+    struct image_counts *images = &out->images;
+    prefixes_stats(r->storage.prefixes, &stats);
+    int n = stats.n_entries + stats.n_reserved;
+    out->n_prefixes = stats.n_entries;
+    out->prefix_bytes = stats.n_bytes;
+    n = n < images->n_in_memory ? n : images->n_in_memory;
+    images->n_images -= n;
+    images->n_in_memory -= n;
+    images->used_bytes -= (size_t)n * image_bytes(&r->storage.images);
+}
+
 static void fill_metrics(struct routes *r, struct metrics_sessions *out)
 {
     sessions_count(r->storage.sessions, &out->sessions);
@@ -130,6 +145,7 @@ static void fill_metrics(struct routes *r, struct metrics_sessions *out)
     out->has_store = r->storage.store != NULL;
     if (r->storage.store)
         journal_count(state_store_journal(r->storage.store), &out->journal);
+    count_prefixes(r, out);
 }
 
 static void get_metrics(struct http_request *http, void *context)

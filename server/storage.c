@@ -107,6 +107,21 @@ static enum status recover(struct storage *s, const char *path, struct error *er
     return STATUS_OK;
 }
 
+/* They make room for the states of sessions. */
+static enum status open_prefixes(struct storage *s, const struct options *o, struct error *err)
+{
+    const struct prefix_options prefixes = {.limit_bytes = (size_t)o->prefix_cache_mb << 20,
+                                            .shared = o->share_prefixes};
+    if (!o->prefix_cache_mb)
+        return STATUS_OK;
+    enum status st = prefixes_open(&s->prefixes, &prefixes, &s->images, err);
+    if (st)
+        return st;
+    s->images.give_way = prefixes_give_way;
+    s->images.give_way_context = s->prefixes;
+    return STATUS_OK;
+}
+
 enum status storage_open(struct storage *s, const struct storage_options *o, struct error *err)
 {
     *s = (struct storage){0};
@@ -117,7 +132,9 @@ enum status storage_open(struct storage *s, const struct storage_options *o, str
     bool repeats_bits = o->options->deterministic || strncmp(o->model->backend, "cuda", 4) != 0;
     if (o->options->store && repeats_bits)
         s->images.max_replay = (size_t)o->options->replay_tokens;
-    enum status st = o->options->store ? open_store(s, o, err) : STATUS_OK;
+    enum status st = open_prefixes(s, o->options, err);
+    if (!st && o->options->store)
+        st = open_store(s, o, err);
     struct session_options sessions = {
         .max_sessions = (int)o->options->max_sessions,
         .idle_s = o->options->session_idle_ttl,
@@ -146,6 +163,8 @@ void storage_close(struct storage *s)
         if (s->sessions)
             sessions_reap(s->sessions);
     }
+    s->images.give_way = NULL;
+    prefixes_close(s->prefixes);
     sessions_close(s->sessions);
     state_store_close(s->store);
     image_store_free(&s->images);

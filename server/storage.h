@@ -8,6 +8,7 @@
 #define LATTE_SERVER_STORAGE_H
 
 #include "engine/engine.h"
+#include "engine/prefix.h"
 #include "engine/session.h"
 #include "engine/state_store.h"
 #include "server/http.h"
@@ -16,6 +17,7 @@
 struct storage {
     struct image_store images;
     struct state_store *store; /* NULL without --store */
+    struct prefixes *prefixes; /* NULL: none are kept */
     struct sessions *sessions;
     uint8_t (*owners)[SESSION_OWNER_BYTES]; /* [n_owners], the tags of the API keys */
     int n_owners;

@@ -8,7 +8,10 @@
 #include "server/http.h"
 #include "server/metrics.h"
 
-enum { READ_TOKENS = 16 }; /* from a job at once */
+enum {
+    READ_TOKENS = 16,     /* from a job at once */
+    MIN_FORK_TOKENS = 16, /* shorter prompts cost less than a state that is saved and loaded */
+};
 
 /* ---- jobs ---------------------------------------------------------------------------------- */
 
@@ -37,15 +40,75 @@ static void fill_sampling(struct sampling_params *p, const struct codec_request 
     p->logit_bias = q->logit_bias;
 }
 
-static enum status start_job(struct generation *g, struct sequence *s, uint32_t choice,
-                             struct error *err)
+/* Scores of a prompt come with its own processing. */
+static bool may_fork(const struct generation *g, const struct stream_prompt *prompt)
 {
     const struct codec_request *q = g->setup.request;
+    bool scored = q->echo && q->n_logprobs >= 0;
+    return g->setup.images && !g->setup.turn && q->best_of > 1 && !scored &&
+           prompt->n - prompt->n_seen > MIN_FORK_TOKENS;
+}
+
+/* A place for the state that the first choice of prompt i leaves before its last token, so that
+ * each choice feeds that one itself. Without room for it each computes its whole prompt. */
+static void plan_fork(struct generation *g, size_t i)
+{
+    const struct stream_prompt *prompt = &g->setup.prompts[i];
+    const struct job_mark *last = prompt->n_marks ? &prompt->marks[prompt->n_marks - 1] : NULL;
+    struct error err;
+    if (!may_fork(g, prompt))
+        return;
+    if (last && last->at == prompt->n - 1) {
+        g->forks[i] = last->image;
+        image_hold(last->image);
+    } else if (image_new(&g->forks[i], g->setup.images, &err)) {
+        g->forks[i] = NULL;
+    }
+}
+
+/* The first choice leaves the state at a mark; the others wait for it in the engine's queue. */
+static void fork_job(const struct generation *g, size_t prompt, uint32_t choice,
+                     struct job_request *request)
+{
+    size_t n_seen = request->n_prompt - 1;
+    if (choice) {
+        request->from = g->forks[prompt];
+        request->n_seen = n_seen;
+        request->after = g->sequences[prompt * (size_t)g->setup.request->best_of].job;
+    } else if (!request->n_marks || request->marks[request->n_marks - 1].at < n_seen) {
+        request->marks[request->n_marks++] = (struct job_mark){n_seen, g->forks[prompt]};
+    }
+}
+
+/* What the first choice leaves of its way through the prompt, and the only one at its end. */
+static void set_marks(const struct stream_prompt *prompt, struct job_request *request)
+{
+    request->n_marks = prompt->n_marks;
+    memcpy(request->marks, prompt->marks, (size_t)prompt->n_marks * sizeof(*prompt->marks));
+    if (prompt->answer)
+        request->into = prompt->answer;
+}
+
+/* The state that a prompt's jobs begin from. */
+static struct image *base_of(const struct generation *g, const struct stream_prompt *prompt)
+{
+    if (g->setup.turn)
+        return g->setup.turn->from;
+    return g->setup.from ? g->setup.from : prompt->from;
+}
+
+static enum status start_job(struct generation *g, size_t i, struct error *err)
+{
+    const struct codec_request *q = g->setup.request;
+    struct sequence *s = &g->sequences[i];
+    size_t prompt = i / (size_t)q->best_of;
+    uint32_t choice = (uint32_t)(i % (size_t)q->best_of);
     struct job_request request = {
         .prompt = s->prompt->ids,
         .n_prompt = s->prompt->n,
         .shared = s->prompt->shared,
-        .from = g->setup.turn ? g->setup.turn->from : g->setup.from,
+        .from = base_of(g, s->prompt),
+        .n_seen = s->prompt->n_seen,
         .into = g->setup.turn ? g->setup.turn->into : NULL,
         .max_tokens = q->max_tokens,
         .deadline_ms = g->setup.deadline_ms,
@@ -53,6 +116,12 @@ static enum status start_job(struct generation *g, struct sequence *s, uint32_t 
         .user = g->setup.owner,
     };
     fill_sampling(&request.sampling, q, choice);
+    if (!choice) {
+        set_marks(s->prompt, &request);
+        plan_fork(g, prompt);
+    }
+    if (g->forks[prompt])
+        fork_job(g, prompt, choice, &request);
     enum status st = job_new(&s->job, &request, err);
     if (st)
         return st;
@@ -65,6 +134,9 @@ static void drop_job(struct generation *g, struct sequence *s)
 {
     if (!s->job)
         return;
+    struct job_snapshot snapshot;
+    job_snapshot(s->job, &snapshot);
+    stream_keep_marks(g, s, &snapshot);
     job_cancel(s->job);
     job_set_user(s->job, NULL);
     job_release(s->job);
@@ -170,6 +242,8 @@ static void push_tokens(struct generation *g, struct sequence *s, const struct j
             output_push(&s->output, &tokens[i]);
         if (g->setup.turn && !tokens[i].is_prompt)
             stream_turn_note(g, s, tokens[i].token);
+        if (s->prompt->answer && !tokens[i].is_prompt)
+            stream_keep_note(s, tokens[i].token);
     }
     int64_t n_new = s->output.n_tokens - before;
     g->usage.completion_tokens += n_new;
@@ -190,6 +264,8 @@ static void end_sequence(struct generation *g, struct sequence *s,
         end_without_room(g, STATUS_NOMEM);
         return;
     }
+    if (snapshot->finish == FINISH_STOP || snapshot->finish == FINISH_LENGTH)
+        stream_keep_answer(g, s);
     bool length = snapshot->finish == FINISH_LENGTH && !s->output.stopped;
     finish_sequence(g, s, length ? "length" : "stop");
 }
@@ -200,6 +276,7 @@ static bool advance_sequence(struct generation *g, struct sequence *s)
     struct job_token tokens[READ_TOKENS];
     struct job_snapshot snapshot;
     job_snapshot(s->job, &snapshot); /* before the ring: what finished has put all its tokens */
+    stream_keep_marks(g, s, &snapshot);
     size_t n = job_read(s->job, tokens, READ_TOKENS);
     push_tokens(g, s, tokens, n);
     enum status st = check_room(g, s);
@@ -362,9 +439,15 @@ static struct generation *new_generation(const struct stream_setup *setup)
 {
     struct generation *g = calloc(1, sizeof(*g));
     size_t n = setup->n_prompts * (size_t)setup->request->best_of;
-    if (g)
+    if (g) {
         g->sequences = calloc(n, sizeof(*g->sequences));
-    if (!g || !g->sequences) {
+        g->forks = calloc(setup->n_prompts, sizeof(*g->forks));
+    }
+    if (!g || !g->sequences || !g->forks) {
+        if (g) {
+            free(g->sequences);
+            free(g->forks);
+        }
         free(g);
         return NULL;
     }
@@ -372,8 +455,10 @@ static struct generation *new_generation(const struct stream_setup *setup)
     g->n_sequences = n;
     for (size_t i = 0; i < n; i++)
         init_sequence(g, i);
-    for (size_t i = 0; i < setup->n_prompts; i++)
+    for (size_t i = 0; i < setup->n_prompts; i++) {
         g->usage.prompt_tokens += (int64_t)(setup->prompts[i].n - setup->prompts[i].n_carried);
+        g->usage.cached_tokens += (int64_t)setup->prompts[i].n_seen;
+    }
     return g;
 }
 
@@ -386,15 +471,17 @@ enum status stream_open(struct generation **out, const struct stream_setup *setu
     struct generation *g = new_generation(setup);
     if (!g)
         return fail(err, STATUS_NOMEM, "out of memory for the choices of a request");
-    size_t best_of = (size_t)setup->request->best_of;
     for (size_t i = 0; i < g->n_sequences && !st; i++)
-        st = start_job(g, &g->sequences[i], (uint32_t)(i % best_of), err);
+        st = start_job(g, i, err);
     if (st) {
         stream_close(g);
         return st;
     }
     g->open = true;
     metrics_add(METRIC_PROMPT_TOKENS, (uint64_t)g->usage.prompt_tokens);
+    metrics_add(METRIC_PREFIX_TOKENS, (uint64_t)g->usage.cached_tokens);
+    for (size_t i = 0; i < setup->n_prompts; i++)
+        metrics_add(METRIC_PREFIX_HITS, setup->prompts[i].n_seen > 0);
     *out = g;
     return STATUS_OK;
 }
@@ -408,7 +495,11 @@ void stream_close(struct generation *g)
     for (size_t i = 0; i < g->n_sequences; i++) {
         drop_job(g, &g->sequences[i]);
         output_free(&g->sequences[i].output);
+        free(g->sequences[i].answer);
     }
+    for (size_t i = 0; i < g->setup.n_prompts; i++)
+        image_release(g->forks[i]);
+    free(g->forks);
     stream_turn_free(g);
     bytes_free(&g->events);
     free(g->sequences);

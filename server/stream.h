@@ -29,6 +29,8 @@
 
 struct generation;
 
+enum { STREAM_MAX_MARKS = 2 };
+
 /* A prompt as the engine gets it. */
 struct stream_prompt {
     const int32_t *ids; /* [n], at least one */
@@ -36,6 +38,11 @@ struct stream_prompt {
     size_t n_carried;       /* ids at the front that are an earlier turn's */
     struct prompt *shared;  /* the holder of ids, for the jobs; NULL: each copies them */
     struct codec_text echo; /* its text, when the request wants it back */
+    struct image *from;     /* has seen n_seen of the ids already; NULL: none. Borrowed */
+    size_t n_seen;
+    int n_marks; /* places before the last id, in order, whose states are to be kept */
+    struct job_mark marks[STREAM_MAX_MARKS]; /* images borrowed */
+    struct image *answer; /* to be kept: after the answer, of one choice; or NULL. Borrowed */
 };
 
 /* How a turn ended. */
@@ -67,6 +74,11 @@ struct stream_setup {
     const struct stream_turn *turn; /* NULL: none */
     struct response *response; /* of the Responses API: the reply is written from it; or NULL */
     struct image *from; /* without a turn: the state that all prompts continue, or NULL; borrowed */
+    struct image_store *images; /* for the state that the choices of a prompt share; NULL: each
+                                 * choice computes its whole prompt */
+    /* An image of a prompt is complete: the state after ids[n]. NULL: there are none to keep. */
+    void (*keep)(void *context, struct image *image, const int32_t *ids, size_t n);
+    void *keep_context;
     struct codec_reply reply;
     size_t max_bytes;    /* text and lists of all choices that may wait to be sent */
     int64_t arrival_ns;  /* CLOCK_MONOTONIC, for the metrics */

@@ -2,6 +2,7 @@
  *
  *   stream.c        jobs, their progress, the life of a generation
  *   stream_turn.c   the end of a session's turn
+ *   stream_keep.c   states to be kept for later prompts
  *   stream_reply.c  what its choices have to say, as events or as a whole
  *   stream_response.c  the same of the Responses API
  *
@@ -22,6 +23,10 @@ struct sequence {
     size_t n_bytes;     /* of its output, as counted in the generation's */
     bool begun;         /* its first token came */
     bool role_sent, prompt_sent, finish_sent;
+    int n_kept;      /* marks of its prompt whose images were handed on */
+    int32_t *answer; /* [n_answer] its tokens, where the state after them is to be kept */
+    size_t n_answer, cap_answer;
+    bool answer_lost; /* memory ran out */
 };
 
 /* What a session's turn has given so far, and how it is brought to an end. */
@@ -44,6 +49,8 @@ struct turn {
 
 struct generation {
     struct stream_setup setup;
+    struct image **forks; /* [n_prompts] the state before the prompt's last token, for the choices
+                           * after the first; NULL where each has its own. Owned */
     struct sequence *sequences; /* [n_sequences], best_of of one prompt together */
     size_t n_sequences, n_running;
     size_t n_bytes;   /* held by all outputs */
@@ -72,6 +79,13 @@ bool stream_turn_advance(struct generation *g, struct error *err);
 /* May the end of the reply be told. */
 bool stream_turn_is_settled(const struct generation *g);
 void stream_turn_free(struct generation *g);
+
+/* Hand on the images of marks that the sequence's job has passed; of its answer, when the engine
+ * ended it and it was given whole. note: the token that its output was given last. */
+void stream_keep_marks(struct generation *g, struct sequence *s,
+                       const struct job_snapshot *snapshot);
+void stream_keep_note(struct sequence *s, int32_t id);
+void stream_keep_answer(struct generation *g, struct sequence *s);
 
 /* Frame what a choice has to say, if anything; the end of all, with the usage when it was asked
  * for; the generation's error, as the last event. */

@@ -274,7 +274,16 @@ static void admit(struct pair *p, int slot)
     sampler_reset(p->host, slot);
     if (p->b->ops->admit(p->b, slot, &r->params, &err))
         fail_msg("%s", err.text);
+    int32_t noted[10];
+    size_t n_noted = below(3) ? 0 : (size_t)below(10);
+    for (size_t i = 0; i < n_noted; i++) {
+        noted[i] = below(p->vocab_size);
+        sampler_note(p->host, slot, noted[i], false);
+    }
+    if (p->b->ops->note(p->b, slot, noted, n_noted, &err))
+        fail_msg("%s", err.text);
     memset(&err, 0, sizeof(err)); /* what was given is the caller's again */
+    memset(noted, 0, sizeof(noted));
 }
 
 /* A step under construction. */

@@ -659,7 +659,7 @@ static void test_completion_reply(void **state)
                              .prompt_ids = prompt,
                              .n_prompt_ids = 2,
                              .finish = "length"};
-    struct codec_usage usage = {10, 5};
+    struct codec_usage usage = {10, 5, 4};
     struct bytes out = {0};
     write_one(&out, &reply_base, &c, &usage);
     cJSON *v = read_back(&out);
@@ -680,7 +680,7 @@ static void test_completion_reply(void **state)
     assert_int_equal(get(v, "choices.0.token_ids.1")->valueint, 34);
     assert_int_equal(get(v, "choices.0.prompt_token_ids.0")->valueint, 7);
     assert_int_equal(get(v, "usage.total_tokens")->valueint, 15);
-    assert_int_equal(get(v, "usage.prompt_tokens_details.cached_tokens")->valueint, 0);
+    assert_int_equal(get(v, "usage.prompt_tokens_details.cached_tokens")->valueint, 4);
     cJSON_Delete(v);
     bytes_free(&out);
     codec_lists_free(&lists);
@@ -717,7 +717,7 @@ static void test_chat_reply(void **state)
     struct codec_reply r = reply_base;
     r.api = CODEC_CHAT;
     struct codec_choice c = {.text = {"@", 1}, .lists = &lists, .logprobs = true, .finish = "stop"};
-    struct codec_usage usage = {1, 1};
+    struct codec_usage usage = {1, 1, 0};
     struct bytes out = {0};
     write_one(&out, &r, &c, &usage);
     cJSON *v = read_back(&out);

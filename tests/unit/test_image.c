@@ -198,6 +198,162 @@ static void test_random_operations(void **state)
     print_message("seed 20261128, %d operations in all\n", n);
 }
 
+/* ---- marks ---- */
+
+enum { MAX_MARKED = 40 };
+
+/* A prompt with marks, and what a job with it left. */
+struct marked {
+    int32_t prompt[MAX_MARKED], output[HISTORY_MAX_OUTPUT];
+    struct job_request request; /* images are the caller's */
+};
+
+static void run_marked(struct world *w, struct marked *m)
+{
+    struct job *job = NULL;
+    struct job_snapshot snapshot;
+    struct error err;
+    size_t n = 0;
+    if (image_new(&m->request.into, w->store, &err) || job_new(&job, &m->request, &err) ||
+        engine_submit(w->engine, job, &err))
+        fail_msg("%s: %s", w->label, err.text);
+    do {
+        struct job_token token;
+        job_wait(job);
+        job_snapshot(job, &snapshot);
+        while (job_read(job, &token, 1))
+            m->output[n++] = token.token;
+    } while (snapshot.finish == FINISH_NONE);
+    if (snapshot.finish != FINISH_LENGTH)
+        fail_msg("%s: the job ended with %d: %s", w->label, snapshot.finish, snapshot.error.text);
+    assert_int_equal(snapshot.n_marks_done, m->request.n_marks);
+    assert_int_equal(n, m->request.max_tokens);
+    job_release(job);
+}
+
+static void fill_marked(struct world *w, struct marked *m)
+{
+    *m = (struct marked){0};
+    struct job_request *r = &m->request;
+    r->prompt = m->prompt;
+    r->n_prompt = 1 + (size_t)history_below(MAX_MARKED);
+    r->prompt_logprobs = -1;
+    r->max_tokens = history_below(HISTORY_MAX_OUTPUT + 1);
+    for (size_t i = 0; i < r->n_prompt; i++)
+        m->prompt[i] = history_below(w->vocab_size);
+    sampling_params_init(&r->sampling);
+    r->sampling.seed = (uint64_t)history_below(1 << 30);
+    r->sampling.ignore_eos = true;
+    for (size_t at = 0; r->n_marks < JOB_MAX_MARKS; r->n_marks++) {
+        struct error err;
+        at += 1 + (size_t)history_below(12);
+        if (at > r->n_prompt)
+            break;
+        r->marks[r->n_marks].at = at;
+        assert_int_equal(image_new(&r->marks[r->n_marks].image, w->store, &err), STATUS_OK);
+    }
+}
+
+static void expect_state(struct world *w, const struct image *image)
+{
+    size_t n;
+    float *expected = run_state(&w->run, 0, &n);
+    assert_int_equal(image->position, model_position(w->run.model, 0));
+    assert_int_equal(image->n_pending, 0);
+    if (memcmp(expected, image->values, n * sizeof(*expected)) != 0)
+        fail_msg("%s: the state after %llu tokens of a prompt differs by %g", w->label,
+                 (unsigned long long)image->position, run_difference(expected, image->values, n));
+    free(expected);
+}
+
+/* The prompt by steps of the model, cut at the same places. */
+static void check_marks(struct world *w, const struct marked *m)
+{
+    const struct job_request *r = &m->request;
+    float *logits = calloc((size_t)w->vocab_size, sizeof(*logits));
+    size_t at = 0;
+    model_reset(w->run.model, 0);
+    for (int k = 0; k < r->n_marks; k++) {
+        while (at < r->marks[k].at) {
+            size_t end = (at / HISTORY_CHUNK + 1) * HISTORY_CHUNK;
+            end = end < r->marks[k].at ? end : r->marks[k].at;
+            run_feed(&w->run, 0, m->prompt + at, (int)(end - at), LOGITS_LAST, logits);
+            at = end;
+        }
+        expect_state(w, r->marks[k].image);
+    }
+    free(logits);
+}
+
+/* From a mark's state the rest of the prompt gives the same tokens and leaves the same state. */
+static void check_from_mark(struct world *w, const struct marked *m, int mark)
+{
+    struct marked again = *m;
+    struct job_request *r = &again.request;
+    r->prompt = again.prompt;
+    r->from = m->request.marks[mark].image;
+    r->n_seen = m->request.marks[mark].at;
+    r->n_marks = 0;
+    for (int k = mark + 1; k < m->request.n_marks; k++) { /* the same chunks */
+        r->marks[r->n_marks].at = m->request.marks[k].at;
+        assert_int_equal(image_new(&r->marks[r->n_marks++].image, w->store, NULL), STATUS_OK);
+    }
+    run_marked(w, &again);
+    assert_memory_equal(again.output, m->output, (size_t)r->max_tokens * sizeof(*again.output));
+    assert_int_equal(r->into->position, m->request.into->position);
+    assert_int_equal(r->into->n_pending, m->request.into->n_pending);
+    assert_memory_equal(r->into->values, m->request.into->values,
+                        w->store->n_values * sizeof(float));
+    for (int k = 0; k < r->n_marks; k++) {
+        const struct image *first = m->request.marks[mark + 1 + k].image;
+        assert_memory_equal(r->marks[k].image->values, first->values,
+                            w->store->n_values * sizeof(float));
+        image_release(r->marks[k].image);
+    }
+    image_release(r->into);
+}
+
+static void check_model_marks(const char *dir, const char *device, const char *name, int n_rounds)
+{
+    static struct world w;
+    char label[100];
+    snprintf(label, sizeof(label), "%s on %s", name, device);
+    w = (struct world){.dir = dir, .device = device, .label = label};
+    open_engine(&w);
+    run_open(&w.run, dir, &(struct run_options){device, 1, DTYPE_F32, 1});
+    history_seed(41);
+    for (int i = 0; i < n_rounds; i++) {
+        struct marked m;
+        fill_marked(&w, &m);
+        run_marked(&w, &m);
+        check_marks(&w, &m);
+        for (int k = 0; k < m.request.n_marks; k++)
+            if (m.request.marks[k].at < m.request.n_prompt)
+                check_from_mark(&w, &m, k);
+        for (int k = 0; k < m.request.n_marks; k++)
+            image_release(m.request.marks[k].image);
+        image_release(m.request.into);
+    }
+    engine_close(w.engine);
+    assert_int_equal(w.store->n_images, 0);
+    run_close(&w.run);
+}
+
+static void test_marks(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < n_test_models; i++) {
+        char dir[100];
+        if (!is_causal(&test_models[i]) || !strcmp(test_models[i].name, "transformer++"))
+            continue;
+        assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
+        assert_int_equal(model_files_write(dir, test_models[i].config_json, 7, NULL), 0);
+        check_model_marks(dir, "ref", test_models[i].name, 4);
+        check_model_marks(dir, "cpu", test_models[i].name, 8);
+        test_dir_remove(dir);
+    }
+}
+
 /* ---- limits ---- */
 
 static void test_memory_is_bounded(void **state)
@@ -266,6 +422,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random_operations),
+        cmocka_unit_test(test_marks),
         cmocka_unit_test(test_memory_is_bounded),
         cmocka_unit_test(test_numbers_are_checked),
     };

@@ -183,6 +183,15 @@ enum status model_admit(struct model *m, int slot, const struct sampling_params 
     return STATUS_OK;
 }
 
+enum status model_note(struct model *m, int slot, const int32_t *tokens, size_t n,
+                       struct error *err)
+{
+    (void)m, (void)err;
+    for (size_t i = 0; i < n; i++)
+        sampler_note(fake.sampler, slot, tokens[i], false);
+    return STATUS_OK;
+}
+
 /* All is computed when queued, and shown when collected. */
 enum status model_queue(struct model *m, const int32_t *tokens, const struct model_seq *seqs,
                         int n_seqs, const struct step_draw *draws, int n_draws,
@@ -241,40 +250,55 @@ int64_t model_max_position(const struct model *m)
     return fake.max_position;
 }
 
-/* States are test_image.c's subject: this model has none outside its slots. */
+/* Outside its slot a state is the hash, in pieces of 16 bits. */
+enum { HASH_PIECES = 4 };
+
 int model_n_state_tensors(const struct model *m)
 {
     (void)m;
-    return 0;
+    return 1;
 }
 
 const struct state_tensor *model_state_tensor(const struct model *m, int i)
 {
-    (void)m, (void)i;
-    return NULL;
+    static const struct state_tensor hash = {.name = "hash", .n_values = HASH_PIECES};
+    (void)m;
+    CHECK(i == 0);
+    return &hash;
+}
+
+static void write_hash(uint64_t hash, float *out)
+{
+    for (int i = 0; i < HASH_PIECES; i++)
+        out[i] = (float)(hash >> 16 * i & 0xffff);
 }
 
 enum status model_state_read(struct model *m, int slot, int i, float *out, struct error *err)
 {
-    (void)m, (void)slot, (void)i, (void)out, (void)err;
+    (void)m, (void)i, (void)err;
+    write_hash(fake.slots[slot].hash, out);
     return STATUS_OK;
 }
 
 enum status model_state_write(struct model *m, int slot, int i, const float *in, struct error *err)
 {
-    (void)m, (void)slot, (void)i, (void)in, (void)err;
+    (void)m, (void)i, (void)err;
+    fake.slots[slot].hash = 0;
+    for (int k = 0; k < HASH_PIECES; k++)
+        fake.slots[slot].hash |= (uint64_t)in[k] << 16 * k;
     return STATUS_OK;
 }
 
 uint64_t model_position(const struct model *m, int slot)
 {
-    (void)m, (void)slot;
-    return 0;
+    (void)m;
+    return fake.slots[slot].position;
 }
 
 void model_set_position(struct model *m, int slot, uint64_t position)
 {
-    (void)m, (void)slot, (void)position;
+    (void)m;
+    fake.slots[slot].position = position;
 }
 
 /* ---- Running it ---- */
@@ -380,6 +404,8 @@ struct spec {
     uint64_t seed;
     float temperature, repetition_penalty;
     bool stops; /* eos ends it */
+    int n_marks, marks[JOB_MAX_MARKS];
+    uint32_t choice;
 };
 
 static const struct spec plain = {.n_prompt = 5,
@@ -394,7 +420,9 @@ static int32_t prompt_token(const struct spec *spec, int i)
     return (int32_t)(mix(spec->seed * 1000 + (uint64_t)i) % V);
 }
 
-static struct job *make_job(const struct spec *spec)
+/* images: of its marks. from, n_seen and after as a request has them. */
+static struct job *make_job_from(const struct spec *spec, struct image *const *images,
+                                 struct image *from, int n_seen, struct job *after)
 {
     int32_t prompt[2000];
     assert_true(spec->n_prompt <= 2000);
@@ -406,9 +434,16 @@ static struct job *make_job(const struct spec *spec)
         .max_tokens = spec->max_tokens,
         .prompt_logprobs = spec->prompt_logprobs,
         .deadline_ms = spec->deadline_ms,
+        .from = from,
+        .n_seen = (size_t)n_seen,
+        .after = after,
+        .n_marks = images ? spec->n_marks : 0,
     };
+    for (int i = 0; i < request.n_marks; i++)
+        request.marks[i] = (struct job_mark){(size_t)spec->marks[i], images[i]};
     sampling_params_init(&request.sampling);
     request.sampling.seed = spec->seed;
+    request.sampling.choice = spec->choice;
     request.sampling.temperature = spec->temperature;
     request.sampling.repetition_penalty = spec->repetition_penalty;
     request.sampling.n_logprobs = spec->n_logprobs;
@@ -420,34 +455,63 @@ static struct job *make_job(const struct spec *spec)
     return job;
 }
 
-static struct job *submit(struct scheduler *s, const struct spec *spec)
+static struct job *make_job(const struct spec *spec)
 {
-    struct job *job = make_job(spec);
+    return make_job_from(spec, NULL, NULL, 0, NULL);
+}
+
+static struct job *submitted(struct scheduler *s, struct job *job)
+{
     struct error err;
     if (scheduler_submit(s, job, &err))
         fail_msg("%s", err.text);
     return job;
 }
 
+static struct job *submit(struct scheduler *s, const struct spec *spec)
+{
+    return submitted(s, make_job(spec));
+}
+
+/* How many rows the chunk that begins with prompt token i has; 0 when none begins there. */
+static int chunk_at(const struct spec *spec, int chunk, int i)
+{
+    bool begins = i % chunk == 0;
+    int end = (i / chunk + 1) * chunk;
+    end = end < spec->n_prompt ? end : spec->n_prompt;
+    for (int k = spec->n_marks - 1; k >= 0; k--) {
+        begins |= spec->marks[k] == i;
+        end = spec->marks[k] > i && spec->marks[k] < end ? spec->marks[k] : end;
+    }
+    return begins ? end - i : 0;
+}
+
+/* The state after n tokens of the prompt. */
+static uint64_t prompt_hash(const struct spec *spec, int chunk, int n)
+{
+    uint64_t hash = 99;
+    for (int i = 0; i < n; i++) {
+        hash = cut(hash, chunk_at(spec, chunk, i));
+        hash = feed(hash, prompt_token(spec, i));
+    }
+    return hash;
+}
+
 /* What the job must give, without any scheduler: tokens[n], and how it ends. */
 static int expect(const struct spec *spec, int chunk, int64_t max_position, int32_t *tokens,
                   enum job_finish *finish)
 {
-    uint64_t hash = 99;
+    uint64_t hash = prompt_hash(spec, chunk, spec->n_prompt);
     float logits[V];
     struct sampler *sampler = NULL;
     const int32_t eos = EOS;
     assert_int_equal(sampler_open(&sampler, 1, V, &eos, 1, NULL), STATUS_OK);
-    for (int i = 0; i < spec->n_prompt; i++) {
-        int rest = spec->n_prompt - i;
-        if (i % chunk == 0)
-            hash = cut(hash, rest < chunk ? rest : chunk);
-        hash = feed(hash, prompt_token(spec, i));
+    for (int i = 0; i < spec->n_prompt; i++)
         sampler_note(sampler, 0, prompt_token(spec, i), false);
-    }
     struct sampling_params params;
     sampling_params_init(&params);
     params.seed = spec->seed;
+    params.choice = spec->choice;
     params.temperature = spec->temperature;
     params.repetition_penalty = spec->repetition_penalty;
     params.ignore_eos = !spec->stops;
@@ -524,6 +588,12 @@ static void check_output(struct job *job, const struct spec *spec, int chunk, in
     job_snapshot(job, &snapshot);
     assert_int_equal(snapshot.n_prompt_done, spec->n_prompt);
     assert_int_equal(snapshot.stopped_by_token, finish == FINISH_STOP);
+}
+
+static void sleep_past(struct job *job)
+{
+    while (job_clock_ns() < job_deadline_ns(job))
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 }
 
 /* Returns once the engine takes no more steps. */
@@ -627,6 +697,183 @@ static void test_no_output(void **state)
     check_output(job, &spec, 8, 0);
     job_release(job);
     stop(s);
+}
+
+/* ---- States ---- */
+
+static void init_store(struct image_store *store)
+{
+    image_store_init(store, "00112233445566778899aabbccddeeff", HASH_PIECES, V, 0, 1 << 20);
+}
+
+static void take_images(struct image **images, int n, struct image_store *store)
+{
+    for (int i = 0; i < n; i++)
+        assert_int_equal(image_new(&images[i], store, NULL), STATUS_OK);
+}
+
+static void drop_images(struct image **images, int n, const struct image_store *store)
+{
+    for (int i = 0; i < n; i++)
+        image_release(images[i]);
+    assert_int_equal(store->n_images, 0);
+}
+
+/* Ascending places, the last token's among them at times. */
+static void set_marks(struct spec *spec, uint64_t random)
+{
+    int at = 0;
+    spec->n_marks = 0;
+    while (spec->n_marks < JOB_MAX_MARKS && at < spec->n_prompt) {
+        random = mix(random + 1);
+        at += 1 + (int)(random % 20);
+        if (at <= spec->n_prompt)
+            spec->marks[spec->n_marks++] = at;
+    }
+}
+
+/* Images hold what the slot had seen at the mark, whatever came after, and a job that begins
+ * there gives what the whole prompt gives. */
+static void test_marks(void **state)
+{
+    (void)state;
+    enum { N = 60 };
+    struct scheduler *s = start(-1);
+    struct spec specs[N];
+    struct job *jobs[N], *again[N] = {NULL};
+    struct image *images[N][JOB_MAX_MARKS];
+    struct image_store store;
+    init_store(&store);
+    for (int i = 0; i < N; i++) {
+        specs[i] = plain;
+        specs[i].seed = (uint64_t)i;
+        specs[i].n_prompt = 1 + (int)(mix((uint64_t)i) % 70);
+        specs[i].prompt_logprobs = i % 5 ? -1 : 2;
+        specs[i].max_tokens = i % 7;
+        specs[i].repetition_penalty = i % 3 ? 1 : 1.7f;
+        set_marks(&specs[i], (uint64_t)i);
+        take_images(images[i], specs[i].n_marks, &store);
+        jobs[i] = submitted(s, make_job_from(&specs[i], images[i], NULL, 0, NULL));
+    }
+    for (int i = 0; i < N; i++) {
+        struct job_snapshot snapshot;
+        check_output(jobs[i], &specs[i], 8, 0);
+        job_snapshot(jobs[i], &snapshot);
+        assert_int_equal(snapshot.n_marks_done, specs[i].n_marks);
+        for (int k = 0; k < specs[i].n_marks; k++) {
+            float expected[HASH_PIECES];
+            write_hash(prompt_hash(&specs[i], 8, specs[i].marks[k]), expected);
+            assert_memory_equal(images[i][k]->values, expected, sizeof(expected));
+            assert_int_equal(images[i][k]->position, specs[i].marks[k]);
+            assert_int_equal(images[i][k]->n_pending, 0);
+        }
+        job_release(jobs[i]);
+    }
+    int n_again = 0;
+    for (int i = 0; i < N; i++) {
+        int k = specs[i].n_marks - 1;
+        if (k < 0 || specs[i].marks[k] == specs[i].n_prompt || specs[i].prompt_logprobs >= 0)
+            continue;
+        again[i] =
+            submitted(s, make_job_from(&specs[i], NULL, images[i][k], specs[i].marks[k], NULL));
+        n_again++;
+    }
+    assert_true(n_again > N / 3);
+    for (int i = 0; i < N; i++)
+        if (again[i]) {
+            check_output(again[i], &specs[i], 8, 0);
+            job_release(again[i]);
+        }
+    stop(s);
+    for (int i = 0; i < N; i++)
+        for (int k = 0; k < specs[i].n_marks; k++)
+            image_release(images[i][k]);
+    assert_int_equal(store.n_images, 0);
+}
+
+/* Jobs that wait for a mark are in the queue, where others pass them, and begin there. */
+static void test_forks(void **state)
+{
+    (void)state;
+    enum { N = 6 };
+    struct scheduler *s = start(0); /* 4 slots */
+    struct spec specs[N];
+    struct job *jobs[N], *others[2];
+    struct image *image[1];
+    struct image_store store;
+    init_store(&store);
+    take_images(image, 1, &store);
+    for (int i = 0; i < N; i++) {
+        specs[i] = plain;
+        specs[i].n_prompt = 100;
+        specs[i].choice = (uint32_t)i;
+        specs[i].n_marks = 1;
+        specs[i].marks[0] = 99;
+        jobs[i] = submitted(s, i ? make_job_from(&specs[i], NULL, image[0], 99, jobs[0])
+                                 : make_job_from(&specs[i], image, NULL, 0, NULL));
+    }
+    for (int i = 0; i < 2; i++)
+        others[i] = submit(s, &plain);
+    struct engine_stats stats;
+    wait_at_gate(0);
+    pass_steps(3);
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_waiting, N - 1);
+    assert_int_equal(stats.n_running, 3);
+    allow(-1);
+    for (int i = 0; i < 2; i++) {
+        check_output(others[i], &plain, 8, 0);
+        job_release(others[i]);
+    }
+    for (int i = N - 1; i >= 0; i--) {
+        check_output(jobs[i], &specs[i], 8, 0);
+        job_release(jobs[i]);
+    }
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_prompt_tokens, 100 + (N - 1) + 2 * plain.n_prompt);
+    stop(s);
+    drop_images(image, 1, &store);
+}
+
+/* The first ends before it gets there: nobody waits for ever. */
+static void test_lost_forks(void **state)
+{
+    (void)state;
+    struct scheduler *s = start(0);
+    struct spec spec = plain;
+    struct image *image[1];
+    struct image_store store;
+    enum status status;
+    init_store(&store);
+    take_images(image, 1, &store);
+    spec.n_prompt = 500;
+    spec.n_marks = 1;
+    spec.marks[0] = 499;
+    struct job *first = submitted(s, make_job_from(&spec, image, NULL, 0, NULL));
+    struct job *lost = submitted(s, make_job_from(&spec, NULL, image[0], 499, first));
+    struct job *cancelled = submitted(s, make_job_from(&spec, NULL, image[0], 499, first));
+    spec.deadline_ms = 1;
+    struct job *late = submitted(s, make_job_from(&spec, NULL, image[0], 499, first));
+    wait_at_gate(0);
+    sleep_past(late);
+    job_cancel(cancelled);
+    pass_steps(2);
+    assert_int_equal(finish_of(cancelled, NULL), FINISH_CANCELLED);
+    assert_int_equal(finish_of(late, &status), FINISH_ERROR);
+    assert_int_equal(status, STATUS_TIMEOUT);
+    job_cancel(first);
+    allow(-1);
+    assert_int_equal(finish_of(first, NULL), FINISH_CANCELLED);
+    assert_int_equal(finish_of(lost, &status), FINISH_ERROR);
+    assert_int_equal(status, STATUS_CONFLICT);
+    struct job *jobs[] = {lost, cancelled, late, first};
+    for (int i = 0; i < 4; i++)
+        job_release(jobs[i]);
+    struct job *after = submit(s, &plain);
+    check_output(after, &plain, 8, 0);
+    job_release(after);
+    stop(s);
+    drop_images(image, 1, &store);
 }
 
 /* Scores against a log softmax in double over the same logits. */
@@ -957,12 +1204,6 @@ static void test_cancel(void **state)
     assert_int_equal(finish_of(early, NULL), FINISH_CANCELLED);
     job_release(early);
     stop(s);
-}
-
-static void sleep_past(struct job *job)
-{
-    while (job_clock_ns() < job_deadline_ns(job))
-        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 }
 
 static void test_deadlines(void **state)
@@ -1398,6 +1639,9 @@ int main(void)
         IN_ALL(test_outputs_together),
         IN_ALL(test_position_limit),
         IN_ALL(test_no_output),
+        IN_ALL(test_marks),
+        IN_ALL(test_forks),
+        IN_ALL(test_lost_forks),
         IN_ALL(test_prompt_logprobs),
         IN_ALL(test_logprobs_come_through),
         IN(test_batches, 0),

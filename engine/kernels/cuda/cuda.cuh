@@ -126,6 +126,8 @@ bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
 enum status cuda_admit(struct backend *b, int slot, const struct sampling_params *params,
                        struct error *err);
 void cuda_draw(struct backend *b, const struct buffer *logits);
+enum status cuda_note(struct backend *b, int slot, const int32_t *tokens, size_t n,
+                      struct error *err);
 
 /* ---- what backend_cuda.cu asks of the families ---- */
 

@@ -80,6 +80,7 @@ struct drawing {
     cudaEvent_t staged[STAGING]; /* the copy from it is done */
     bool ever_staged[STAGING];
     int next_staging;
+    uint32_t *noted; /* [V] counts of a slot, for cuda_note */
 };
 
 static int n_parts_of(const struct model_config *config)
@@ -179,7 +180,8 @@ static cudaError_t open_memory(struct drawing *d, struct cuda *c)
     for (int i = 0; error == cudaSuccess && i < STAGING; i++)
         error = cudaEventCreateWithFlags(&d->staged[i], cudaEventDisableTiming);
     d->slots = (struct slot_mirror *)calloc((size_t)d->n_slots, sizeof(*d->slots));
-    return error == cudaSuccess && !d->slots ? cudaErrorMemoryAllocation : error;
+    d->noted = (uint32_t *)calloc((size_t)o->config->vocab_size, sizeof(*d->noted));
+    return error == cudaSuccess && !(d->slots && d->noted) ? cudaErrorMemoryAllocation : error;
 }
 
 enum status drawing_open(struct drawing **out, struct cuda *c, struct error *err)
@@ -235,6 +237,7 @@ void drawing_close(struct drawing *d)
         free(p->sampled);
     }
     free(d->slots);
+    free(d->noted);
     free(d);
 }
 
@@ -315,6 +318,30 @@ enum status cuda_admit(struct backend *b, int slot, const struct sampling_params
                         "forgetting counts");
     d->next_staging %= STAGING;
     if (good)
+        return STATUS_OK;
+    return fail(err, STATUS_DEVICE, "cuda:%d: %s: %s", c->options.device, c->queue.where,
+                cudaGetErrorString(c->queue.error));
+}
+
+/* The counts after an admission are all zero, so they can be written whole. Their copy may be used
+ * again at once: it is not pinned. */
+enum status cuda_note(struct backend *b, int slot, const int32_t *tokens, size_t n,
+                      struct error *err)
+{
+    struct cuda *c = cuda_of(b);
+    struct drawing *d = c->drawing;
+    const size_t row = (size_t)d->memory.n_vocab;
+    CHECK(slot >= 0 && slot < d->n_slots);
+    if (!n || !d->slots[slot].counts)
+        return STATUS_OK;
+    memset(d->noted, 0, row * sizeof(*d->noted));
+    for (size_t i = 0; i < n; i++)
+        d->noted[tokens[i]] = IN_PROMPT;
+    if (succeeds(c, cudaSetDevice(c->options.device), "cudaSetDevice") &&
+        succeeds(c,
+                 cudaMemcpyAsync(d->memory.counts + (size_t)slot * row, d->noted,
+                                 row * sizeof(*d->noted), cudaMemcpyHostToDevice, c->queue.stream),
+                 "copying a prompt's counts"))
         return STATUS_OK;
     return fail(err, STATUS_DEVICE, "cuda:%d: %s: %s", c->options.device, c->queue.where,
                 cudaGetErrorString(c->queue.error));
