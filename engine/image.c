@@ -189,7 +189,7 @@ static struct image_list *place_of(struct image *image)
     struct image_store *store = image->store;
     if (image->wants_file && !image->has_file && !image->is_busy && image->values)
         return &store->wanted;
-    if (image->n_holds || !image->values)
+    if (image->n_holds || image->is_busy || !image->values)
         return NULL;
     if (image->has_file || (image->has_origin && image->n_replayed <= store->max_replay))
         return &store->clean;

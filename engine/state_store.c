@@ -295,6 +295,7 @@ static void become_busy(struct image *image)
     while (image->is_busy)
         pthread_cond_wait(&image->store->changed, &image->store->lock);
     image->is_busy = true;
+    image_settle(image); /* off the lists: nobody drops its values meanwhile */
 }
 
 static void end_busy(struct image *image)
