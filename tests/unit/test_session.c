@@ -133,18 +133,8 @@ static void close_store(struct world *w)
 
 static void open_engine(struct world *w)
 {
-    struct engine_options o;
     struct engine_info info;
-    struct error err;
-    engine_options_init(&o);
-    o.model_dir = w->dir;
-    o.device = w->device;
-    o.n_threads = 1;
-    o.n_slots = 2;
-    o.chunk_tokens = HISTORY_CHUNK;
-    if (engine_open(&w->engine, &o, &err))
-        fail_msg("%s: %s", w->label, err.text);
-    engine_info(w->engine, &info);
+    history_open_engine(&w->engine, &info, w->dir, w->device);
     w->vocab_size = info.config->vocab_size;
 }
 
@@ -410,7 +400,7 @@ static void check_model(const char *dir, const char *device, const char *name, i
     snprintf(w->store_dir, sizeof(w->store_dir), "%s/store", dir);
     open_engine(w);
     open_store(w);
-    run_open(&w->run, dir, &(struct run_options){device, 1, DTYPE_F32, 1});
+    history_open_oracle(&w->run, dir, device);
     history_seed(20261128);
     for (int i = 0; i < n_ops; i++) {
         operate(w);
@@ -441,9 +431,9 @@ static void test_random_operations(void **state)
             continue; /* its context is too short for these histories */
         assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
         assert_int_equal(model_files_write(dir, test_models[i].config_json, 7, NULL), 0);
-        check_model(dir, "ref", test_models[i].name, n_ops, i % 2 ? 0 : 40);
-        check_model(dir, "cpu", test_models[i].name, n_ops, i % 2 ? 40 : 0);
-        n += 2 * n_ops;
+        for (int k = 0; run_backends()[k]; k++, n += n_ops)
+            check_model(dir, run_backends()[k], test_models[i].name, n_ops,
+                        (i + (size_t)k) % 2 ? 0 : 40);
         test_dir_remove(dir);
     }
     print_message("seed 20261128, %d operations in all; states left memory %llu times, were read "
