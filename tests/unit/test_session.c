@@ -443,10 +443,103 @@ static void test_random_operations(void **state)
     assert_true(world.n_evictions && world.n_reloads && world.n_replays);
 }
 
+/* ---- items ---- */
+
+static void put(const struct session_item *item)
+{
+    struct awaited a = {0};
+    struct error err;
+    await_good(&a, session_put_item(world.sessions, item, on_done, &a, &err), &err);
+}
+
+static struct session_item outcome(const char *name, const char *data)
+{
+    return (struct session_item){
+        .kind = SESSION_OUTCOME, .name = name, .owner = 1, .data = data, .n_data = strlen(data)};
+}
+
+/* What is found, one word for each item. */
+static bool add_word(void *context, const struct session_item *item, int64_t created)
+{
+    struct bytes *words = context;
+    assert_int_equal(item->owner, 1);
+    assert_true(created > 0);
+    bytes_append(words, item->data, item->n_data);
+    bytes_char(words, ' ');
+    return true;
+}
+
+static void expect_items(enum session_kind kind, const char *expected)
+{
+    struct bytes words = {0};
+    sessions_each_item(world.sessions, kind, add_word, &words);
+    assert_string_equal(words.data ? words.data : "", expected);
+    bytes_free(&words);
+}
+
+static void reopen_store(void)
+{
+    close_store(&world);
+    open_store(&world);
+}
+
+/* Items are found as they were put last, but for those that were dropped, and those that follow a
+ * turn which was not. No user sees them. */
+static void test_items(void **state)
+{
+    (void)state;
+    char dir[100];
+    struct session_info infos[4];
+    struct session_turn turn;
+    struct error err;
+    bool has_more;
+    int n;
+    assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
+    assert_int_equal(model_files_write(dir, test_models[0].config_json, 7, NULL), 0);
+    world = (struct world){.dir = dir, .device = "cpu", .label = dir};
+    snprintf(world.store_dir, sizeof(world.store_dir), "%s/store", dir);
+    open_engine(&world);
+    open_store(&world);
+    struct awaited a = {0};
+    const struct session_request request = {.owner = 1};
+    await_good(&a, session_create(world.sessions, &request, on_done, &a, &err), &err);
+
+    struct session_item items[] = {outcome("a", "first"),    outcome("b", "second"),
+                                   outcome("c", "third"),    outcome("a", "again"),
+                                   outcome("turn", "early"), outcome("before", "known")};
+    for (int i = 0; i < 4; i++)
+        put(&items[i]);
+    session_drop_item(world.sessions, SESSION_OUTCOME, "b");
+    session_drop_item(world.sessions, SESSION_OUTCOME, "nothing");
+    session_drop_item(world.sessions, SESSION_PRESET, "a");
+    assert_int_equal(session_begin(world.sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
+                     STATUS_OK);
+    for (int i = 4; i < 6; i++) { /* that it comes about, and what has come about already */
+        items[i].after_id = turn.id;
+        items[i].after_version = turn.version + (i == 4);
+        put(&items[i]);
+    }
+    session_abandon(world.sessions, &turn);
+    for (int round = 0; round < 2; round++) { /* the second finds what the first has written */
+        reopen_store();
+        expect_items(SESSION_OUTCOME, "again third known ");
+        expect_items(SESSION_PRESET, "");
+        sessions_expire(world.sessions);
+    }
+    assert_int_equal(session_list(world.sessions, 1, NULL, infos, 4, &n, &has_more, &err),
+                     STATUS_OK);
+    assert_int_equal(n, 1);
+    session_info_free(&infos[0]);
+    close_store(&world);
+    engine_close(world.engine);
+    test_dir_remove(dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random_operations),
+        cmocka_unit_test(test_items),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
