@@ -268,6 +268,8 @@ static void test_restart(void **state)
     done(&a);
     for (int i = 0; i < 4; i++)
         check_talk(&talks[i], 77 + i);
+    assert_true(
+        server_metric(&server, "latte_turn_first_token_seconds_count{position=\"0-999\"}") == 4);
     end(SIGTERM);
 }
 
