@@ -144,7 +144,7 @@ static void fill_metrics(struct routes *r, struct metrics_sessions *out)
     out->n_responses = responses_n(r->responses);
     out->has_store = r->storage.store != NULL;
     if (r->storage.store)
-        journal_count(state_store_journal(r->storage.store), &out->journal);
+        state_store_count(r->storage.store, &out->journal);
     count_prefixes(r, out);
 }
 

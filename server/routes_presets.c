@@ -8,6 +8,7 @@
 
 #include "engine/base/file.h"
 #include "server/call.h"
+#include "server/refresh.h"
 #include "server/request_json.h"
 #include "server/state_io.h"
 
@@ -109,13 +110,15 @@ static void save(struct http_request *http, struct routes *r, struct image *imag
 }
 
 /* {"session": id, "snapshot": name}: the state that a session, or its snapshot, has now. */
-static void save_session(struct http_request *http, struct routes *r)
+static const char *const session_names[] = {"session", "snapshot", NULL};
+
+static void save_refreshed(struct http_request *http, void *context)
 {
-    static const char *const names[] = {"session", "snapshot", NULL};
+    struct routes *r = context;
     struct error err;
     struct image *image = NULL;
     cJSON *tree = NULL;
-    enum status st = request_json_read(http, names, &tree, &err);
+    enum status st = request_json_read(http, session_names, &tree, &err);
     if (!st)
         st = request_json_image(r, tree, "", http_key_index(http), &image, &err);
     if (!st && !image)
@@ -127,6 +130,17 @@ static void save_session(struct http_request *http, struct routes *r)
         refuse(http, &err);
     else
         state_io_copy(http, r, image, save);
+}
+
+static void save_session(struct http_request *http, struct routes *r)
+{
+    struct error ignored; /* it is told when the body is read for good */
+    cJSON *tree = NULL;
+    const cJSON *id = NULL;
+    if (!request_json_read(http, session_names, &tree, &ignored))
+        id = cJSON_GetObjectItemCaseSensitive(tree, "session");
+    refresh_then(http, r, cJSON_IsString(id) ? id->valuestring : NULL, save_refreshed);
+    cJSON_Delete(tree);
 }
 
 void preset_put(struct http_request *http, void *context)
