@@ -228,13 +228,13 @@ static enum status take(struct redis *r, redisContext **out, bool *was_idle, str
     bool must_wait = !*was_idle && now_ms() < r->not_before_ms;
     if (*was_idle)
         *out = r->idle[--r->n_idle];
-    else if (must_wait && err)
+    else if (must_wait)
         *err = r->last;
     pthread_mutex_unlock(&r->lock);
     if (*was_idle)
         return STATUS_OK;
     if (must_wait)
-        return err ? err->status : STATUS_IO;
+        return err->status = STATUS_IO;
     enum status st = connect_to(r, out, err);
     pthread_mutex_lock(&r->lock);
     if (st)
@@ -352,33 +352,50 @@ static bool has_timed_out(const redisContext *c)
            (errno == EAGAIN || errno == EWOULDBLOCK || errno == ETIMEDOUT);
 }
 
+/* On a connection that was used before, or a new one. *again: the server had closed it. */
+static enum status try_run(struct redis *r, const struct redis_command *commands, int n,
+                           redisReply **replies, bool *again, struct error *err)
+{
+    redisContext *c = NULL;
+    bool was_idle;
+    enum status st = take(r, &c, &was_idle, err);
+    *again = false;
+    if (st)
+        return st;
+    if (exchange(c, commands, n, replies)) {
+        give_back(r, c);
+        return STATUS_OK;
+    }
+    bool is_late = has_timed_out(c);
+    st = fail(err, STATUS_TIMEOUT, "Redis at %s did not answer: %s", r->place.shown,
+              is_late ? "the time of --store-timeout is over" : c->errstr);
+    redisFree(c);
+    drop_idle(r);
+    *again = was_idle && !is_late;
+    if (*again)
+        return st;
+    pthread_mutex_lock(&r->lock);
+    note_failure(r, err);
+    pthread_mutex_unlock(&r->lock);
+    return st;
+}
+
 enum status redis_run(struct redis *r, const struct redis_command *commands, int n,
                       redisReply **replies, struct error *err)
 {
-    struct error ignored;
-    err = err ? err : &ignored;
-    for (;;) {
-        redisContext *c = NULL;
-        bool was_idle;
-        enum status st = take(r, &c, &was_idle, err);
-        if (st)
-            return st;
-        if (exchange(c, commands, n, replies)) {
-            give_back(r, c);
-            return STATUS_OK;
-        }
-        bool is_late = has_timed_out(c);
-        st = fail(err, STATUS_TIMEOUT, "Redis at %s did not answer: %s", r->place.shown,
-                  is_late ? "the time of --store-timeout is over" : c->errstr);
-        redisFree(c);
-        drop_idle(r);
-        if (was_idle && !is_late)
-            continue; /* it may have been closed long ago */
-        pthread_mutex_lock(&r->lock);
-        note_failure(r, err);
-        pthread_mutex_unlock(&r->lock);
-        return st;
+    struct error why;
+    bool again = true, was_sent = false;
+    enum status st = STATUS_OK;
+    while (again) {
+        st = try_run(r, commands, n, replies, &again, &why);
+        was_sent |= st == STATUS_TIMEOUT;
     }
+    if (!st)
+        return STATUS_OK;
+    why.status = was_sent ? STATUS_TIMEOUT : st;
+    if (err)
+        *err = why;
+    return why.status;
 }
 
 void redis_free_replies(redisReply **replies, int n)

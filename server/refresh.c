@@ -12,6 +12,7 @@ struct refresh {
     struct routes *routes;
     refreshed *then;
     char id[SESSION_ID_BYTES + 1]; /* one more: an id that is too long stays one */
+    enum status status;            /* with error */
     struct error error;
 };
 
@@ -25,7 +26,7 @@ static void on_close(void *context, bool delivered)
 static void run(struct work_item *item)
 {
     struct refresh *f = (struct refresh *)item;
-    session_refresh(f->routes->storage.sessions, f->id, &f->error);
+    f->status = session_refresh(f->routes->storage.sessions, f->id, &f->error);
 }
 
 static void on_run(struct work_item *item)
@@ -35,7 +36,7 @@ static void on_run(struct work_item *item)
     if (!f.http)
         return;
     http_on_close(f.http, NULL, NULL);
-    if (f.error.status)
+    if (f.status)
         http_fail(f.http, &f.error, NULL);
     else
         f.then(f.http, f.routes);

@@ -349,8 +349,10 @@ void sessions_post(struct http_request *http, void *context)
 static void list_shared(struct work_item *item)
 {
     struct errand *e = (struct errand *)item;
-    session_list(e->place.routes->storage.sessions, e->place.owner, *e->id ? e->id : NULL,
-                 e->children, e->n_children, &e->n_made, &e->has_more, &e->error);
+    struct error err;
+    if (session_list(e->place.routes->storage.sessions, e->place.owner, *e->id ? e->id : NULL,
+                     e->children, e->n_children, &e->n_made, &e->has_more, &err))
+        e->error = err;
 }
 
 static void on_listed(struct work_item *item)
