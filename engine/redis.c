@@ -35,6 +35,7 @@ struct redis {
     redisContext *idle[MAX_IDLE];
     int n_idle;
     bool is_up;
+    bool is_probing;                 /* somebody finds out whether it is up again */
     int64_t not_before_ms, pause_ms; /* no new connection before */
     struct error last;               /* why */
 };
@@ -220,12 +221,15 @@ static void note_failure(struct redis *r, const struct error *err)
     r->not_before_ms = now_ms() + r->pause_ms;
 }
 
-/* was_idle: it has been used before, and the server may have closed it meanwhile. */
+/* was_idle: it has been used before, and the server may have closed it meanwhile. While the server
+ * is away one at a time waits for it, and the others are told at once. */
 static enum status take(struct redis *r, redisContext **out, bool *was_idle, struct error *err)
 {
     pthread_mutex_lock(&r->lock);
     *was_idle = r->n_idle > 0;
-    bool must_wait = !*was_idle && now_ms() < r->not_before_ms;
+    bool must_wait = !*was_idle && (r->is_probing || now_ms() < r->not_before_ms);
+    bool is_probe = !*was_idle && !must_wait && !r->is_up;
+    r->is_probing |= is_probe;
     if (*was_idle)
         *out = r->idle[--r->n_idle];
     else if (must_wait)
@@ -237,6 +241,8 @@ static enum status take(struct redis *r, redisContext **out, bool *was_idle, str
         return err->status = STATUS_IO;
     enum status st = connect_to(r, out, err);
     pthread_mutex_lock(&r->lock);
+    r->is_probing &= !is_probe;
+    r->is_up |= !st;
     if (st)
         note_failure(r, err);
     pthread_mutex_unlock(&r->lock);

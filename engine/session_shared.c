@@ -170,7 +170,8 @@ static enum status take_in(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYT
     }
     enum status st = STATUS_OK;
     if (!f->is_same) {
-        if (!s)
+        bool is_new = !s;
+        if (is_new)
             make_place(t);
         count(t, s, -1);
         st = take_records(t, key, f, err);
@@ -178,6 +179,10 @@ static enum status take_in(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYT
         count(t, s, 1);
         if (!st && s)
             st = record_find_lost(s, err);
+        if (st && s && is_new) { /* half a session is nobody's */
+            session_leave(t, s);
+            return st;
+        }
     }
     if (!s)
         return st;

@@ -42,11 +42,15 @@ static void on_run(struct work_item *item)
         f.then(f.http, f.routes);
 }
 
+bool refresh_asks(const struct routes *r)
+{
+    return atomic_load_explicit(&r->model, memory_order_acquire) &&
+           sessions_are_shared(r->storage.sessions);
+}
+
 void refresh_then(struct http_request *http, struct routes *r, const char *id, refreshed *then)
 {
-    bool is_shared = atomic_load_explicit(&r->model, memory_order_acquire) &&
-                     sessions_are_shared(r->storage.sessions);
-    if (!id || !is_shared) {
+    if (!id || !refresh_asks(r)) {
         then(http, r);
         return;
     }

@@ -137,7 +137,7 @@ static void save_session(struct http_request *http, struct routes *r)
     struct error ignored; /* it is told when the body is read for good */
     cJSON *tree = NULL;
     const cJSON *id = NULL;
-    if (!request_json_read(http, session_names, &tree, &ignored))
+    if (refresh_asks(r) && !request_json_read(http, session_names, &tree, &ignored))
         id = cJSON_GetObjectItemCaseSensitive(tree, "session");
     refresh_then(http, r, cJSON_IsString(id) ? id->valuestring : NULL, save_refreshed);
     cJSON_Delete(tree);

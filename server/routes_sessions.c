@@ -338,7 +338,7 @@ void sessions_post(struct http_request *http, void *context)
     struct error ignored; /* it is found again, and told, when the body is read for good */
     cJSON *tree = NULL;
     const cJSON *id = NULL;
-    if (!request_json_read(http, new_names, &tree, &ignored))
+    if (refresh_asks(context) && !request_json_read(http, new_names, &tree, &ignored))
         id = cJSON_GetObjectItemCaseSensitive(cJSON_GetObjectItemCaseSensitive(tree, "from"),
                                               "session");
     refresh_then(http, context, cJSON_IsString(id) ? id->valuestring : NULL, post_session);

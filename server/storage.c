@@ -180,6 +180,23 @@ enum status storage_open(struct storage *s, const struct storage_options *o, str
     return st;
 }
 
+bool storage_is_away(const struct storage *s)
+{
+    struct redis_store *redis = s->store ? state_store_redis(s->store) : NULL;
+    return redis && !redis_store_is_up(redis);
+}
+
+void storage_on_tick(struct storage *s)
+{
+    bool is_away = storage_is_away(s);
+    if (is_away == s->is_away)
+        return;
+    s->is_away = is_away;
+    log_event(is_away ? LOG_WARN : LOG_INFO, "store", "%s %s",
+              redis_store_address(state_store_redis(s->store)),
+              is_away ? "does not answer: requests about sessions get 503" : "answers again");
+}
+
 void storage_close(struct storage *s)
 {
     if (!s->is_open)

@@ -218,7 +218,7 @@ static void test_from(void **state)
             ask_redis("FLUSHALL", NULL, NULL, out, sizeof(out)); /* and the sessions with it */
         if (i == 2) {
             talk_open(&t, a, NULL);
-                    assert_int_equal(talk_turn(&t, a, 2, 8, "", NULL), 200);
+            assert_int_equal(talk_turn(&t, a, 2, 8, "", NULL), 200);
         }
         char *body = i < 2 ? strdup("{\"from\":{\"preset\":\"p\"}}")
                            : text_of("{\"from\":{\"session\":\"%s\"}}", t.id);
@@ -678,6 +678,10 @@ static void expect_away(const struct talk *t, const struct server *s)
     a = answer_of(s, "GET", "/v1/sessions", NULL, NULL);
     answer_expect(&a, 503);
     answer_free(&a);
+    a = answer_of(s, "GET", "/health/ready", NULL, NULL);
+    answer_expect(&a, 200);
+    assert_string_equal(answer_member(a.json, "store")->valuestring, "unreachable");
+    answer_free(&a);
 }
 
 static void test_redis_away(void **state)
@@ -711,6 +715,32 @@ static void test_redis_away(void **state)
     answer_expect(&a, 200);
     assert_int_equal(answer_member(a.json, "version")->valueint, t.version + 1);
     answer_free(&a);
+    end_both(SIGTERM);
+}
+
+/* Redis has no room: nothing is done, in its own words; and then it has. */
+static void test_redis_full(void **state)
+{
+    (void)state;
+    static struct talk t;
+    char out[32];
+    if (!redis.pid)
+        skip();
+    start_both(NULL);
+    talk_open(&t, &servers[0], NULL);
+    assert_int_equal(talk_turn(&t, &servers[0], 1, 8, "", NULL), 200);
+    redis_server_ask(&redis, (const char *const[]){"CONFIG", "SET", "maxmemory", "1", NULL}, out,
+                     sizeof(out));
+    struct answer a = answer_of(&servers[1], "POST", "/v1/sessions", strdup("{}"), NULL);
+    answer_expect(&a, 503);
+    assert_non_null(
+        strstr(answer_member(answer_member(a.json, "error"), "message")->valuestring, "OOM"));
+    answer_free(&a);
+    assert_int_equal(talk_turn(&t, &servers[1], 2, 8, "", NULL), 503);
+    redis_server_ask(&redis, (const char *const[]){"CONFIG", "SET", "maxmemory", "0", NULL}, out,
+                     sizeof(out));
+    for (int i = 0; i < 2; i++)
+        talk_check(&t, &servers[i], 2 + i, NULL);
     end_both(SIGTERM);
 }
 
@@ -843,6 +873,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_a_late_commit, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_kills, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_redis_away, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_redis_full, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_redis_hangs, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_damage, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_start, set_up, tear_down),
