@@ -18,6 +18,8 @@
 
 #include "tests/unit/model_files.h"
 
+enum { ATTEMPTS = 5 }; /* to find a port that nobody takes meanwhile */
+
 bool redis_server_is_installed(void)
 {
     bool is_there = !system("command -v redis-server >/dev/null 2>&1");
@@ -51,10 +53,17 @@ static void run(const struct redis_server *s)
     _exit(127);
 }
 
+/* By its socket: the port may be somebody else's by now. */
 static redisContext *connect_to(const struct redis_server *s)
 {
-    redisContext *c = redisConnectWithTimeout("127.0.0.1", s->port, (struct timeval){1, 0});
-    if (c && !c->err && *s->password)
+    const struct timeval limit = {5, 0};
+    char path[140];
+    snprintf(path, sizeof(path), "%s/socket", s->dir);
+    redisContext *c = redisConnectUnixWithTimeout(path, limit);
+    if (!c || c->err)
+        return c;
+    redisSetTimeout(c, limit);
+    if (*s->password)
         freeReplyObject(redisCommand(c, "AUTH %s", s->password));
     return c;
 }
@@ -71,7 +80,8 @@ static bool answers(const struct redis_server *s)
     return good;
 }
 
-void redis_server_start(struct redis_server *s)
+/* False: it ended at once, since the port was taken, say. */
+static bool begin(struct redis_server *s)
 {
     pid_t parent = getpid();
     s->pid = fork();
@@ -83,24 +93,40 @@ void redis_server_start(struct redis_server *s)
         run(s);
     }
     for (int i = 0; !answers(s); i++) {
-        if (i > 500 || waitpid(s->pid, NULL, WNOHANG))
-            fail_msg("redis-server does not begin; its log is %s/log", s->dir);
+        if (waitpid(s->pid, NULL, WNOHANG)) {
+            s->pid = 0;
+            return false;
+        }
+        if (i > 500)
+            fail_msg("redis-server does not answer; its log is %s/log", s->dir);
         usleep(20000);
     }
+    return true;
+}
+
+void redis_server_start(struct redis_server *s)
+{
+    if (!begin(s))
+        fail_msg("redis-server does not begin; its log is %s/log", s->dir);
 }
 
 void redis_server_open(struct redis_server *s, const char *password)
 {
-    *s = (struct redis_server){.port = free_port()};
+    *s = (struct redis_server){0};
     signal(SIGPIPE, SIG_IGN);
     snprintf(s->password, sizeof(s->password), "%s", password ? password : "");
     assert_int_equal(test_dir_make(s->dir, sizeof(s->dir)), 0);
     const char *login = password ? s->password : "", *at = password ? "@" : "",
                *colon = password ? ":" : "";
+    for (int i = 0; i < ATTEMPTS && !s->pid; i++) {
+        s->port = free_port();
+        begin(s);
+    }
+    if (!s->pid)
+        fail_msg("redis-server does not begin; its log is %s/log", s->dir);
     snprintf(s->url, sizeof(s->url), "redis://%s%s%s127.0.0.1:%d/0", colon, login, at, s->port);
     snprintf(s->socket_url, sizeof(s->socket_url), "unix://%s%s%s%s/socket", colon, login, at,
              s->dir);
-    redis_server_start(s);
 }
 
 void redis_server_kill(struct redis_server *s)
