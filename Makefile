@@ -39,7 +39,7 @@ CFLAGS   += -std=gnu11 -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prot
             -Werror -Wno-error=maybe-uninitialized -fno-omit-frame-pointer -pthread $(if $(SAN),-fno-optimize-sibling-calls)
 CPPFLAGS += -I. -D_GNU_SOURCE
 LDFLAGS  += -pthread $(SAN_FLAGS)
-LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lopenblas -lm
+LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lhiredis -lopenblas -lm
 TEST_LIBS := -lcmocka -lcurl -lyaml
 
 # What belongs to one program is linked into it; everything else goes into one archive.
@@ -85,7 +85,7 @@ GPU_TESTS  := $(addprefix $(BUILD)/tests/gpu/,$(filter-out test_emulate,$(notdir
 
 UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
 HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/http/test_*.c))
-HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/test_*.c),$(wildcard tests/http/*.c)) tests/unit/model_files.c)
+HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/test_*.c),$(wildcard tests/http/*.c)) tests/unit/model_files.c tests/unit/redis_server.c)
 UNIT_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/unit/test_*.c),$(wildcard tests/unit/*.c)))
 RUN_SRC    := $(wildcard engine/run/*.c)
 BENCH_SRC  := $(wildcard tests/bench/*.c)

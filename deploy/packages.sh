@@ -7,8 +7,8 @@
 set -eu
 
 build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
-       libxxhash-dev libopenblas-dev"
-test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl"
+       libxxhash-dev libhiredis-dev libopenblas-dev"
+test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
 cuda_home=${CUDA_HOME:-/usr/local/cuda}

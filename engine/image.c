@@ -45,6 +45,7 @@ void image_store_free(struct image_store *store)
     for (struct image *image; (image = image_list_take(&store->dead));)
         image_free(image);
     CHECK(store->n_images == 0);
+    free(store->by_name);
     pthread_cond_destroy(&store->changed);
     pthread_mutex_destroy(&store->lock);
 }
@@ -115,6 +116,59 @@ struct image *image_list_take(struct image_list *list)
     return image;
 }
 
+/* ---- names; with the lock held ---- */
+
+static struct image **bucket_of(const struct image_store *store, const uint8_t *name)
+{
+    uint64_t hash; /* names are random */
+    memcpy(&hash, name, sizeof(hash));
+    return &store->by_name[hash & (store->n_buckets - 1)];
+}
+
+static bool grow_names(struct image_store *store)
+{
+    struct image_store bigger = {.n_buckets = store->n_buckets ? 2 * store->n_buckets : 256};
+    bigger.by_name = calloc(bigger.n_buckets, sizeof(struct image *));
+    if (!bigger.by_name)
+        return false;
+    for (size_t i = 0; i < store->n_buckets; i++) {
+        for (struct image *image = store->by_name[i], *next; image; image = next) {
+            struct image **bucket = bucket_of(&bigger, image->name);
+            next = image->chain;
+            image->chain = *bucket;
+            *bucket = image;
+        }
+    }
+    free(store->by_name);
+    store->by_name = bigger.by_name;
+    store->n_buckets = bigger.n_buckets;
+    return true;
+}
+
+/* Others can find the image by its name. False: no memory. */
+static bool enter_name(struct image_store *store, struct image *image)
+{
+    if (!store->is_shared)
+        return true;
+    bool is_full = (size_t)store->n_images >= store->n_buckets;
+    if (is_full && !grow_names(store) && !store->n_buckets)
+        return false;
+    struct image **bucket = bucket_of(store, image->name);
+    image->chain = *bucket;
+    *bucket = image;
+    return true;
+}
+
+static void leave_name(struct image *image)
+{
+    if (!image->store->is_shared)
+        return;
+    struct image **link = bucket_of(image->store, image->name);
+    while (*link != image)
+        link = &(*link)->chain;
+    *link = image->chain;
+}
+
 /* ---- memory; with the lock held ---- */
 
 static void free_values(struct image *image)
@@ -164,6 +218,7 @@ static enum status fail_memory(const struct image_store *store, struct error *er
 void image_free(struct image *image)
 {
     CHECK(!image->values && !image->has_origin);
+    leave_name(image);
     image->store->n_images--;
     free(image->why);
     free(image);
@@ -176,8 +231,9 @@ static struct image *bury(struct image *image)
     free_values(image);
     free(image->has_origin ? image->origin.tokens : NULL);
     image->has_origin = false;
-    enlist(image->has_file ? &image->store->dead : NULL, image);
-    if (image->has_file)
+    bool has_remains = image->has_file && !image->store->is_shared;
+    enlist(has_remains ? &image->store->dead : NULL, image);
+    if (has_remains)
         pthread_cond_broadcast(&image->store->changed);
     else
         image_free(image);
@@ -193,7 +249,7 @@ static struct image_list *place_of(struct image *image)
         return NULL;
     if (image->has_file || (image->has_origin && image->n_replayed <= store->max_replay))
         return &store->clean;
-    return store->has_files ? &store->dirty : NULL;
+    return store->has_files && !image->stays ? &store->dirty : NULL;
 }
 
 void image_settle(struct image *image)
@@ -271,12 +327,17 @@ static void random_name(uint8_t name[IMAGE_NAME_BYTES])
         ;
 }
 
-static struct image *new_node(struct image_store *store)
+static struct image *new_node(struct image_store *store, const uint8_t *name)
 {
     struct image *image = calloc(1, sizeof(*image));
     if (!image)
         return NULL;
     image->store = store;
+    memcpy(image->name, name, IMAGE_NAME_BYTES);
+    if (!enter_name(store, image)) {
+        free(image);
+        return NULL;
+    }
     image->id = store->next_id++;
     store->n_images++;
     return image;
@@ -285,17 +346,18 @@ static struct image *new_node(struct image_store *store)
 /* With the lock held. */
 static enum status new_held(struct image **out, struct image_store *store, struct error *err)
 {
+    uint8_t name[IMAGE_NAME_BYTES];
     if (!make_room(store))
         return fail_full(store, err);
+    random_name(name);
     float *values = malloc(values_bytes(store) ? values_bytes(store) : 1);
-    struct image *image = values ? new_node(store) : NULL;
+    struct image *image = values ? new_node(store, name) : NULL;
     if (!image) {
         free(values);
         store->used_bytes -= image_bytes(store);
         store->n_in_memory--;
         return fail_memory(store, err);
     }
-    random_name(image->name);
     image->values = values;
     atomic_store_explicit(&image->is_here, true, memory_order_relaxed);
     image->n_holds = 1;
@@ -348,14 +410,28 @@ enum status image_new_named(struct image **out, struct image_store *store,
                             const uint8_t name[IMAGE_NAME_BYTES], struct error *err)
 {
     pthread_mutex_lock(&store->lock);
-    struct image *image = new_node(store);
+    struct image *image = new_node(store, name);
+    if (image)
+        image->n_keeps = 1;
     pthread_mutex_unlock(&store->lock);
     if (!image)
         return fail(err, STATUS_NOMEM, "out of memory for a state");
-    memcpy(image->name, name, IMAGE_NAME_BYTES);
-    image->n_keeps = 1;
     *out = image;
     return STATUS_OK;
+}
+
+struct image *image_find(struct image_store *store, const uint8_t name[IMAGE_NAME_BYTES])
+{
+    pthread_mutex_lock(&store->lock);
+    struct image *image = store->n_buckets ? *bucket_of(store, name) : NULL;
+    while (image && memcmp(image->name, name, IMAGE_NAME_BYTES))
+        image = image->chain;
+    if (image) {
+        image->n_keeps++;
+        image_settle(image);
+    }
+    pthread_mutex_unlock(&store->lock);
+    return image;
 }
 
 /* ---- where their values are ---- */

@@ -69,6 +69,7 @@ struct image_store {
     int64_t max_position; /* of the model, 0: no limit */
     size_t limit_bytes;
     bool has_files;    /* a state store is there: values may be written and dropped */
+    bool is_shared;    /* with other servers: what nobody here refers to, others may */
     size_t max_replay; /* values may be dropped that so few tokens give again, bit for bit */
     bool (*give_way)(void *context); /* asked while it is full, without the lock: release an image
                                       * that can be done without. False: there is none. Or NULL */
@@ -78,11 +79,13 @@ struct image_store {
     pthread_cond_t changed; /* values came or went; work for the state store */
     size_t used_bytes;      /* of values */
     int n_images, n_in_memory;
-    uint64_t next_id;
+    uint64_t next_id, n_passes;
     struct image_list clean;  /* not held, with a file: may be dropped, the least used first */
     struct image_list dirty;  /* not held, without a file: to be written when memory is short */
     struct image_list wanted; /* to be written now */
-    struct image_list dead;   /* not kept either: their files are to be removed */
+    struct image_list dead;   /* not kept either: their files are to be removed, unless shared */
+    struct image **by_name;   /* [n_buckets], a power of two, where it is shared: all images */
+    size_t n_buckets;
     uint64_t n_evictions, n_reloads, n_replays, n_errors;
 };
 
@@ -108,6 +111,7 @@ struct image {
     /* Under the store's lock. */
     int n_holds, n_keeps;
     bool has_file, has_origin, wants_file;
+    bool stays;                 /* the store would not take it: no session needs it */
     bool is_busy;               /* the state store reads or writes it */
     char *why;                  /* it cannot be had any more, for this reason; else NULL */
     struct image_origin origin; /* if has_origin */
@@ -115,6 +119,7 @@ struct image {
     uint64_t mark;              /* the pass over all images that came by last */
     struct image_list *list;    /* of the store, where it waits, or NULL */
     struct image *previous, *next;
+    struct image *chain; /* of by_name */
 };
 
 void image_store_init(struct image_store *store, const char *fingerprint, size_t n_values,
@@ -170,6 +175,8 @@ enum status image_parse(struct image **out, struct image_store *store, const cha
 /* An image that is known by name only, kept once by the caller. */
 enum status image_new_named(struct image **out, struct image_store *store,
                             const uint8_t name[IMAGE_NAME_BYTES], struct error *err);
+/* The image of this name, kept once more for the caller, or NULL. Where the store is shared. */
+struct image *image_find(struct image_store *store, const uint8_t name[IMAGE_NAME_BYTES]);
 /* Where it comes from; tokens are copied. Before others know the image. NOMEM. */
 enum status image_set_origin(struct image *image, struct image *parent, const int32_t *tokens,
                              size_t n_chunked, size_t n_single, struct error *err);

@@ -33,7 +33,7 @@ static struct session **bucket_of(const struct sessions *t, const char *id)
     return &t->buckets[(hash ^ hash >> 29) & (t->n_buckets - 1)];
 }
 
-static enum status not_found(const char *id, struct error *err)
+enum status session_not_found(const char *id, struct error *err)
 {
     return fail_field(err, STATUS_NOT_FOUND, "session_id", "There is no session '%.64s'.", id);
 }
@@ -54,8 +54,7 @@ struct session *session_find_key(const struct sessions *t, const uint8_t key[JOU
     return session_find(t, wanted.id);
 }
 
-/* The owner's session of this id, readable or not. */
-static struct session *find_owned(const struct sessions *t, const char *id, int owner)
+struct session *session_find_owned(const struct sessions *t, const char *id, int owner)
 {
     struct session *s = session_find(t, id);
     bool is_seen = s && !s->is_new && s->kind == SESSION_OF_USER &&
@@ -66,9 +65,9 @@ static struct session *find_owned(const struct sessions *t, const char *id, int 
 static enum status find(const struct sessions *t, const char *id, int owner, struct session **out,
                         struct error *err)
 {
-    struct session *s = find_owned(t, id, owner);
+    struct session *s = session_find_owned(t, id, owner);
     if (!s)
-        return not_found(id, err);
+        return session_not_found(id, err);
     if (s->why)
         return fail_field(err, STATUS_LOST, "session_id",
                           "Session '%.64s' cannot be read from the store: %.300s", id, s->why);
@@ -195,7 +194,7 @@ void session_describe(const struct session *s, struct session_info *out)
         .created = s->created,
         .used = s->now.used,
         .expires = s->idle_s ? s->now.used + s->idle_s : 0,
-        .in_turn = s->in_turn,
+        .in_turn = s->in_turn || s->is_leased,
         .in_memory = is_in_memory(s),
         .n_snapshots = s->now.n_kept,
         .metadata = s->metadata,
@@ -203,8 +202,8 @@ void session_describe(const struct session *s, struct session_info *out)
     memcpy(out->id, s->id, sizeof(out->id));
 }
 
-static enum status describe_copy(const struct session *s, struct session_info *out,
-                                 struct error *err)
+enum status session_describe_copy(const struct session *s, struct session_info *out,
+                                  struct error *err)
 {
     struct session_info info;
     session_describe(s, &info);
@@ -318,12 +317,13 @@ void sessions_count(struct sessions *t, struct session_counts *out)
 static enum status new_session(struct sessions *t, const struct session_request *q,
                                struct session **out, struct error *err)
 {
-    if (t->n >= t->options.max_sessions)
+    if (t->n >= t->options.max_sessions && !sessions_are_shared(t))
         return fail(err, STATUS_BUSY,
                     "This server holds %d sessions, as many as --max-sessions "
                     "permits; delete one, or wait until one expires.",
                     t->n);
-    enum status st = session_quota_check_session(t->quota, q->owner, err);
+    enum status st = sessions_are_shared(t) ? STATUS_OK /* Redis counts them */
+                                            : session_quota_check_session(t->quota, q->owner, err);
     if (st)
         return st;
     struct session *s = calloc(1, sizeof(*s));
@@ -372,7 +372,7 @@ enum status session_show(struct sessions *t, const char *id, int owner, struct s
     pthread_mutex_lock(&t->lock);
     enum status st = find(t, id, owner, &s, err);
     if (!st)
-        st = describe_copy(s, out, err);
+        st = session_describe_copy(s, out, err);
     pthread_mutex_unlock(&t->lock);
     return st;
 }
@@ -382,8 +382,8 @@ enum status session_delete(struct sessions *t, const char *id, int owner, sessio
 {
     struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
-    struct session *s = find_owned(t, id, owner); /* also one that is lost */
-    enum status st = !s ? not_found(id, err) : s->in_turn ? in_a_turn(s, err) : STATUS_OK;
+    struct session *s = session_find_owned(t, id, owner); /* also one that is lost */
+    enum status st = !s ? session_not_found(id, err) : s->in_turn ? in_a_turn(s, err) : STATUS_OK;
     if (!st)
         st = change_new(&c, s, done, context, err);
     if (!st)
@@ -394,6 +394,10 @@ enum status session_delete(struct sessions *t, const char *id, int owner, sessio
 int sessions_expire(struct sessions *t)
 {
     int n = 0;
+    if (sessions_are_shared(t)) {
+        shared_sweep(t);
+        return redis_store_take_expired(shared_store(t));
+    }
     int64_t now = session_now_s();
     struct change *first = NULL, **end = &first;
     pthread_mutex_lock(&t->lock);
@@ -422,9 +426,9 @@ static enum status list(struct sessions *t, int owner, const char *after, struct
 {
     struct session *s = t->newest;
     if (after) {
-        s = find_owned(t, after, owner);
+        s = session_find_owned(t, after, owner);
         if (!s)
-            return not_found(after, err);
+            return session_not_found(after, err);
         s = s->older;
     }
     *n = 0;
@@ -436,7 +440,7 @@ static enum status list(struct sessions *t, int owner, const char *after, struct
             *has_more = true;
             break;
         }
-        enum status st = describe_copy(s, &out[*n], err);
+        enum status st = session_describe_copy(s, &out[*n], err);
         if (st) {
             while (*n)
                 session_info_free(&out[--*n]);
@@ -450,6 +454,8 @@ static enum status list(struct sessions *t, int owner, const char *after, struct
 enum status session_list(struct sessions *t, int owner, const char *after, struct session_info *out,
                          int max, int *n, bool *has_more, struct error *err)
 {
+    if (sessions_are_shared(t))
+        return shared_list(t, owner, after, out, max, n, has_more, err);
     pthread_mutex_lock(&t->lock);
     enum status st = list(t, owner, after, out, max, n, has_more, err);
     pthread_mutex_unlock(&t->lock);
@@ -462,14 +468,23 @@ enum status session_begin(struct sessions *t, const char *id, int owner, int64_t
                           struct session_turn *out, struct error *err)
 {
     struct session *s = NULL;
+    char lease[REDIS_HEX_BYTES] = "";
+    enum status st = STATUS_OK;
+    if (sessions_are_shared(t))
+        st = shared_begin(t, id, owner, lease, err);
+    if (st)
+        return st;
     pthread_mutex_lock(&t->lock);
-    enum status st = find_idle(t, id, owner, &s, err);
+    st = find_idle(t, id, owner, &s, err);
     if (!st)
         st = check_version(s, version, err);
     if (!st)
         st = session_quota_check_state(t->quota, s->owner, s->now.previous, err);
+    if (st && *lease)
+        redis_store_release(shared_store(t), lease);
     if (!st) {
         s->in_turn = true;
+        memcpy(s->lease, lease, sizeof(lease));
         s->now.used = session_now_s();
         *out = (struct session_turn){
             .version = s->now.version, .from = session_hold_image(s->now.image), .active = true};
@@ -523,13 +538,17 @@ void session_abandon(struct sessions *t, struct session_turn *turn)
     if (!turn->active)
         return;
     pthread_mutex_lock(&t->lock);
-    session_end_turn(session_of(t, turn), turn);
+    struct session *s = session_of(t, turn);
+    if (*s->lease)
+        redis_store_release(shared_store(t), s->lease);
+    session_end_turn(s, turn);
     pthread_mutex_unlock(&t->lock);
 }
 
 void session_end_turn(struct session *s, struct session_turn *turn)
 {
     s->in_turn = false;
+    *s->lease = '\0';
     image_drop(turn->from);
     turn->from = NULL;
     turn->active = false;
@@ -544,7 +563,7 @@ enum status session_image(struct sessions *t, const char *id, int owner, struct 
     pthread_mutex_lock(&t->lock);
     enum status st = find(t, id, owner, &s, err);
     if (!st)
-        st = describe_copy(s, info, err);
+        st = session_describe_copy(s, info, err);
     if (!st)
         *out = session_hold_image(s->now.image);
     pthread_mutex_unlock(&t->lock);

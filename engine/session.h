@@ -11,12 +11,20 @@
  * told is what the next start finds. A turn's entry holds the tokens that led to its state, a
  * few bytes each; the state itself is written later, if at all.
  *
+ * Where that store is a Redis which several servers share, the table holds copies: what is known
+ * of a session here may be old. session_refresh makes it new, and is called before everything that
+ * is about a session. A change is made of what is known here, and refused (CONFLICT) when another
+ * server's came between. A turn holds a lease, so that it is the only one on all servers. What
+ * is not used here for a while is forgotten here only.
+ *
  * Owners: a session is seen by the owner that made it (an API key's index, -1 where the API is
  * open); for everybody else it is not there. In the store an owner is a tag, so that sessions
  * find their key again when the file of keys has been changed.
  *
- * Threads: any; one lock around everything. Nothing in here waits or copies a state. Changes are
- *          done in the call, or later in sessions_reap, by the thread that calls that.
+ * Threads: any; one lock around everything. Nothing in here waits or copies a state, but
+ *          session_refresh, and where the store is shared session_begin and session_list: these ask
+ *          Redis. Changes are done in the call, or later in sessions_reap, by the thread that calls
+ *          that.
  * Memory:  bounded by max_sessions, SESSION_MAX_SNAPSHOTS each, and the image store's limit.
  * Errors:  NOT_FOUND; CONFLICT for a session that is in a turn; BUSY at the limits, naming them;
  *          PRECONDITION when the version is not the expected one; LOST for a session whose place
@@ -89,6 +97,12 @@ void sessions_close(struct sessions *t);
 /* Changes that the journal has taken, or not, are done. Soon after the journal notified. */
 void sessions_reap(struct sessions *t);
 
+/* Whether other servers have the same sessions. */
+bool sessions_are_shared(const struct sessions *t);
+/* What is known here of a session becomes what is known to all; one that is nowhere is not found
+ * afterwards. IO when that cannot be known. Does nothing where none is shared. */
+enum status session_refresh(struct sessions *t, const char *id, struct error *err);
+
 /* How a change ended. What it points to is valid until the function returns. */
 struct session_outcome {
     struct error error;               /* status OK, or nothing has changed */
@@ -156,14 +170,15 @@ enum status session_snapshots(struct sessions *t, const char *id, int owner,
                               struct session_snapshot out[SESSION_MAX_SNAPSHOTS], int *n,
                               struct error *err);
 
-/* Forget what is overdue; returns how many. About once a second. */
+/* Forget what is overdue; returns how many. About once a second. In a shared store the store does
+ * that; here copies that are not used go. */
 int sessions_expire(struct sessions *t);
 
 /* ---- items -----------------------------------------------------------------------------------
  *
  * What else a store keeps for the server: text or bytes, perhaps with a state. An item is durable
  * as a session is, by the same journal, and never seen by those who use sessions. Only where there
- * is a store. */
+ * is a store of this process alone. */
 
 enum session_kind { SESSION_OF_USER, SESSION_RESPONSE, SESSION_OUTCOME, SESSION_PRESET };
 
@@ -197,7 +212,7 @@ void sessions_each_item(struct sessions *t, enum session_kind kind, session_item
                         void *context);
 
 struct session_counts {
-    int n_sessions, n_in_memory; /* the others' states are in the store only */
+    int n_sessions, n_in_memory; /* known here; the others' states are in the store only */
     int n_pending;               /* changes that wait for the journal */
 };
 void sessions_count(struct sessions *t, struct session_counts *out);

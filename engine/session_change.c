@@ -32,6 +32,7 @@ void change_free(struct change *c)
         return;
     content_free(&c->next);
     bytes_free(&c->entry.payload);
+    bytes_free(&c->shared.names);
     free(c);
 }
 
@@ -78,15 +79,21 @@ struct change *change_submit(struct sessions *t, struct change *c)
     s->in_turn = true;
     if (!t->options.store)
         return c;
+    size_t n_origin = c->entry.payload.n;
     if (c->is_delete)
         record_delete(&c->entry.payload);
     else
         record_session(&c->entry.payload, s, &c->next);
-    if (c->entry.payload.failed) {
+    if (sessions_are_shared(t) && !c->is_delete)
+        record_names(&c->shared.names, &c->next);
+    if (c->entry.payload.failed || c->shared.names.failed) {
         fail(&c->entry.error, STATUS_NOMEM, "out of memory for the change of a session");
         return c;
     }
-    if (t->wants_whole) {
+    if (sessions_are_shared(t)) {
+        t->n_pending++;
+        shared_append(t, c, n_origin);
+    } else if (t->wants_whole) {
         *t->held_end = c;
         t->held_end = &c->next_held;
     } else {
@@ -102,6 +109,7 @@ static void apply(struct sessions *t, struct change *c, struct session_outcome *
 {
     struct session *s = c->session;
     bool failed = outcome->error.status != STATUS_OK;
+    shared_settle(t, c, failed);
     if (!failed && !c->is_delete) {
         struct content old = s->now;
         s->now = c->next;
@@ -164,10 +172,24 @@ static void end_whole(struct sessions *t, struct change *c)
     change_free(c);
 }
 
+static void reap_shared(struct sessions *t, struct redis_store *store)
+{
+    for (struct redis_change *done; (done = redis_store_take_done(store));) {
+        struct change *c = done->user;
+        c->entry.error = done->error;
+        pthread_mutex_lock(&t->lock);
+        t->n_pending--;
+        pthread_mutex_unlock(&t->lock);
+        change_finish(t, c);
+    }
+}
+
 void sessions_reap(struct sessions *t)
 {
     struct journal *journal = journal_of(t);
     struct journal_entry *entry;
+    if (sessions_are_shared(t))
+        reap_shared(t, shared_store(t));
     if (!journal)
         return;
     while ((entry = journal_take_done(journal))) {

@@ -71,7 +71,7 @@ static enum status fill(const struct sessions *t, struct change *c, const struct
 enum status session_put_item(struct sessions *t, const struct session_item *item,
                              session_done *done, void *context, struct error *err)
 {
-    CHECK(t->options.store && item->kind != SESSION_OF_USER);
+    CHECK(t->options.store && !sessions_are_shared(t) && item->kind != SESSION_OF_USER);
     struct change *c = NULL;
     enum status st = STATUS_OK;
     if (item->tokens)

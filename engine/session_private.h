@@ -4,6 +4,7 @@
  *   session_change.c  changes: into the journal, and done
  *   session_item.c    items, which are sessions that no user sees
  *   session_record.c  sessions as the journal's bytes, and back
+ *   session_shared.c  sessions that other servers have, too
  *
  * Everything that takes a struct session is called with the table's lock held.
  */
@@ -13,6 +14,7 @@
 #include <pthread.h>
 
 #include "engine/base/pack.h"
+#include "engine/redis_store.h"
 #include "engine/session.h"
 #include "engine/state_store.h"
 
@@ -55,7 +57,14 @@ struct session {
     bool is_dropped;               /* to be deleted when it is idle: an item */
     char *why;                     /* lost, for this reason; else NULL */
     struct session *chain;         /* of the hash table */
-    struct session *older, *newer; /* by creation */
+    struct session *older, *newer; /* by creation, or in a shared store by when it came here */
+
+    /* In a shared store. */
+    char revision[REDIS_HEX_BYTES]; /* of `now`; empty: it may be old, whatever Redis says */
+    char lease[REDIS_HEX_BYTES];    /* of the turn that is under way here */
+    bool is_leased;                 /* a turn was under way somewhere, when it was refreshed */
+    uint64_t stamp;                 /* another one with each change of what is known */
+    int64_t touched;                /* Unix seconds */
 };
 
 struct sessions {
@@ -72,7 +81,7 @@ struct sessions {
     int64_t next_whole_s;        /* not before, since it failed */
     struct change *held;         /* changes that wait for that, the first one first */
     struct change **held_end;
-    uint64_t n_passes;
+    uint64_t n_passes, n_stamps;
 };
 
 /* ---- session.c ---- */
@@ -92,6 +101,11 @@ void content_count(struct sessions *t, const struct session *s, const struct con
                    int change);
 enum status content_copy(const struct content *c, struct content *out, struct error *err);
 void session_describe(const struct session *s, struct session_info *out); /* metadata borrowed */
+enum status session_describe_copy(const struct session *s, struct session_info *out,
+                                  struct error *err);
+/* The owner's session of this id, readable or not; and what there is to say without one. */
+struct session *session_find_owned(const struct sessions *t, const char *id, int owner);
+enum status session_not_found(const char *id, struct error *err);
 int64_t session_now_s(void);
 void session_set_image(struct image **place, struct image *image); /* kept in its place */
 
@@ -102,6 +116,8 @@ struct change {
     struct session *session; /* in_turn until it is done */
     struct content next;     /* owned */
     bool is_delete, is_whole;
+    struct redis_change shared; /* in place of the entry, whose payload has its bytes */
+    struct state_store *store;  /* borrowed, of a shared one */
     struct session_snapshot snapshot;
     struct session_turn *turn; /* that ends with it, or NULL */
     session_done *done;        /* or NULL */
@@ -129,7 +145,32 @@ void record_origin(struct bytes *out, const struct image *image);
 void record_session(struct bytes *out, const struct session *s, const struct content *c);
 void record_delete(struct bytes *out);
 void record_lost(struct bytes *out, const struct session *s);
+/* The states that a session with this content needs, and those that they would be computed from,
+ * parents first: REDIS_HEX_BYTES - 1 digits each. */
+void record_names(struct bytes *out, const struct content *c);
 /* The whole table, as the list of an entry that takes the journal's place. */
 void record_table(struct bytes *out, struct sessions *t);
+
+/* Take records [n] about the session of this key into the table: as in the journal. */
+enum status record_read(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES],
+                        const char *payload, size_t n, struct error *err);
+/* A session whose state is nowhere is lost, and told so. */
+enum status record_find_lost(struct session *s, struct error *err);
+
+/* ---- session_shared.c ---- */
+
+struct redis_store *shared_store(const struct sessions *t); /* NULL: there is none */
+/* Without the lock. Refresh an owner's session, and get the lease of its next turn. */
+enum status shared_begin(struct sessions *t, const char *id, int owner, char lease[REDIS_HEX_BYTES],
+                         struct error *err);
+enum status shared_list(struct sessions *t, int owner, const char *after, struct session_info *out,
+                        int max, int *n, bool *has_more, struct error *err);
+/* Copies that were not used for long go. */
+void shared_sweep(struct sessions *t);
+/* Hand in a change, whose records are in its payload: n_origin bytes of a new state's origin first.
+ */
+void shared_append(struct sessions *t, struct change *c, size_t n_origin);
+/* It is done, or was refused: what is known of its session now. */
+void shared_settle(struct sessions *t, const struct change *c, bool failed);
 
 #endif

@@ -152,10 +152,53 @@ static void put_whole_session(struct bytes *list, const struct session *s, uint6
 
 void record_table(struct bytes *out, struct sessions *t)
 {
-    uint64_t pass = ++t->n_passes;
+    uint64_t pass = ++t->n_passes; /* of this store's images, which are nobody else's */
     for (const struct session *s = t->oldest; s; s = s->newer)
         if (!s->is_new)
             put_whole_session(out, s, pass);
+}
+
+/* With the images' lock held: the image that this one would be computed from, or NULL. */
+static struct image *parent_of(const struct image *image)
+{
+    return !image->has_file && image->has_origin ? image->origin.parent : NULL;
+}
+
+/* With the images' lock held. */
+static void put_names(struct bytes *out, struct image *image, uint64_t pass)
+{
+    size_t n = 0;
+    char digits[REDIS_HEX_BYTES];
+    for (struct image *at = image; at && at->mark != pass; at = parent_of(at))
+        n++;
+    struct image **chain = calloc(n + 1, sizeof(struct image *));
+    out->failed |= !chain;
+    for (size_t i = 0; chain && i < n; i++, image = parent_of(image)) {
+        image->mark = pass;
+        chain[i] = image;
+    }
+    while (chain && n--) {
+        redis_store_hex(digits, chain[n]->name);
+        bytes_append(out, digits, sizeof(digits) - 1);
+    }
+    free(chain);
+}
+
+void record_names(struct bytes *out, const struct content *c)
+{
+    struct image *any = c->image ? c->image : c->previous;
+    for (int i = 0; !any && i < c->n_kept; i++)
+        any = c->kept[i].image;
+    if (!any)
+        return;
+    struct image_store *images = any->store;
+    pthread_mutex_lock(&images->lock);
+    uint64_t pass = ++images->n_passes;
+    put_names(out, c->image, pass);
+    put_names(out, c->previous, pass);
+    for (int i = 0; i < c->n_kept; i++)
+        put_names(out, c->kept[i].image, pass);
+    pthread_mutex_unlock(&images->lock);
 }
 
 /* ---- reading ---- */
@@ -336,10 +379,9 @@ static enum status read_lost(struct sessions *t, struct session *s, struct unpac
     return st;
 }
 
-static enum status read_entry(void *context, const uint8_t key[JOURNAL_KEY_BYTES],
-                              const char *payload, size_t n, struct error *err)
+enum status record_read(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES],
+                        const char *payload, size_t n, struct error *err)
 {
-    struct sessions *t = context;
     struct session *s = session_for(t, key);
     enum status st = STATUS_OK;
     if (!s)
@@ -366,16 +408,31 @@ static enum status read_entry(void *context, const uint8_t key[JOURNAL_KEY_BYTES
                            : st;
 }
 
-/* Sessions whose state is nowhere are lost, and told so. */
+static enum status read_entry(void *context, const uint8_t key[JOURNAL_KEY_BYTES],
+                              const char *payload, size_t n, struct error *err)
+{
+    return record_read(context, key, payload, n, err);
+}
+
+enum status record_find_lost(struct session *s, struct error *err)
+{
+    const struct image *at = s->now.image;
+    if (!at || s->why)
+        return STATUS_OK;
+    pthread_mutex_t *lock = &at->store->lock;
+    pthread_mutex_lock(lock);
+    while (at && !at->has_file && !at->values && at->has_origin)
+        at = at->origin.parent;
+    bool is_lost = at && !at->has_file && !at->values;
+    pthread_mutex_unlock(lock);
+    return is_lost ? set_lost(s, "the file of its state is missing or of another length", err)
+                   : STATUS_OK;
+}
+
 static enum status find_lost(struct sessions *t, struct session_found *found, struct error *err)
 {
     for (struct session *s = t->oldest; s; s = s->newer) {
-        const struct image *at = s->now.image;
-        while (at && !at->has_file && at->has_origin)
-            at = at->origin.parent;
-        bool is_lost = at && !at->has_file;
-        if (is_lost && !s->why &&
-            set_lost(s, "the file of its state is missing or of another length", err))
+        if (record_find_lost(s, err))
             return err->status;
         found->n_lost += s->why && s->kind == SESSION_OF_USER;
         found->n_sessions += s->kind == SESSION_OF_USER;
@@ -397,7 +454,7 @@ enum status sessions_recover(struct sessions *t, struct session_found *found, st
 {
     struct journal_found journal = {0};
     *found = (struct session_found){0};
-    if (!t->options.store)
+    if (!t->options.store || sessions_are_shared(t))
         return STATUS_OK;
     pthread_mutex_lock(&t->lock);
     enum status st =

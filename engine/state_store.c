@@ -14,6 +14,8 @@
 #include <unistd.h>
 
 #include "engine/engine.h"
+#include "engine/redis.h"
+#include "engine/redis_store.h"
 
 enum {
     NAME_DIGITS = 2 * IMAGE_NAME_BYTES,
@@ -30,6 +32,7 @@ struct known {
 struct state_store {
     struct image_store *images;
     struct journal *journal;
+    struct redis_store *redis; /* in place of the journal and the directory */
     char *path;
     int directory; /* of the states */
     pthread_t thread;
@@ -134,24 +137,32 @@ static enum status read_exactly(const struct state_store *s, const char *file, c
     return at == n ? STATUS_OK : fail_file(s, file, "cannot be read", err);
 }
 
+/* The bytes of an image, as they were written. */
+static enum status read_bytes(const struct state_store *s, const struct image *image, char *data,
+                              size_t n, struct error *err)
+{
+    char file[FILE_NAME_BYTES];
+    name_of(file, image->name, ".state");
+    enum status st = s->redis ? redis_store_read(s->redis, image->name, data, n, err)
+                              : read_exactly(s, file, data, n, err);
+    if (!st)
+        st = image_check_file(image, data, n, err);
+    if (st != STATUS_INVALID)
+        return st;
+    fail_context(err, s->redis ? "%s, state %s" : "%s/states/%s", s->path, file);
+    return err->status = STATUS_LOST;
+}
+
 /* A new image with what the file of another one has. */
 static enum status read_file(const struct state_store *s, const struct image *image,
                              struct image **out, struct error *err)
 {
-    char file[FILE_NAME_BYTES];
     size_t n = image_file_bytes(s->images);
     struct image *copy = NULL;
     char *data = malloc(n);
     if (!data)
         return fail(err, STATUS_NOMEM, "out of memory for a state of %zu bytes", n);
-    name_of(file, image->name, ".state");
-    enum status st = read_exactly(s, file, data, n, err);
-    if (!st)
-        st = image_check_file(image, data, n, err);
-    if (st == STATUS_INVALID) {
-        fail_context(err, "%s/states/%s", s->path, file);
-        st = err->status = STATUS_LOST;
-    }
+    enum status st = read_bytes(s, image, data, n, err);
     if (!st)
         st = image_new_wait(&copy, s->images, WAIT_MS, err);
     if (!st) {
@@ -353,21 +364,30 @@ enum status state_store_hold(struct state_store *s, struct engine *engine, struc
 
 /* ---- writing ---- */
 
+enum reason {
+    BEHIND,  /* if a session needs it */
+    FOR_NOW, /* since one is going to */
+    AGAIN,   /* since it has gone from the store */
+};
+
 /* Give a held image its file. */
-static enum status write_image(struct state_store *s, struct image *image, struct error *err)
+static enum status write_image(struct state_store *s, struct image *image, enum reason reason,
+                               struct error *err)
 {
     struct image_store *images = s->images;
     enum status st = STATUS_OK;
     pthread_mutex_lock(&images->lock);
     become_busy(image);
-    bool is_needed = !image->has_file && image->n_keeps;
+    bool is_needed = reason == AGAIN || (!image->has_file && image->n_keeps), is_written = true;
     pthread_mutex_unlock(&images->lock);
     if (is_needed) {
-        st = write_file(s, image, err);
-        if (!st)
+        st = s->redis ? redis_store_write(s->redis, image, reason != BEHIND, &is_written, err)
+                      : write_file(s, image, err);
+        if (!st && is_written)
             image_set_file(image);
     }
     pthread_mutex_lock(&images->lock);
+    image->stays = !st && !is_written;
     images->n_errors += st != STATUS_OK;
     end_busy(image);
     pthread_mutex_unlock(&images->lock);
@@ -384,9 +404,14 @@ enum status state_store_secure(struct state_store *s, struct image *image, struc
     if (is_safe)
         return STATUS_OK;
     image_keep(image);
-    enum status st = write_image(s, image, err);
+    enum status st = write_image(s, image, FOR_NOW, err);
     image_drop(image);
     return st;
+}
+
+enum status state_store_restore(struct state_store *s, struct image *image, struct error *err)
+{
+    return write_image(s, image, AGAIN, err);
 }
 
 /* With the lock held: what to write next, held. Memory is short when three quarters are used and
@@ -462,7 +487,7 @@ static void *run(void *context)
             continue;
         }
         pthread_mutex_unlock(&images->lock);
-        enum status st = image ? write_image(s, image, &err) : STATUS_OK;
+        enum status st = image ? write_image(s, image, BEHIND, &err) : STATUS_OK;
         if (st)
             image_want_file(image);
         image_release(image);
@@ -528,6 +553,12 @@ enum status state_store_find(struct state_store *s, const uint8_t name[IMAGE_NAM
                              struct image **out, struct error *err)
 {
     enum status st = STATUS_OK;
+    if (s->redis) {
+        struct image *image = image_find(s->images, name);
+        if (image)
+            *out = image;
+        return image ? STATUS_OK : image_new_named(out, s->images, name, err);
+    }
     if (2 * (s->n_known + 1) > s->cap_known)
         st = grow_known(s, err);
     if (st)
@@ -613,6 +644,23 @@ static enum status open_files(struct state_store *s, const struct state_store_op
     return st;
 }
 
+static enum status open_redis(struct state_store *s, const struct state_store_options *options,
+                              struct error *err)
+{
+    struct redis_store_options redis = {.url = options->path,
+                                        .fingerprint = options->journal->fingerprint,
+                                        .timeout_ms = options->timeout_ms,
+                                        .lease_ms = options->lease_ms,
+                                        .notify = options->journal->notify,
+                                        .context = options->journal->context};
+    enum status st = redis_store_open(&s->redis, &redis, image_file_bytes(s->images), err);
+    if (st)
+        return st;
+    s->images->is_shared = true;
+    s->path = strdup(redis_store_address(s->redis));
+    return s->path ? STATUS_OK : fail(err, STATUS_NOMEM, "out of memory for the store");
+}
+
 enum status state_store_open(struct state_store **out, const struct state_store_options *options,
                              struct error *err)
 {
@@ -621,7 +669,8 @@ enum status state_store_open(struct state_store **out, const struct state_store_
         return fail(err, STATUS_NOMEM, "%s: out of memory", options->path);
     s->images = options->images;
     s->directory = -1;
-    enum status st = open_files(s, options, err);
+    enum status st =
+        redis_is_url(options->path) ? open_redis(s, options, err) : open_files(s, options, err);
     if (st) {
         state_store_close(s);
         return st;
@@ -635,10 +684,23 @@ struct journal *state_store_journal(struct state_store *s)
     return s->journal;
 }
 
+struct redis_store *state_store_redis(struct state_store *s)
+{
+    return s->redis;
+}
+
+void state_store_count(struct state_store *s, struct journal_counts *out)
+{
+    if (s->redis)
+        redis_store_count(s->redis, out);
+    else
+        journal_count(s->journal, out);
+}
+
 enum status state_store_start(struct state_store *s, struct error *err)
 {
-    enum status st = remove_strangers(s, err);
-    if (!st)
+    enum status st = s->redis ? redis_store_start(s->redis, err) : remove_strangers(s, err);
+    if (!st && !s->redis)
         st = journal_start(s->journal, err);
     if (st)
         return st;
@@ -663,6 +725,8 @@ void state_store_stop(struct state_store *s)
     }
     if (s->journal)
         journal_stop(s->journal);
+    if (s->redis)
+        redis_store_stop(s->redis);
 }
 
 void state_store_close(struct state_store *s)
@@ -672,6 +736,7 @@ void state_store_close(struct state_store *s)
     state_store_stop(s);
     forget_known(s);
     journal_close(s->journal);
+    redis_store_close(s->redis);
     if (s->directory >= 0)
         close(s->directory);
     free(s->path);

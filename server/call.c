@@ -30,7 +30,9 @@ static uint64_t random_u64(void)
 static void prepare_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
+    c->on_worker = true;
     call_prepare(c);
+    c->on_worker = false;
     free(c->own_body);
     c->own_body = NULL;
 }
@@ -165,6 +167,11 @@ static void call_free(struct call *c)
     arena_free(&c->arena);
     queue_note_end(c->routes, session_id);
     free(c);
+}
+
+void call_abandon(struct call *c)
+{
+    call_free(c);
 }
 
 /* All is said: the call lives as long as its request does. It may be gone afterwards. */
@@ -564,7 +571,7 @@ static enum status commit_turn(void *context, struct image *image, const struct 
 {
     struct call *c = context;
     struct sessions *sessions = c->routes->storage.sessions;
-    bool saves = c->routes->storage.store && c->response && c->response->stored;
+    bool saves = storage_has_items(&c->routes->storage) && c->response && c->response->stored;
     enum status st = STATUS_OK;
     image->tail = tail_of(c, end->last, end->by_token);
     if (c->request.return_state) {
@@ -820,15 +827,21 @@ void call_refuse(struct http_request *http, enum status status, const char *text
     http_fail(http, &err, NULL);
 }
 
-/* A large body outlives its request on a worker, so it is copied. */
-static bool keep_body(struct call *c)
+/* A body outlives its request on a worker, so it is copied. */
+static void prepare_by_worker(struct call *c)
 {
-    if (c->n_body <= INLINE_BYTES)
-        return true;
-    c->own_body = malloc(c->n_body);
-    if (c->own_body)
-        c->body = memcpy(c->own_body, c->body, c->n_body);
-    return c->own_body != NULL;
+    struct error err;
+    c->own_body = malloc(c->n_body ? c->n_body : 1);
+    if (!c->own_body) {
+        fail(&err, STATUS_NOMEM, "out of memory for the body of a request");
+        call_fail(c, &err, NULL);
+        return;
+    }
+    c->body = memcpy(c->own_body, c->body, c->n_body);
+    c->wants_worker = false;
+    c->working = true;
+    defer(c);
+    workers_submit(c->routes->workers, &c->item);
 }
 
 /* "7", 7 or *: the version of a session. */
@@ -864,19 +877,19 @@ void call_start(struct call *c)
     struct error err;
     c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
     c->body = http_body(c->http, &c->n_body);
-    enum status st = call_if_match(c->http, &c->version, &err);
-    if (!st && !keep_body(c))
-        st = fail(&err, STATUS_NOMEM, "out of memory for the body of a request");
-    if (st) {
+    if (call_if_match(c->http, &c->version, &err)) {
         call_fail(c, &err, NULL);
-    } else if (c->n_body > INLINE_BYTES) {
-        c->working = true;
-        defer(c);
-        workers_submit(c->routes->workers, &c->item);
-    } else {
-        call_prepare(c);
-        conclude(c);
+        return;
     }
+    if (c->n_body > INLINE_BYTES) {
+        prepare_by_worker(c);
+        return;
+    }
+    call_prepare(c);
+    if (c->wants_worker)
+        prepare_by_worker(c);
+    else
+        conclude(c);
 }
 
 void call_post(struct http_request *http, struct routes *r, enum codec_api api)

@@ -71,10 +71,12 @@ struct call {
     enum codec_api api;
     const char *body; /* [n_body], until it is prepared */
     size_t n_body;
-    char *own_body; /* a copy for the worker, which frees it; NULL for small ones */
-    bool working;   /* a worker has it */
-    bool deferred;  /* the connection is suspended */
-    bool streaming; /* the reply has begun */
+    char *own_body;    /* a copy for the worker, which frees it; NULL for small ones */
+    bool working;      /* a worker has it */
+    bool on_worker;    /* it is prepared there, where it may block */
+    bool wants_worker; /* it has to be: other servers may have changed the session */
+    bool deferred;     /* the connection is suspended */
+    bool streaming;    /* the reply has begun */
 
     enum status status; /* of preparing, with error and code */
     struct error error;
@@ -136,6 +138,8 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api);
 
 /* Read the request, here or on a worker, and go on with it. */
 void call_start(struct call *c);
+/* A worker is done with the call, whose request is over. */
+void call_abandon(struct call *c);
 /* Answer with an error. */
 void call_fail(struct call *c, const struct error *err, const char *code);
 

@@ -297,7 +297,7 @@ static void write_record(struct routes *r, const struct outcome_record *record,
 void once_note_turn(struct routes *r, const struct outcome *o, const struct session_turn *turn)
 {
     struct outcome_record record;
-    if (!o || !r->storage.store)
+    if (!o || !storage_has_items(&r->storage))
         return;
     outcome_record(o, &record);
     record.stored = time(NULL);
@@ -310,7 +310,7 @@ void once_changed(void *routes, const struct outcome *o, bool is_gone)
     struct routes *r = routes;
     struct outcome_record record;
     char name[NAME_BYTES];
-    if (!r->storage.store)
+    if (!storage_has_items(&r->storage))
         return;
     outcome_record(o, &record);
     write_name(name, &record);

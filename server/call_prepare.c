@@ -368,6 +368,9 @@ static enum status begin_turn(struct call *c)
     if (c->turn.active)
         return STATUS_OK; /* it came while the request waited */
     enum status st;
+    c->wants_worker = !c->on_worker && sessions_are_shared(c->routes->storage.sessions);
+    if (c->wants_worker)
+        return STATUS_BUSY; /* that is said to nobody */
     if (queue_is_ahead(c->routes->queue, id, c->owner))
         st = fail_field(&c->error, STATUS_CONFLICT, "session_id",
                         "Session '%.64s' is in a turn; try again when that has ended.", id);

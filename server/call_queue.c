@@ -133,14 +133,11 @@ void queue_note_end(struct routes *r, const char *session_id)
     http_notify(r->server);
 }
 
-/* The first in line begins its turn, if it can now. */
-static void try_first(struct routes *r, struct line *line)
+/* The first in line has begun its turn, or not. */
+static void end_try(struct call *c, enum status st, const struct error *err)
 {
-    struct call *c = line->first;
-    struct error err;
-    enum status st =
-        session_begin(r->storage.sessions, line->id, line->owner, c->version, &c->turn, &err);
-    line->is_due = false;
+    struct routes *r = c->routes;
+    struct line *line = find(r->queue, c->waits_for);
     if (st == STATUS_CONFLICT)
         return;
     line->is_due = st != STATUS_OK; /* then it is the next one's turn */
@@ -148,9 +145,44 @@ static void try_first(struct routes *r, struct line *line)
         http_notify(r->server);
     queue_leave(r, c); /* the line may be gone */
     if (st)
-        call_fail(c, &err, NULL);
+        call_fail(c, err, NULL);
     else
         call_start(c);
+}
+
+static void begin_on_worker(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->status = session_begin(c->routes->storage.sessions, c->session.id, c->owner, c->version,
+                              &c->turn, &c->error);
+}
+
+static void on_begun(struct work_item *item)
+{
+    struct call *c = (struct call *)item;
+    c->working = false;
+    if (c->http)
+        end_try(c, c->status, &c->error);
+    else
+        call_abandon(c);
+}
+
+/* The first in line begins its turn, if it can now. */
+static void try_first(struct routes *r, struct line *line)
+{
+    struct call *c = line->first;
+    struct error err;
+    line->is_due = false;
+    if (sessions_are_shared(r->storage.sessions)) { /* there it may have to wait for the store */
+        memcpy(c->session.id, line->id, sizeof(c->session.id));
+        c->item = (struct work_item){.run = begin_on_worker, .done = on_begun};
+        c->working = true;
+        workers_submit(r->workers, &c->item);
+        return;
+    }
+    enum status st =
+        session_begin(r->storage.sessions, line->id, line->owner, c->version, &c->turn, &err);
+    end_try(c, st, &err);
 }
 
 void queue_run(struct routes *r)
@@ -158,7 +190,7 @@ void queue_run(struct routes *r)
     struct line *next;
     for (struct line *line = r->queue->lines; line; line = next) {
         next = line->next;
-        if (line->is_due)
+        if (line->is_due && !line->first->working)
             try_first(r, line);
     }
 }
@@ -167,7 +199,7 @@ void queue_run(struct routes *r)
 static struct call *find_late(const struct line *line, int64_t before_ns)
 {
     struct call *c = line->first;
-    while (c && http_arrival_ns(c->http) > before_ns)
+    while (c && (c->working || http_arrival_ns(c->http) > before_ns))
         c = c->line_next;
     return c;
 }

@@ -127,7 +127,8 @@ int64_t http_arrival_ns(const struct http_request *r); /* CLOCK_MONOTONIC */
 void http_note_tokens(struct http_request *r, int64_t prompt_tokens, int64_t output_tokens);
 
 /* Called once when the request is over, whatever the way: delivered tells whether all of the
- * reply was handed to the kernel. At most one such function per request. */
+ * reply was handed to the kernel. One such function per request: a later one takes its place, NULL
+ * is none. */
 void http_on_close(struct http_request *r, void (*fn)(void *context, bool delivered),
                    void *context);
 

@@ -73,8 +73,13 @@
     X(host_state_mb, INT, "host-state-mb", "1024", 1, 16777216, "MB",                              \
       "memory of all states of sessions, snapshots and presets; beyond it those used least go "    \
       "to --store, and without one requests get 429")                                              \
-    X(store, STRING, "store", NULL, 0, 0, "DIR",                                                   \
-      "directory in which sessions outlive the process; without it they do not")                   \
+    X(store, STRING, "store", NULL, 0, 0, "DIR or URL",                                            \
+      "directory in which sessions outlive the process, or a Redis that servers share: "           \
+      "redis://[USER][:PASSWORD]@HOST[:PORT][/DB] or unix:///SOCKET; without it they do not")      \
+    X(store_timeout, NUMBER, "store-timeout", "5", 0, 3600, "SECONDS",                             \
+      "for Redis to answer; then requests get 503")                                                \
+    X(lease_ms, INT, "lease-ms", "10000", 100, 3600000, "MS",                                      \
+      "a session in Redis is free so long after the server that had its turn was lost")            \
     X(durability, STRING, "durability", "turn", 0, 0, "turn|interval|none",                        \
       "turn: a turn is on the disk before its reply ends; interval: soon after; none: when the "   \
       "system writes it")                                                                          \

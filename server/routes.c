@@ -101,25 +101,29 @@ static const char *health(struct routes *r)
     return model ? "ok" : "loading";
 }
 
-static void reply_health(struct http_request *http, const char *status, bool good)
+static void reply_health(struct http_request *http, struct routes *r, const char *status, bool good)
 {
-    char body[48];
-    int n = snprintf(body, sizeof(body), "{\"status\":\"%s\"}", status);
+    char body[80];
+    bool is_away =
+        atomic_load_explicit(&r->model, memory_order_acquire) && storage_is_away(&r->storage);
+    int n = snprintf(body, sizeof(body), "{\"status\":\"%s\"%s}", status,
+                     is_away ? ",\"store\":\"unreachable\"" : "");
     http_reply(http, good ? 200 : 503, "application/json", body, (size_t)n);
 }
 
-/* Ready: a new request would be served. */
+/* Ready: a new request would be served. One about a session would not while the store is away, but
+ * that is so on all servers that share it, and the others are served. */
 static void get_ready(struct http_request *http, void *context)
 {
     const char *status = health(context);
-    reply_health(http, status, !strcmp(status, "ok"));
+    reply_health(http, context, status, !strcmp(status, "ok"));
 }
 
 /* Alive: a restart would not help. */
 static void get_live(struct http_request *http, void *context)
 {
     const char *status = health(context);
-    reply_health(http, status, strcmp(status, "failed") != 0);
+    reply_health(http, context, status, strcmp(status, "failed") != 0);
 }
 
 /* They lie in the same store as the states of sessions. */
@@ -144,7 +148,7 @@ static void fill_metrics(struct routes *r, struct metrics_sessions *out)
     out->n_responses = responses_n(r->responses);
     out->has_store = r->storage.store != NULL;
     if (r->storage.store)
-        journal_count(state_store_journal(r->storage.store), &out->journal);
+        state_store_count(r->storage.store, &out->journal);
     count_prefixes(r, out);
 }
 
@@ -258,6 +262,7 @@ void routes_on_tick(void *context)
         return;
     metrics_add(METRIC_SESSIONS_EXPIRED, (uint64_t)sessions_expire(r->storage.sessions));
     sessions_reap(r->storage.sessions);
+    storage_on_tick(&r->storage);
     metrics_add(METRIC_RESPONSES_EXPIRED, (uint64_t)responses_expire(r->responses, time(NULL)));
     metrics_add(METRIC_RESPONSES_DROPPED, (uint64_t)responses_take_dropped(r->responses));
 }
@@ -421,7 +426,7 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
         st = routes_load_presets(r, err);
     if (st)
         return st;
-    if (r->storage.store)
+    if (storage_has_items(&r->storage))
         restore(r, model->name);
     http_set_state_bytes(r->server, image_file_bytes(&r->storage.images));
     /* What decides a seed's outcome: the model, the program, and how it computes. */

@@ -9,6 +9,7 @@
 #include "engine/base/file.h"
 #include "server/call.h"
 #include "server/log.h"
+#include "server/refresh.h"
 #include "server/request_json.h"
 #include "server/state_io.h"
 
@@ -173,7 +174,7 @@ static void save(struct http_request *http, struct routes *r, struct image *imag
     const char *name = http_param(http);
     if (presets_check(r->presets, name, false, &err))
         refuse(http, &err);
-    else if (r->storage.store)
+    else if (storage_has_items(&r->storage))
         save_durably(http, r, image);
     else if (presets_put(r->presets, name, image, false, &info, &err))
         refuse(http, &err);
@@ -182,13 +183,15 @@ static void save(struct http_request *http, struct routes *r, struct image *imag
 }
 
 /* {"session": id, "snapshot": name}: the state that a session, or its snapshot, has now. */
-static void save_session(struct http_request *http, struct routes *r)
+static const char *const session_names[] = {"session", "snapshot", NULL};
+
+static void save_refreshed(struct http_request *http, void *context)
 {
-    static const char *const names[] = {"session", "snapshot", NULL};
+    struct routes *r = context;
     struct error err;
     struct image *image = NULL;
     cJSON *tree = NULL;
-    enum status st = request_json_read(http, names, &tree, &err);
+    enum status st = request_json_read(http, session_names, &tree, &err);
     if (!st)
         st = request_json_image(r, tree, "", http_key_index(http), &image, &err);
     if (!st && !image)
@@ -200,6 +203,17 @@ static void save_session(struct http_request *http, struct routes *r)
         refuse(http, &err);
     else
         state_io_copy(http, r, image, save);
+}
+
+static void save_session(struct http_request *http, struct routes *r)
+{
+    struct error ignored; /* it is told when the body is read for good */
+    cJSON *tree = NULL;
+    const cJSON *id = NULL;
+    if (refresh_asks(r) && !request_json_read(http, session_names, &tree, &ignored))
+        id = cJSON_GetObjectItemCaseSensitive(tree, "session");
+    refresh_then(http, r, cJSON_IsString(id) ? id->valuestring : NULL, save_refreshed);
+    cJSON_Delete(tree);
 }
 
 void preset_put(struct http_request *http, void *context)
@@ -227,7 +241,7 @@ void preset_remove(struct http_request *http, void *context)
         refuse(http, &err);
         return;
     }
-    if (r->storage.store)
+    if (storage_has_items(&r->storage))
         session_drop_item(r->storage.sessions, SESSION_PRESET, http_param(http));
     struct bytes body = {0};
     bytes_text(&body, "{\"name\":");

@@ -226,6 +226,6 @@ void routes_restore_responses(struct routes *r, const char *model)
 void routes_drop_response(void *routes, const char *id)
 {
     struct routes *r = routes;
-    if (r->storage.store)
+    if (storage_has_items(&r->storage))
         session_drop_item(r->storage.sessions, SESSION_RESPONSE, id);
 }

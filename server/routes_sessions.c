@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "server/call.h"
+#include "server/refresh.h"
 #include "server/request_json.h"
 
 enum {
@@ -163,6 +164,7 @@ struct errand {
     struct bytes reply;
     struct session_info *children; /* [n_children], of a fork */
     int n_children, n_made;
+    bool has_more; /* of a list, whose sessions are the children */
 };
 
 static void errand_free(struct errand *e)
@@ -299,15 +301,16 @@ static enum status read_from(const struct place *p, const cJSON *tree, struct im
     return st ? st : request_json_image(p->routes, from, "from", p->owner, out, err);
 }
 
-void sessions_post(struct http_request *http, void *context)
+static const char *const new_names[] = {"metadata", "idle_ttl", "from", NULL};
+
+static void post_session(struct http_request *http, void *context)
 {
-    static const char *const names[] = {"metadata", "idle_ttl", "from", NULL};
     struct place p;
     struct error err;
     cJSON *tree = NULL;
     char *metadata = NULL;
     struct image *image = NULL;
-    if (!begin(http, context, names, &p, &tree))
+    if (!begin(http, context, new_names, &p, &tree))
         return;
     struct session_request request = {.owner = p.owner};
     enum status st = read_metadata(tree, &metadata, &err);
@@ -330,6 +333,58 @@ void sessions_post(struct http_request *http, void *context)
     cJSON_Delete(tree);
 }
 
+void sessions_post(struct http_request *http, void *context)
+{
+    struct error ignored; /* it is found again, and told, when the body is read for good */
+    cJSON *tree = NULL;
+    const cJSON *id = NULL;
+    if (refresh_asks(context) && !request_json_read(http, new_names, &tree, &ignored))
+        id = cJSON_GetObjectItemCaseSensitive(cJSON_GetObjectItemCaseSensitive(tree, "from"),
+                                              "session");
+    refresh_then(http, context, cJSON_IsString(id) ? id->valuestring : NULL, post_session);
+    cJSON_Delete(tree);
+}
+
+/* In a shared store, where a list is asked for on a worker. */
+static void list_shared(struct work_item *item)
+{
+    struct errand *e = (struct errand *)item;
+    struct error err;
+    if (session_list(e->place.routes->storage.sessions, e->place.owner, *e->id ? e->id : NULL,
+                     e->children, e->n_children, &e->n_made, &e->has_more, &err))
+        e->error = err;
+}
+
+static void on_listed(struct work_item *item)
+{
+    struct errand *e = (struct errand *)item;
+    int n = e->n_made;
+    e->working = false;
+    if (!e->place.http) {
+        errand_free(e);
+        return;
+    }
+    e->n_made = 0;
+    if (e->error.status)
+        refuse(&e->place, &e->error);
+    else
+        reply_list(&e->place, e->children, n, e->has_more);
+}
+
+static void list_by_worker(const struct place *p, const char *after, int max)
+{
+    struct errand *e = errand_new(p);
+    if (!e)
+        return;
+    snprintf(e->id, sizeof(e->id), "%s", after ? after : "");
+    e->n_children = max;
+    e->children = calloc((size_t)max, sizeof(*e->children));
+    if (e->children)
+        errand_work(e, list_shared, on_listed);
+    else
+        call_refuse(p->http, STATUS_NOMEM, "out of memory for a list of sessions");
+}
+
 void sessions_list(struct http_request *http, void *context)
 {
     struct place p;
@@ -339,6 +394,8 @@ void sessions_list(struct http_request *http, void *context)
     bool has_more = false;
     if (!find_place(http, context, &p))
         return;
+    const char *after = http_query(http, "after");
+    bool is_id = !after || strlen(after) < SESSION_ID_BYTES;
     const char *limit = http_query(http, "limit");
     char *end = NULL;
     long max = limit ? strtol(limit, &end, 10) : LISTED;
@@ -346,16 +403,20 @@ void sessions_list(struct http_request *http, void *context)
     if (limit && (!*limit || *end || max < 1 || max > MAX_LISTED))
         st = fail_field(&err, STATUS_INVALID, "limit",
                         "Invalid 'limit': expected a whole number from 1 to %d.", MAX_LISTED);
+    if (!st && is_id && sessions_are_shared(p.routes->storage.sessions)) {
+        list_by_worker(&p, after, (int)max);
+        return;
+    }
     if (!st)
-        st = session_list(p.routes->storage.sessions, p.owner, http_query(http, "after"), infos,
-                          (int)max, &n, &has_more, &err);
+        st = session_list(p.routes->storage.sessions, p.owner, after, infos, (int)max, &n,
+                          &has_more, &err);
     if (st)
         refuse(&p, &err);
     else
         reply_list(&p, infos, n, has_more);
 }
 
-void session_get(struct http_request *http, void *context)
+static void show(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
@@ -369,7 +430,7 @@ void session_get(struct http_request *http, void *context)
     session_info_free(&info);
 }
 
-void session_remove(struct http_request *http, void *context)
+static void remove_session(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
@@ -441,7 +502,7 @@ static enum status fork_session(struct errand *e, struct error *err)
     return st;
 }
 
-void session_post_fork(struct http_request *http, void *context)
+static void post_fork(struct http_request *http, void *context)
 {
     static const char *const names[] = {"n", NULL};
     struct place p;
@@ -469,7 +530,7 @@ void session_post_fork(struct http_request *http, void *context)
         end_fork(e);
 }
 
-void session_post_snapshot(struct http_request *http, void *context)
+static void post_snapshot(struct http_request *http, void *context)
 {
     static const char *const names[] = {"name", NULL};
     struct place p;
@@ -492,7 +553,7 @@ void session_post_snapshot(struct http_request *http, void *context)
     cJSON_Delete(tree);
 }
 
-void session_get_snapshots(struct http_request *http, void *context)
+static void get_snapshots(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
@@ -514,7 +575,7 @@ void session_get_snapshots(struct http_request *http, void *context)
     call_reply_json(http, &body);
 }
 
-void session_post_rollback(struct http_request *http, void *context)
+static void post_rollback(struct http_request *http, void *context)
 {
     static const char *const names[] = {"snapshot", NULL};
     struct place p;
@@ -571,7 +632,7 @@ static void on_state_written(struct work_item *item)
     }
 }
 
-void session_get_state(struct http_request *http, void *context)
+static void get_state(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
@@ -625,7 +686,7 @@ static void on_state_read(struct work_item *item)
     image_release(image);
 }
 
-void session_put_state(struct http_request *http, void *context)
+static void put_state(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
@@ -647,3 +708,20 @@ void session_put_state(struct http_request *http, void *context)
     http_drop_body(http);
     errand_work(e, read_state, on_state_read);
 }
+
+/* ---- in a shared store other servers may have been there before -------------------------------
+ */
+
+#define REFRESHED(name, then)                                                                      \
+    void name(struct http_request *http, void *context)                                            \
+    {                                                                                              \
+        refresh_then(http, context, http_param(http), then);                                       \
+    }
+REFRESHED(session_get, show)
+REFRESHED(session_remove, remove_session)
+REFRESHED(session_post_fork, post_fork)
+REFRESHED(session_post_snapshot, post_snapshot)
+REFRESHED(session_get_snapshots, get_snapshots)
+REFRESHED(session_post_rollback, post_rollback)
+REFRESHED(session_get_state, get_state)
+REFRESHED(session_put_state, put_state)

@@ -11,9 +11,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "engine/redis_store.h"
 #include "server/log.h"
 
 enum { MAX_PATH = 4096 };
+_Static_assert((int)REDIS_SECRET_BYTES == (int)HTTP_TAG_SECRET_BYTES, "one secret");
 
 /* ---- owners ---- */
 
@@ -54,7 +56,9 @@ static enum status tag_owners(struct storage *s, const struct storage_options *o
     int n = o->server ? http_n_keys(o->server) : 0;
     if (!n)
         return STATUS_OK;
-    enum status st = read_secret(o->options->store, secret, err);
+    struct redis_store *redis = state_store_redis(s->store);
+    enum status st = redis ? redis_store_secret(redis, secret, err)
+                           : read_secret(o->options->store, secret, err);
     if (st)
         return st;
     s->owners = calloc((size_t)n, sizeof(*s->owners));
@@ -76,6 +80,12 @@ static enum journal_mode mode_of(const char *durability)
     return strcmp(durability, "interval") ? JOURNAL_NONE : JOURNAL_INTERVAL;
 }
 
+static int timeout_ms(const struct options *o)
+{
+    int ms = (int)(o->store_timeout * 1000);
+    return ms ? ms : 1;
+}
+
 static enum status open_store(struct storage *s, const struct storage_options *o, struct error *err)
 {
     struct journal_options journal = {.fingerprint = s->images.fingerprint,
@@ -83,15 +93,27 @@ static enum status open_store(struct storage *s, const struct storage_options *o
                                       .interval_ms = (int)o->options->durability_interval,
                                       .notify = o->notify,
                                       .context = o->context};
-    struct state_store_options store = {
-        .path = o->options->store, .images = &s->images, .journal = &journal};
+    struct state_store_options store = {.path = o->options->store,
+                                        .images = &s->images,
+                                        .journal = &journal,
+                                        .timeout_ms = timeout_ms(o->options),
+                                        .lease_ms = (int)o->options->lease_ms};
     enum status st = state_store_open(&s->store, &store, err);
     if (!st)
         st = tag_owners(s, o, err);
     return st ? fail_context(err, "--store") : STATUS_OK;
 }
 
-static enum status recover(struct storage *s, const char *path, struct error *err)
+static void log_redis(struct redis_store *redis, const char *durability)
+{
+    char text[256];
+    redis_store_warning(redis, !strcmp(durability, "turn"), text, sizeof(text));
+    log_event(LOG_INFO, "store", "sessions are shared in %s", redis_store_address(redis));
+    if (*text)
+        log_event(LOG_WARN, "store", "%s: %s", redis_store_address(redis), text);
+}
+
+static enum status recover(struct storage *s, const struct options *o, struct error *err)
 {
     struct session_found found;
     enum status st = sessions_recover(s->sessions, &found, err);
@@ -99,10 +121,14 @@ static enum status recover(struct storage *s, const char *path, struct error *er
         st = state_store_start(s->store, err);
     if (st)
         return fail_context(err, "--store");
+    if (state_store_redis(s->store)) {
+        log_redis(state_store_redis(s->store), o->durability);
+        return STATUS_OK;
+    }
     log_event(found.n_lost ? LOG_WARN : LOG_INFO, "store",
               "%s: %d sessions, %d of them lost; %" PRIu64 " journal entries, %" PRIu64
               " damaged, %" PRIu64 " bytes cut off at the end",
-              path, found.n_sessions, found.n_lost, found.n_entries, found.n_damaged,
+              o->store, found.n_sessions, found.n_lost, found.n_entries, found.n_damaged,
               found.n_cut_bytes);
     return STATUS_OK;
 }
@@ -148,10 +174,32 @@ enum status storage_open(struct storage *s, const struct storage_options *o, str
     if (!st)
         st = sessions_open(&s->sessions, &sessions, err);
     if (!st && s->store)
-        st = recover(s, o->options->store, err);
+        st = recover(s, o->options, err);
     if (st)
         storage_close(s);
     return st;
+}
+
+bool storage_has_items(const struct storage *s)
+{
+    return s->store && !sessions_are_shared(s->sessions);
+}
+
+bool storage_is_away(const struct storage *s)
+{
+    struct redis_store *redis = s->store ? state_store_redis(s->store) : NULL;
+    return redis && !redis_store_is_up(redis);
+}
+
+void storage_on_tick(struct storage *s)
+{
+    bool is_away = storage_is_away(s);
+    if (is_away == s->is_away)
+        return;
+    s->is_away = is_away;
+    log_event(is_away ? LOG_WARN : LOG_INFO, "store", "%s %s",
+              redis_store_address(state_store_redis(s->store)),
+              is_away ? "does not answer: requests about sessions get 503" : "answers again");
 }
 
 void storage_close(struct storage *s)

@@ -21,7 +21,7 @@ struct storage {
     struct sessions *sessions;
     uint8_t (*owners)[SESSION_OWNER_BYTES]; /* [n_owners], the tags of the API keys */
     int n_owners;
-    bool is_open;
+    bool is_open, is_away; /* the store did not answer, when it was looked at last */
 };
 
 struct storage_options {
@@ -35,6 +35,12 @@ struct storage_options {
 /* Reads all that is in the store. On failure nothing is left open. */
 enum status storage_open(struct storage *s, const struct storage_options *options,
                          struct error *err);
+/* About once a second: tells the log when a shared store goes and comes back. */
+void storage_on_tick(struct storage *s);
+/* There is a store that is this server's alone: it has items, too (engine/session.h). */
+bool storage_has_items(const struct storage *s);
+/* A shared store does not answer. Any thread. */
+bool storage_is_away(const struct storage *s);
 /* No call is under way and no image is held any more. Accepts one that is not open. */
 void storage_close(struct storage *s);
 

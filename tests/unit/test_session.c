@@ -4,6 +4,9 @@
  * back, or computes it again. Beside each session its history is computed by the model alone from
  * the first token: tokens, states, positions and versions must be equal, bit for bit.
  *
+ * Once with a store in a directory, and once in Redis, where each operation comes to one of two
+ * tables, which know of each other's changes only what Redis tells them.
+ *
  * LATTE_SESSION_OPS operations for each model and backend (40).
  */
 #include "tests/unit/unit.h"
@@ -23,8 +26,9 @@
 #include "tests/unit/history.h"
 #include "tests/unit/model_files.h"
 #include "tests/unit/model_run.h"
+#include "tests/unit/redis_server.h"
 
-enum { N_MEMBERS = 9, N_SNAPSHOTS = 3, N_IN_MEMORY = 5, OWNER = 0 };
+enum { MAX_SIDES = 2, N_MEMBERS = 9, N_SNAPSHOTS = 3, N_IN_MEMORY = 5, OWNER = 0 };
 
 /* What a session has to be. */
 struct member {
@@ -37,13 +41,19 @@ struct member {
     struct history snapshots[N_SNAPSHOTS];
 };
 
-static struct world {
-    const char *dir, *device, *label;
-    char store_dir[160];
-    struct engine *engine;
+/* A server's. */
+struct side {
     struct image_store images;
     struct state_store *store;
     struct sessions *sessions;
+};
+
+static struct world {
+    const char *dir, *device, *label;
+    char store_dir[200]; /* or Redis's URL, which several sides share */
+    struct engine *engine;
+    struct side sides[MAX_SIDES], *at; /* [n_sides]; where the operation is done */
+    int n_sides;
     int32_t vocab_size;
     size_t max_replay;
     struct run run; /* the oracle */
@@ -75,7 +85,7 @@ static enum status await(struct awaited *a, enum status st, const struct error *
     if (st)
         fail_msg("%s: %s", world.label, err->text);
     for (int i = 0; !a->is_done && i < 20000; i++) {
-        sessions_reap(world.sessions);
+        sessions_reap(world.at->sessions);
         if (!a->is_done)
             usleep(i < 100 ? 20 : 1000);
     }
@@ -91,44 +101,72 @@ static void await_good(struct awaited *a, enum status st, const struct error *er
 
 /* ---- the server's side ---- */
 
-static void open_store(struct world *w)
+static void open_side(struct world *w)
 {
+    struct side *side = w->at;
     static const uint8_t owners[2][SESSION_OWNER_BYTES] = {{1}, {2}};
     struct engine_info info;
     struct session_found found;
     struct error err;
     engine_info(w->engine, &info);
-    image_store_init(&w->images, info.fingerprint, info.n_state_values, w->vocab_size,
+    image_store_init(&side->images, info.fingerprint, info.n_state_values, w->vocab_size,
                      info.max_position, 0);
-    w->images.limit_bytes = N_IN_MEMORY * image_bytes(&w->images);
-    w->images.max_replay = w->max_replay;
+    side->images.limit_bytes = N_IN_MEMORY * image_bytes(&side->images);
+    side->images.max_replay = w->max_replay;
+    side->images.next_id += (uint64_t)(side - w->sides) << 40; /* one engine sees both sides' */
     struct journal_options journal = {.fingerprint = info.fingerprint, .mode = JOURNAL_NONE};
-    struct state_store_options store = {
-        .path = w->store_dir, .images = &w->images, .journal = &journal};
-    if (state_store_open(&w->store, &store, &err))
+    struct state_store_options store = {.path = w->store_dir,
+                                        .images = &side->images,
+                                        .journal = &journal,
+                                        .timeout_ms = 5000,
+                                        .lease_ms = 10000};
+    if (state_store_open(&side->store, &store, &err))
         fail_msg("%s", err.text);
     struct session_options sessions = {
-        .max_sessions = 100, .store = w->store, .owners = owners, .n_owners = 2};
-    if (sessions_open(&w->sessions, &sessions, &err) ||
-        sessions_recover(w->sessions, &found, &err) || state_store_start(w->store, &err))
+        .max_sessions = 100, .store = side->store, .owners = owners, .n_owners = 2};
+    if (sessions_open(&side->sessions, &sessions, &err) ||
+        sessions_recover(side->sessions, &found, &err) || state_store_start(side->store, &err))
         fail_msg("%s", err.text);
     assert_int_equal(found.n_lost, 0);
     assert_int_equal(found.n_damaged, 0);
 }
 
-static void close_store(struct world *w)
+static void close_side(struct world *w)
 {
+    struct side *side = w->at;
     struct image_counts counts;
-    image_count(&w->images, &counts);
+    image_count(&side->images, &counts);
     w->n_evictions += counts.n_evictions;
     w->n_reloads += counts.n_reloads;
     w->n_replays += counts.n_replays;
     assert_int_equal(counts.n_errors, 0);
-    state_store_stop(w->store);
-    sessions_reap(w->sessions);
-    sessions_close(w->sessions);
-    state_store_close(w->store);
-    image_store_free(&w->images);
+    state_store_stop(side->store);
+    sessions_reap(side->sessions);
+    sessions_close(side->sessions);
+    state_store_close(side->store);
+    image_store_free(&side->images);
+}
+
+static void open_store(struct world *w)
+{
+    for (w->at = w->sides; w->at < w->sides + w->n_sides; w->at++)
+        open_side(w);
+    w->at = w->sides;
+}
+
+static void close_store(struct world *w)
+{
+    for (w->at = w->sides; w->at < w->sides + w->n_sides; w->at++)
+        close_side(w);
+    w->at = w->sides;
+}
+
+/* What a server does before anything with a session. */
+static void refresh(struct world *w, const struct member *m)
+{
+    struct error err;
+    if (session_refresh(w->at->sessions, m->id, &err))
+        fail_msg("%s: %s", w->label, err.text);
 }
 
 static void open_engine(struct world *w)
@@ -141,7 +179,7 @@ static void open_engine(struct world *w)
 static void *hold(struct world *w, struct image *image)
 {
     struct error err;
-    if (image && state_store_hold(w->store, w->engine, image, &err))
+    if (image && state_store_hold(w->at->store, w->engine, image, &err))
         fail_msg("%s: %s", w->label, err.text);
     return image;
 }
@@ -153,7 +191,8 @@ static void check_member(struct world *w, const struct member *m)
     struct session_info info;
     struct image *image = NULL;
     struct error err;
-    if (session_image(w->sessions, m->id, OWNER, &image, &info, &err))
+    refresh(w, m);
+    if (session_image(w->at->sessions, m->id, OWNER, &image, &info, &err))
         fail_msg("%s: %s", w->label, err.text);
     session_info_free(&info);
     if (info.version != m->version || info.position != m->position)
@@ -181,7 +220,7 @@ static void create(struct world *w, struct member *m, struct image *from,
     struct session_request request = {.owner = OWNER, .from = from};
     struct awaited a = {0};
     struct error err;
-    await_good(&a, session_create(w->sessions, &request, on_done, &a, &err), &err);
+    await_good(&a, session_create(w->at->sessions, &request, on_done, &a, &err), &err);
     *m = (struct member){.exists = true, .now = *history};
     memcpy(m->id, a.info.id, sizeof(m->id));
     take_info(m, &a);
@@ -194,10 +233,29 @@ static void destroy(struct world *w, struct member *m)
     struct error err;
     if (!m->exists)
         return;
-    await_good(&a, session_delete(w->sessions, m->id, OWNER, on_done, &a, &err), &err);
+    refresh(w, m);
+    await_good(&a, session_delete(w->at->sessions, m->id, OWNER, on_done, &a, &err), &err);
     m->exists = false;
     struct session_info info;
-    assert_int_equal(session_show(w->sessions, m->id, OWNER, &info, &err), STATUS_NOT_FOUND);
+    for (int i = 0; i < w->n_sides; i++) {
+        struct sessions *sessions = w->sides[i].sessions;
+        assert_int_equal(session_refresh(sessions, m->id, &err), STATUS_OK);
+        assert_int_equal(session_show(sessions, m->id, OWNER, &info, &err), STATUS_NOT_FOUND);
+    }
+}
+
+/* The end of a turn is told to the other side a moment later. */
+static void await_end(struct world *w, const struct member *m)
+{
+    struct session_info info = {.in_turn = true};
+    struct error err;
+    for (int i = 0; info.in_turn; i++) {
+        assert_true(i < 5000);
+        usleep(i ? 1000 : 0);
+        refresh(w, m);
+        assert_int_equal(session_show(w->at->sessions, m->id, OWNER, &info, &err), STATUS_OK);
+        session_info_free(&info);
+    }
 }
 
 /* commits false: the turn runs, and is given up. */
@@ -209,13 +267,15 @@ static void take_turn(struct world *w, struct member *m, bool commits)
     struct history after = m->now;
     int32_t fed[HISTORY_MAX_PROMPT + HISTORY_MAX_OUTPUT + IMAGE_MAX_PENDING];
     struct turn *t = &after.turns[after.n_turns++];
-    if (session_begin(w->sessions, m->id, OWNER, (int64_t)m->version, &turn, &err))
+    if (session_begin(w->at->sessions, m->id, OWNER, (int64_t)m->version, &turn, &err))
         fail_msg("%s: %s", w->label, err.text);
     struct session_turn second = {0};
-    assert_int_equal(session_begin(w->sessions, m->id, OWNER, SESSION_ANY_VERSION, &second, &err),
-                     STATUS_CONFLICT);
+    for (int i = 0; i < w->n_sides; i++)
+        assert_int_equal(
+            session_begin(w->sides[i].sessions, m->id, OWNER, SESSION_ANY_VERSION, &second, &err),
+            STATUS_CONFLICT);
     hold(w, turn.from);
-    if (image_new_wait(&into, &w->images, 10000, &err))
+    if (image_new_wait(&into, &w->at->images, 10000, &err))
         fail_msg("%s: %s", w->label, err.text);
     history_fill(t, turn.from, w->vocab_size);
     history_run(t, w->engine, history_below(HISTORY_MAX_OUTPUT + 1), turn.from, into, w->label);
@@ -226,7 +286,7 @@ static void take_turn(struct world *w, struct member *m, bool commits)
         memcpy(fed, t->prompt, (size_t)t->n_prompt * sizeof(*fed));
         memcpy(fed + t->n_prompt, t->output, n_single * sizeof(*fed));
         await_good(&a,
-                   session_commit(w->sessions, &turn, into, fed, (size_t)t->n_prompt, n_single,
+                   session_commit(w->at->sessions, &turn, into, fed, (size_t)t->n_prompt, n_single,
                                   on_done, &a, &err),
                    &err);
         m->previous = m->now;
@@ -235,7 +295,8 @@ static void take_turn(struct world *w, struct member *m, bool commits)
         assert_int_equal(a.info.version, m->version + 1);
         take_info(m, &a);
     } else {
-        session_abandon(w->sessions, &turn);
+        session_abandon(w->at->sessions, &turn);
+        await_end(w, m);
     }
     image_release(into);
     check_member(w, m);
@@ -259,7 +320,9 @@ static void fork_session(struct world *w, const struct member *from, struct memb
     if (!from->exists || from == to)
         return;
     struct history history = from->now;
-    assert_int_equal(session_image(w->sessions, from->id, OWNER, &image, &info, &err), STATUS_OK);
+    refresh(w, from);
+    assert_int_equal(session_image(w->at->sessions, from->id, OWNER, &image, &info, &err),
+                     STATUS_OK);
     session_info_free(&info);
     destroy(w, to);
     create(w, to, image, &history);
@@ -275,7 +338,8 @@ static void keep_snapshot(struct world *w, struct member *m)
     if (!m->exists || m->n_snapshots == N_SNAPSHOTS)
         return;
     snprintf(name, sizeof(name), "s%d", m->n_snapshots);
-    await_good(&a, session_keep(w->sessions, m->id, OWNER, name, on_done, &a, &err), &err);
+    refresh(w, m);
+    await_good(&a, session_keep(w->at->sessions, m->id, OWNER, name, on_done, &a, &err), &err);
     m->snapshots[m->n_snapshots++] = m->now;
 }
 
@@ -288,10 +352,11 @@ static void roll_back(struct world *w, struct member *m, bool to_snapshot)
         return;
     int i = to_snapshot ? history_below(m->n_snapshots) : 0;
     snprintf(name, sizeof(name), "s%d", i);
-    await_good(
-        &a,
-        session_rollback(w->sessions, m->id, OWNER, to_snapshot ? name : NULL, on_done, &a, &err),
-        &err);
+    refresh(w, m);
+    await_good(&a,
+               session_rollback(w->at->sessions, m->id, OWNER, to_snapshot ? name : NULL, on_done,
+                                &a, &err),
+               &err);
     m->now = to_snapshot ? m->snapshots[i] : m->previous;
     m->has_previous = false;
     assert_int_equal(a.info.version, m->version + 1);
@@ -309,23 +374,27 @@ static void carry_over(struct world *w, const struct member *from, struct member
     struct error err;
     if (!from->exists || !to->exists || !from->now.n_turns)
         return;
-    assert_int_equal(session_image(w->sessions, from->id, OWNER, &image, &info, &err), STATUS_OK);
+    refresh(w, from);
+    refresh(w, to);
+    assert_int_equal(session_image(w->at->sessions, from->id, OWNER, &image, &info, &err),
+                     STATUS_OK);
     session_info_free(&info);
     hold(w, image);
     image_write(image, &file);
     image_release(image);
     image_drop(image);
-    for (int i = 0; image_parse(&image, &w->images, file.data, file.n, &err) == STATUS_BUSY; i++) {
+    for (int i = 0; image_parse(&image, &w->at->images, file.data, file.n, &err) == STATUS_BUSY;
+         i++) {
         assert_true(i < 10000); /* all states in memory are being written */
         usleep(1000);
     }
-    if (state_store_secure(w->store, image, &err))
+    if (state_store_secure(w->at->store, image, &err))
         fail_msg("%s: %s", w->label, err.text);
     struct history history = from->now;
-    await_good(
-        &a,
-        session_replace(w->sessions, to->id, OWNER, (int64_t)to->version, image, on_done, &a, &err),
-        &err);
+    await_good(&a,
+               session_replace(w->at->sessions, to->id, OWNER, (int64_t)to->version, image, on_done,
+                               &a, &err),
+               &err);
     image_release(image);
     bytes_free(&file);
     to->previous = to->now;
@@ -335,16 +404,11 @@ static void carry_over(struct world *w, const struct member *from, struct member
     check_member(w, to);
 }
 
-static void restart(struct world *w, bool with_engine)
+/* All members are known to the side, and nothing else is. */
+static void check_side(struct world *w)
 {
     struct session_counts counts;
     int n = 0;
-    close_store(w);
-    if (with_engine) {
-        engine_close(w->engine);
-        open_engine(w);
-    }
-    open_store(w);
     for (int i = 0; i < N_MEMBERS; i++) {
         struct session_info info;
         struct error err;
@@ -353,16 +417,30 @@ static void restart(struct world *w, bool with_engine)
         if (!m->exists)
             continue;
         check_member(w, m);
-        assert_int_equal(session_show(w->sessions, m->id, 1, &info, &err), STATUS_NOT_FOUND);
+        assert_int_equal(session_show(w->at->sessions, m->id, 1, &info, &err), STATUS_NOT_FOUND);
     }
-    sessions_count(w->sessions, &counts);
+    sessions_count(w->at->sessions, &counts);
     assert_int_equal(counts.n_sessions, n);
+}
+
+static void restart(struct world *w, bool with_engine)
+{
+    close_store(w);
+    if (with_engine) {
+        engine_close(w->engine);
+        open_engine(w);
+    }
+    open_store(w);
+    for (w->at = w->sides; w->at < w->sides + w->n_sides; w->at++)
+        check_side(w);
+    w->at = w->sides;
 }
 
 static void operate(struct world *w)
 {
     struct member *m = &w->members[history_below(N_MEMBERS)];
     struct member *other = &w->members[history_below(N_MEMBERS)];
+    w->at = &w->sides[w->n_sides > 1 ? history_below(w->n_sides) : 0];
     switch (history_below(12)) {
     case 0:
         fork_session(w, m, other);
@@ -386,8 +464,19 @@ static void operate(struct world *w)
     }
 }
 
+/* Only the counter of sessions. */
+static void check_nothing_left(const struct redis_server *redis)
+{
+    char n[16];
+    redis_server_ask(redis, (const char *const[]){"DBSIZE", NULL}, n, sizeof(n));
+    if (strcmp(n, "1"))
+        fail_msg("%s: Redis has %s keys, expected 1", world.label, n);
+    redis_server_ask(redis, (const char *const[]){"FLUSHALL", NULL}, n, sizeof(n));
+}
+
+/* redis NULL: in a directory. */
 static void check_model(const char *dir, const char *device, const char *name, int n_ops,
-                        size_t max_replay)
+                        size_t max_replay, const struct redis_server *redis)
 {
     struct world *w = &world;
     char label[100];
@@ -397,7 +486,9 @@ static void check_model(const char *dir, const char *device, const char *name, i
     w->n_evictions = n[0];
     w->n_reloads = n[1];
     w->n_replays = n[2];
-    snprintf(w->store_dir, sizeof(w->store_dir), "%s/store", dir);
+    w->n_sides = redis ? 2 : 1;
+    snprintf(w->store_dir, sizeof(w->store_dir), "%s%s", redis ? redis->url : dir,
+             redis ? "" : "/store");
     open_engine(w);
     open_store(w);
     history_open_oracle(&w->run, dir, device);
@@ -411,6 +502,8 @@ static void check_model(const char *dir, const char *device, const char *name, i
         destroy(w, &w->members[i]);
     restart(w, false);
     close_store(w);
+    if (redis)
+        check_nothing_left(redis);
     engine_close(w->engine);
     run_close(&w->run);
 }
@@ -420,11 +513,11 @@ static bool is_causal(const struct test_model *m)
     return strcmp(m->name, "classifier") != 0 && strcmp(m->name, "embedder") != 0;
 }
 
-static void test_random_operations(void **state)
+static void check_models(const struct redis_server *redis)
 {
-    (void)state;
     const char *asked = getenv("LATTE_SESSION_OPS");
     int n_ops = asked ? atoi(asked) : 40, n = 0;
+    world.n_evictions = world.n_reloads = world.n_replays = 0;
     for (size_t i = 0; i < n_test_models; i++) {
         char dir[100];
         if (!is_causal(&test_models[i]) || !strcmp(test_models[i].name, "transformer++"))
@@ -433,7 +526,7 @@ static void test_random_operations(void **state)
         assert_int_equal(model_files_write(dir, test_models[i].config_json, 7, NULL), 0);
         for (int k = 0; run_backends()[k]; k++, n += n_ops)
             check_model(dir, run_backends()[k], test_models[i].name, n_ops,
-                        (i + (size_t)k) % 2 ? 0 : 40);
+                        (i + (size_t)k) % 2 ? 0 : 40, redis);
         test_dir_remove(dir);
     }
     print_message("seed 20261128, %d operations in all; states left memory %llu times, were read "
@@ -449,7 +542,7 @@ static void put(const struct session_item *item)
 {
     struct awaited a = {0};
     struct error err;
-    await_good(&a, session_put_item(world.sessions, item, on_done, &a, &err), &err);
+    await_good(&a, session_put_item(world.at->sessions, item, on_done, &a, &err), &err);
 }
 
 static struct session_item outcome(const char *name, const char *data)
@@ -472,7 +565,7 @@ static bool add_word(void *context, const struct session_item *item, int64_t cre
 static void expect_items(enum session_kind kind, const char *expected)
 {
     struct bytes words = {0};
-    sessions_each_item(world.sessions, kind, add_word, &words);
+    sessions_each_item(world.at->sessions, kind, add_word, &words);
     assert_string_equal(words.data ? words.data : "", expected);
     bytes_free(&words);
 }
@@ -481,6 +574,7 @@ static void reopen_store(void)
 {
     close_store(&world);
     open_store(&world);
+    world.at = world.sides;
 }
 
 /* Items are found as they were put last, but for those that were dropped, and those that follow a
@@ -498,35 +592,38 @@ static void test_items(void **state)
     assert_int_equal(model_files_write(dir, test_models[0].config_json, 7, NULL), 0);
     world = (struct world){.dir = dir, .device = "cpu", .label = dir};
     snprintf(world.store_dir, sizeof(world.store_dir), "%s/store", dir);
+    world.n_sides = 1;
     open_engine(&world);
     open_store(&world);
+    world.at = world.sides;
     struct awaited a = {0};
     const struct session_request request = {.owner = 1};
-    await_good(&a, session_create(world.sessions, &request, on_done, &a, &err), &err);
+    await_good(&a, session_create(world.at->sessions, &request, on_done, &a, &err), &err);
 
     struct session_item items[] = {outcome("a", "first"),    outcome("b", "second"),
                                    outcome("c", "third"),    outcome("a", "again"),
                                    outcome("turn", "early"), outcome("before", "known")};
     for (int i = 0; i < 4; i++)
         put(&items[i]);
-    session_drop_item(world.sessions, SESSION_OUTCOME, "b");
-    session_drop_item(world.sessions, SESSION_OUTCOME, "nothing");
-    session_drop_item(world.sessions, SESSION_PRESET, "a");
-    assert_int_equal(session_begin(world.sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
-                     STATUS_OK);
+    session_drop_item(world.at->sessions, SESSION_OUTCOME, "b");
+    session_drop_item(world.at->sessions, SESSION_OUTCOME, "nothing");
+    session_drop_item(world.at->sessions, SESSION_PRESET, "a");
+    assert_int_equal(
+        session_begin(world.at->sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
+        STATUS_OK);
     for (int i = 4; i < 6; i++) { /* that it comes about, and what has come about already */
         items[i].after_id = turn.id;
         items[i].after_version = turn.version + (i == 4);
         put(&items[i]);
     }
-    session_abandon(world.sessions, &turn);
+    session_abandon(world.at->sessions, &turn);
     for (int round = 0; round < 2; round++) { /* the second finds what the first has written */
         reopen_store();
         expect_items(SESSION_OUTCOME, "again third known ");
         expect_items(SESSION_PRESET, "");
-        sessions_expire(world.sessions);
+        sessions_expire(world.at->sessions);
     }
-    assert_int_equal(session_list(world.sessions, 1, NULL, infos, 4, &n, &has_more, &err),
+    assert_int_equal(session_list(world.at->sessions, 1, NULL, infos, 4, &n, &has_more, &err),
                      STATUS_OK);
     assert_int_equal(n, 1);
     session_info_free(&infos[0]);
@@ -535,10 +632,30 @@ static void test_items(void **state)
     test_dir_remove(dir);
 }
 
-int main(void)
+static void test_in_a_directory(void **state)
 {
+    (void)state;
+    check_models(NULL);
+}
+
+static void test_in_redis(void **state)
+{
+    (void)state;
+    static struct redis_server redis;
+    if (!redis_server_is_installed())
+        skip();
+    redis_server_open(&redis, NULL);
+    check_models(&redis);
+    redis_server_close(&redis);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_random_operations),
+        cmocka_unit_test(test_in_a_directory),
+        cmocka_unit_test(test_in_redis),
         cmocka_unit_test(test_items),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
