@@ -696,14 +696,14 @@ bool image_read_head(struct image *image, const char head[IMAGE_HEAD_BYTES])
 }
 
 enum status image_parse(struct image **out, struct image_store *store, const char *data, size_t n,
-                        struct error *err)
+                        int wait_ms, struct error *err)
 {
     struct image *image = NULL;
     enum status st = check_file(store, data, n, err);
     if (!st)
         st = check_numbers(store, data, err);
     if (!st)
-        st = image_new(&image, store, err);
+        st = wait_ms ? image_new_wait(&image, store, wait_ms, err) : image_new(&image, store, err);
     if (st)
         return st;
     take_head(image, data);

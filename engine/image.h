@@ -166,9 +166,9 @@ enum status image_save(struct model *model, int slot, struct image *image, struc
 void image_frame(const struct image *image, unsigned char head[IMAGE_HEAD_BYTES],
                  unsigned char tail[IMAGE_TAIL_BYTES]);
 void image_write(const struct image *image, struct bytes *out);
-/* A new image from exported bytes [n]; nothing is kept of them. */
+/* A new image from exported bytes [n]; nothing is kept of them. wait_ms: as image_new_wait. */
 enum status image_parse(struct image **out, struct image_store *store, const char *data, size_t n,
-                        struct error *err);
+                        int wait_ms, struct error *err);
 
 /* ---- for the state store ---- */
 

@@ -715,8 +715,6 @@ static void start_generation(struct call *c)
 
 /* ---- the state that a turn continues -------------------------------------------------------- */
 
-enum { FETCH_WAIT_MS = 20000 }; /* for memory: others' states are written and dropped meanwhile */
-
 static void fetch_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
@@ -731,7 +729,7 @@ static void fetch_on_worker(struct work_item *item)
                          c->turn.active ? c->turn.id : "", c->turn.active ? "'" : "");
     }
     if (!c->status && c->leaves_state)
-        c->status = image_new_wait(&c->into, &storage->images, FETCH_WAIT_MS, &c->error);
+        c->status = image_new_wait(&c->into, &storage->images, STORAGE_WAIT_MS, &c->error);
 }
 
 static void on_fetched(struct work_item *item)

@@ -341,7 +341,7 @@ static enum status read_state(struct call *c)
     enum status st = base64_decode(text->data, text->n, &file, &c->error);
     if (!st)
         st = image_parse(&c->from, &c->routes->storage.images, file.n ? file.data : "", file.n,
-                         &c->error);
+                         c->working ? STORAGE_WAIT_MS : 0, &c->error);
     bytes_free(&file);
     if (st != STATUS_INVALID)
         return st;

@@ -656,7 +656,8 @@ static void read_state(struct work_item *item)
 {
     struct errand *e = (struct errand *)item;
     struct storage *storage = &e->place.routes->storage;
-    enum status st = image_parse(&e->image, &storage->images, e->body, e->n_body, &e->error);
+    enum status st =
+        image_parse(&e->image, &storage->images, e->body, e->n_body, STORAGE_WAIT_MS, &e->error);
     if (!st && state_store_secure(storage->store, e->image, &e->error)) {
         image_release(e->image);
         e->image = NULL;

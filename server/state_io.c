@@ -38,7 +38,7 @@ enum status state_io_parse(struct routes *r, const char *data, size_t n, struct 
 {
     struct storage *storage = &r->storage;
     struct image *image = NULL;
-    enum status st = image_parse(&image, &storage->images, n ? data : "", n, err);
+    enum status st = image_parse(&image, &storage->images, n ? data : "", n, STORAGE_WAIT_MS, err);
     if (!st)
         st = state_store_secure(storage->store, image, err);
     if (st)

@@ -14,6 +14,9 @@
 #include "server/http.h"
 #include "server/options.h"
 
+/* For memory, on a worker: others' states are written and dropped meanwhile. */
+enum { STORAGE_WAIT_MS = 20000 };
+
 struct storage {
     struct image_store images;
     struct state_store *store; /* NULL without --store */

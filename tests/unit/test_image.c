@@ -92,7 +92,7 @@ static void carry_over(struct world *w, struct member *h, struct image_store *to
         return;
     image_write(h->image, &file);
     assert_int_equal(file.n, image_file_bytes(h->image->store));
-    if (image_parse(&image, to, file.data, file.n, &err))
+    if (image_parse(&image, to, file.data, file.n, 0, &err))
         fail_msg("%s: %s", w->label, err.text);
     image_write(image, &again);
     assert_int_equal(again.n, file.n);
@@ -460,7 +460,7 @@ static void test_numbers_are_checked(void **state)
         image->pending[0] = cases[i].pending;
         image_write(image, &file);
         image_release(image);
-        enum status st = image_parse(&read, &store, file.data, file.n, &err);
+        enum status st = image_parse(&read, &store, file.data, file.n, 0, &err);
         if (cases[i].word && (st != STATUS_INVALID || !strstr(err.text, cases[i].word)))
             fail_msg("case %zu: status %d, expected a word on %s", i, st, cases[i].word);
         if (!cases[i].word) {

@@ -383,7 +383,7 @@ static void carry_over(struct world *w, const struct member *from, struct member
     image_write(image, &file);
     image_release(image);
     image_drop(image);
-    for (int i = 0; image_parse(&image, &w->at->images, file.data, file.n, &err) == STATUS_BUSY;
+    for (int i = 0; image_parse(&image, &w->at->images, file.data, file.n, 0, &err) == STATUS_BUSY;
          i++) {
         assert_true(i < 10000); /* all states in memory are being written */
         usleep(1000);
