@@ -1,6 +1,13 @@
 /* image.c - see image.h */
 #include "engine/image.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, n) ((void)(at), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(at, n) ((void)(at), (void)(n))
+#endif
+
 #include <endian.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -40,11 +47,39 @@ void image_store_init(struct image_store *store, const char *fingerprint, size_t
     pthread_condattr_destroy(&attributes);
 }
 
+/* Blocks for values are large, all of one size, and come and go with every turn: those that are
+ * free are kept. There are never more than the limit has room for. */
+static size_t block_bytes(const struct image_store *store)
+{
+    size_t n_bytes = store->n_values * sizeof(float);
+    return n_bytes > sizeof(void *) ? n_bytes : sizeof(void *);
+}
+
+static float *take_block(struct image_store *store)
+{
+    void **block = store->spare;
+    if (!block)
+        return malloc(block_bytes(store));
+    ASAN_UNPOISON_MEMORY_REGION(block, block_bytes(store));
+    store->spare = *block;
+    return (float *)block;
+}
+
+static void put_block(struct image_store *store, float *values)
+{
+    void **block = (void **)values;
+    *block = store->spare;
+    store->spare = block;
+    ASAN_POISON_MEMORY_REGION(block, block_bytes(store)); /* nobody reads what was dropped */
+}
+
 void image_store_free(struct image_store *store)
 {
     for (struct image *image; (image = image_list_take(&store->dead));)
         image_free(image);
     CHECK(store->n_images == 0);
+    while (store->spare)
+        free(take_block(store));
     free(store->by_name);
     pthread_cond_destroy(&store->changed);
     pthread_mutex_destroy(&store->lock);
@@ -176,7 +211,7 @@ static void free_values(struct image *image)
     struct image_store *store = image->store;
     if (!image->values)
         return;
-    free(image->values);
+    put_block(store, image->values);
     image->values = NULL;
     atomic_store_explicit(&image->is_here, false, memory_order_relaxed);
     store->used_bytes -= image_bytes(store);
@@ -350,10 +385,11 @@ static enum status new_held(struct image **out, struct image_store *store, struc
     if (!make_room(store))
         return fail_full(store, err);
     random_name(name);
-    float *values = malloc(values_bytes(store) ? values_bytes(store) : 1);
+    float *values = take_block(store);
     struct image *image = values ? new_node(store, name) : NULL;
     if (!image) {
-        free(values);
+        if (values)
+            put_block(store, values);
         store->used_bytes -= image_bytes(store);
         store->n_in_memory--;
         return fail_memory(store, err);

@@ -78,6 +78,7 @@ struct image_store {
     pthread_mutex_t lock;   /* guards all that follows, and what images say is under it */
     pthread_cond_t changed; /* values came or went; work for the state store */
     size_t used_bytes;      /* of values */
+    void *spare;            /* memory of values that were dropped, for the next ones: a list */
     int n_images, n_in_memory;
     uint64_t next_id, n_passes;
     struct image_list clean;  /* not held, with a file: may be dropped, the least used first */
