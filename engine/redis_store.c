@@ -20,6 +20,7 @@ enum {
     MAX_STATE_BYTES = 512 << 20, /* Redis's limit of a value */
     EXPIRED_AT_ONCE = 100,
     EXPIRE_EVERY_MS = 1000,
+    RETRY_MS = 20,
     FIRST_FIELDS = 4, /* of a fetched session, before its states */
     LEAST_VERSION = 5,
 };
@@ -211,23 +212,24 @@ static enum status run_changes(struct redis_store *s, const struct redis_command
                                redisReply **replies, struct error *err)
 {
     int64_t end_ms = clock_ms() + s->options.timeout_ms;
-    bool is_open = false; /* whether one was done */
+    bool may_be_done = false;
     for (;;) {
         enum status st = redis_run(s->redis, commands, n, replies, err);
-        bool passes = false;
+        bool passes = false, is_late = clock_ms() >= end_ms;
         for (int i = 0; !st && i < n; i++)
             passes |= redis_is_passing(replies[i]);
-        bool is_late = clock_ms() >= end_ms;
-        if (!st && (!passes || is_late))
+        may_be_done |= st == STATUS_TIMEOUT;
+        if (!st && (!passes || (is_late && !may_be_done)))
             return STATUS_OK;
-        is_open |= st == STATUS_TIMEOUT;
-        if (!st)
+        if (!st) {
             redis_free_replies(replies, n);
-        if (st && is_late)
-            return is_open ? fail_context(err, "It is not known whether this was done; the "
-                                               "session's version will tell")
-                           : st;
-        nanosleep(&(struct timespec){0, 20000000}, NULL);
+            st = fail(err, STATUS_IO, "Redis at %s is not ready", redis_address(s->redis));
+        }
+        if (is_late)
+            return may_be_done ? fail_context(err, "It is not known whether this was done; the "
+                                                   "session's version will tell")
+                               : st;
+        nanosleep(&(struct timespec){0, RETRY_MS * 1000000}, NULL);
     }
 }
 

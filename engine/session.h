@@ -100,7 +100,7 @@ void sessions_reap(struct sessions *t);
 /* Whether other servers have the same sessions. */
 bool sessions_are_shared(const struct sessions *t);
 /* What is known here of a session becomes what is known to all; one that is nowhere is not found
- * afterwards. IO, or CONFLICT while it changes all the time. Does nothing where none is shared. */
+ * afterwards. IO when that cannot be known. Does nothing where none is shared. */
 enum status session_refresh(struct sessions *t, const char *id, struct error *err);
 
 /* How a change ended. What it points to is valid until the function returns. */

@@ -227,8 +227,7 @@ static enum status refresh(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYT
     for (int i = 0; again && !st && i < ATTEMPTS; i++)
         st = try_refresh(t, key, owner, lease, &again, err);
     if (!st && again)
-        st = fail_field(err, STATUS_CONFLICT, "session_id",
-                        "The session changes all the time; try again.");
+        st = fail(err, STATUS_IO, "The session changes faster than it can be read; try again.");
     return st;
 }
 

@@ -18,7 +18,7 @@
 
 #define COMPLETIONS "/v1/completions"
 
-enum { LEASE_MS = 1500, LONG_TURN = 100000 };
+enum { LEASE_MS = 1500, LONG_TURN = 100000, MAX_TURN = 400 };
 
 static struct redis_server redis;
 static struct server servers[2];
@@ -606,7 +606,7 @@ static void *tell(void *context)
 /* The turn that was cut off is there whole, or not at all. */
 static void settle(struct teller *t, const struct server *s)
 {
-    int32_t said[64];
+    int32_t said[MAX_TURN];
     struct answer a = talk_ask(&t->talk, s, "GET", "", NULL, NULL);
     answer_expect(&a, 200);
     int version = answer_member(a.json, "version")->valueint;
@@ -770,6 +770,38 @@ static void test_redis_hangs(void **state)
     end_both(SIGTERM);
 }
 
+/* It hangs when a turn is to be applied: the client is told that this is not known, and then that
+ * the turn is there whole, or not at all, is what all servers say. */
+static void test_outcome_unknown(void **state)
+{
+    (void)state;
+    static struct teller t;
+    struct stream stream;
+    if (!redis.pid)
+        skip();
+    start_both(NULL);
+    talk_open(&t.talk, &servers[0], NULL);
+    for (int round = 0; round < 3; round++) {
+        assert_int_equal(talk_turn(&t.talk, &servers[round % 2], round, 8, "", NULL), 200);
+        begin_stream(&stream, &t.talk, &servers[round % 2], MAX_TURN);
+        kill(redis.pid, SIGSTOP);
+        end_stream(&stream, false);
+        if (!says(&stream, "not known") || says(&stream, "[DONE]"))
+            fail_msg("the turn ended with %s", stream.said.data + stream.said.n - 400);
+        bytes_free(&stream.said);
+        if (round == 2)
+            sleep_ms(LEASE_MS);
+        kill(redis.pid, SIGCONT);
+        sleep_ms(LEASE_MS + 1100);
+        t.n_prompt = talk_prompt(t.prompt, 21);
+        t.max_tokens = MAX_TURN;
+        settle(&t, &servers[0]);
+        for (int i = 0; i < 2; i++)
+            talk_check(&t.talk, &servers[1 - i], 2 + i, NULL);
+    }
+    end_both(SIGTERM);
+}
+
 /* The longest key of a kind. */
 static void find_key(const char *pattern, char *out, int n)
 {
@@ -875,6 +907,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_redis_away, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_redis_full, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_redis_hangs, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_outcome_unknown, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_damage, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_start, set_up, tear_down),
     };
