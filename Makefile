@@ -80,7 +80,8 @@ EMULATE_FLAGS := -std=c++17 $(if $(SAN),-O1,-O2) -march=native -ffp-contract=off
 CUDA_TESTS := $(patsubst tests/%,%,$(basename $(wildcard tests/cuda/test_*.c tests/cuda/test_*.cu)) \
               $(addprefix tests/unit/,test_backend test_model test_model_golden))
 EMULATED_TESTS := $(if $(EMULATES),$(addprefix $(BUILD)/tests/emulated/,$(notdir $(CUDA_TESTS))))
-GPU_TESTS  := $(addprefix $(BUILD)/tests/gpu/,$(filter-out test_emulate,$(notdir $(CUDA_TESTS))))
+GPU_TESTS  := $(addprefix $(BUILD)/tests/gpu/,$(filter-out test_emulate,$(notdir $(CUDA_TESTS))) \
+              test_image test_session)
 
 UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
 HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/http/test_*.c))

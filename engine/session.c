@@ -38,7 +38,7 @@ enum status session_not_found(const char *id, struct error *err)
     return fail_field(err, STATUS_NOT_FOUND, "session_id", "There is no session '%.64s'.", id);
 }
 
-static struct session *find_any(const struct sessions *t, const char *id)
+struct session *session_find(const struct sessions *t, const char *id)
 {
     struct session *s = *bucket_of(t, id);
     while (s && strcmp(s->id, id))
@@ -51,13 +51,14 @@ struct session *session_find_key(const struct sessions *t, const uint8_t key[JOU
     struct session wanted;
     memcpy(wanted.key, key, sizeof(wanted.key));
     session_name(&wanted);
-    return find_any(t, wanted.id);
+    return session_find(t, wanted.id);
 }
 
 struct session *session_find_owned(const struct sessions *t, const char *id, int owner)
 {
-    struct session *s = find_any(t, id);
-    bool is_seen = s && !s->is_new && (s->owner == owner || s->owner == OWNER_UNKNOWN);
+    struct session *s = session_find(t, id);
+    bool is_seen = s && !s->is_new && s->kind == SESSION_OF_USER &&
+                   (s->owner == owner || s->owner == OWNER_UNKNOWN);
     return is_seen ? s : NULL;
 }
 
@@ -101,6 +102,12 @@ static enum status check_version(const struct session *s, int64_t version, struc
                       (unsigned long long)s->now.version, (long long)version);
 }
 
+void session_tag_owner(const struct sessions *t, struct session *s)
+{
+    if (s->owner >= 0 && s->owner < t->options.n_owners)
+        memcpy(s->owner_tag, t->options.owners[s->owner], sizeof(s->owner_tag));
+}
+
 /* ---- contents ---- */
 
 struct image *session_hold_image(struct image *image)
@@ -110,7 +117,7 @@ struct image *session_hold_image(struct image *image)
     return image;
 }
 
-static void set_image(struct image **place, struct image *image)
+void session_set_image(struct image **place, struct image *image)
 {
     session_hold_image(image);
     image_drop(*place);
@@ -124,6 +131,7 @@ void content_free(struct content *c)
     for (int i = 0; i < c->n_kept; i++)
         image_drop(c->kept[i].image);
     free(c->kept);
+    free(c->data);
     *c = (struct content){0};
 }
 
@@ -131,10 +139,17 @@ void content_free(struct content *c)
 enum status content_copy(const struct content *c, struct content *out, struct error *err)
 {
     struct kept *kept = calloc((size_t)c->n_kept + 1, sizeof(*kept));
-    if (!kept)
+    char *data = malloc(c->n_data + 1);
+    if (!kept || !data) {
+        free(kept);
+        free(data);
         return fail(err, STATUS_NOMEM, "out of memory for the change of a session");
+    }
     *out = *c;
     out->kept = kept;
+    out->data = data;
+    if (c->n_data)
+        memcpy(data, c->data, c->n_data);
     session_hold_image(c->image);
     session_hold_image(c->previous);
     for (int i = 0; i < c->n_kept; i++) {
@@ -144,12 +159,14 @@ enum status content_copy(const struct content *c, struct content *out, struct er
     return STATUS_OK;
 }
 
-void content_count(struct sessions *t, int owner, const struct content *c, int change)
+void content_count(struct sessions *t, const struct session *s, const struct content *c, int change)
 {
-    session_quota_count_state(t->quota, owner, c->image, change);
-    session_quota_count_state(t->quota, owner, c->previous, change);
+    if (s->kind != SESSION_OF_USER)
+        return;
+    session_quota_count_state(t->quota, s->owner, c->image, change);
+    session_quota_count_state(t->quota, s->owner, c->previous, change);
     for (int i = 0; i < c->n_kept; i++)
-        session_quota_count_state(t->quota, owner, c->kept[i].image, change);
+        session_quota_count_state(t->quota, s->owner, c->kept[i].image, change);
 }
 
 int64_t session_now_s(void)
@@ -250,8 +267,10 @@ void session_enter(struct sessions *t, struct session *s)
     s->older = t->newest;
     *(t->newest ? &t->newest->newer : &t->oldest) = s;
     t->newest = s;
-    t->n++;
-    session_quota_count_session(t->quota, s->owner, 1);
+    t->n += s->kind == SESSION_OF_USER;
+    t->n_items += s->kind != SESSION_OF_USER;
+    if (s->kind == SESSION_OF_USER)
+        session_quota_count_session(t->quota, s->owner, 1);
 }
 
 void session_leave(struct sessions *t, struct session *s)
@@ -262,9 +281,11 @@ void session_leave(struct sessions *t, struct session *s)
     *link = s->chain;
     *(s->newer ? &s->newer->older : &t->newest) = s->older;
     *(s->older ? &s->older->newer : &t->oldest) = s->newer;
-    t->n--;
-    content_count(t, s->owner, &s->now, -1);
-    session_quota_count_session(t->quota, s->owner, -1);
+    t->n -= s->kind == SESSION_OF_USER;
+    t->n_items -= s->kind != SESSION_OF_USER;
+    content_count(t, s, &s->now, -1);
+    if (s->kind == SESSION_OF_USER)
+        session_quota_count_session(t->quota, s->owner, -1);
     session_free(s);
 }
 
@@ -287,7 +308,7 @@ void sessions_count(struct sessions *t, struct session_counts *out)
     out->n_sessions = t->n;
     out->n_pending = t->n_pending;
     for (const struct session *s = t->oldest; s; s = s->newer)
-        out->n_in_memory += is_in_memory(s);
+        out->n_in_memory += s->kind == SESSION_OF_USER && is_in_memory(s);
     pthread_mutex_unlock(&t->lock);
 }
 
@@ -320,24 +341,10 @@ static enum status new_session(struct sessions *t, const struct session_request 
         .is_new = true,
         .now = {.used = session_now_s()},
     };
-    if (q->owner >= 0 && q->owner < t->options.n_owners)
-        memcpy(s->owner_tag, t->options.owners[q->owner], sizeof(s->owner_tag));
+    session_tag_owner(t, s);
     make_id(s);
     *out = s;
     return STATUS_OK;
-}
-
-/* Hand a change in that is ready, or was refused. Without the lock afterwards. */
-static enum status hand_in(struct sessions *t, struct change *c, enum status st)
-{
-    struct change *at_once = NULL;
-    if (st)
-        change_free(c);
-    else
-        at_once = change_submit(t, c);
-    pthread_mutex_unlock(&t->lock);
-    change_finish(t, at_once);
-    return st;
 }
 
 enum status session_create(struct sessions *t, const struct session_request *request,
@@ -352,10 +359,10 @@ enum status session_create(struct sessions *t, const struct session_request *req
     if (st && s)
         session_free(s);
     if (!st) {
-        set_image(&c->next.image, request->from);
+        session_set_image(&c->next.image, request->from);
         session_enter(t, s);
     }
-    return hand_in(t, c, st);
+    return change_hand_in(t, c, st);
 }
 
 enum status session_show(struct sessions *t, const char *id, int owner, struct session_info *out,
@@ -381,7 +388,7 @@ enum status session_delete(struct sessions *t, const char *id, int owner, sessio
         st = change_new(&c, s, done, context, err);
     if (!st)
         c->is_delete = true;
-    return hand_in(t, c, st);
+    return change_hand_in(t, c, st);
 }
 
 int sessions_expire(struct sessions *t)
@@ -397,7 +404,8 @@ int sessions_expire(struct sessions *t)
     for (struct session *s = t->oldest; s; s = s->newer) {
         struct error ignored;
         struct change *c = NULL;
-        if (!is_overdue(s, now) || change_new(&c, s, NULL, NULL, &ignored))
+        bool ends = is_overdue(s, now) || (s->is_dropped && !s->in_turn);
+        if (!ends || change_new(&c, s, NULL, NULL, &ignored))
             continue;
         c->is_delete = true;
         n++;
@@ -426,7 +434,7 @@ static enum status list(struct sessions *t, int owner, const char *after, struct
     *n = 0;
     *has_more = false;
     for (; s; s = s->older) {
-        if (s->owner != owner || s->is_new || s->why)
+        if (s->owner != owner || s->kind != SESSION_OF_USER || s->is_new || s->why)
             continue;
         if (*n == max) {
             *has_more = true;
@@ -478,7 +486,8 @@ enum status session_begin(struct sessions *t, const char *id, int owner, int64_t
         s->in_turn = true;
         memcpy(s->lease, lease, sizeof(lease));
         s->now.used = session_now_s();
-        *out = (struct session_turn){.from = session_hold_image(s->now.image), .active = true};
+        *out = (struct session_turn){
+            .version = s->now.version, .from = session_hold_image(s->now.image), .active = true};
         memcpy(out->id, s->id, sizeof(out->id));
     }
     pthread_mutex_unlock(&t->lock);
@@ -488,7 +497,7 @@ enum status session_begin(struct sessions *t, const char *id, int owner, int64_t
 /* The turn's session, whoever owns it: nobody can delete it meanwhile. */
 static struct session *session_of(const struct sessions *t, const struct session_turn *turn)
 {
-    struct session *s = find_any(t, turn->id);
+    struct session *s = session_find(t, turn->id);
     CHECK(s && s->in_turn);
     return s;
 }
@@ -496,9 +505,9 @@ static struct session *session_of(const struct sessions *t, const struct session
 /* A session goes on from another image; the one before is kept. */
 static void advance(struct content *c, struct image *image)
 {
-    set_image(&c->previous, c->image);
+    session_set_image(&c->previous, c->image);
     c->has_previous = true;
-    set_image(&c->image, image);
+    session_set_image(&c->image, image);
     c->version++;
     c->used = session_now_s();
 }
@@ -521,7 +530,7 @@ enum status session_commit(struct sessions *t, struct session_turn *turn, struct
         if (t->options.store)
             record_origin(&c->entry.payload, image);
     }
-    return hand_in(t, c, st);
+    return change_hand_in(t, c, st);
 }
 
 void session_abandon(struct sessions *t, struct session_turn *turn)
@@ -577,7 +586,7 @@ enum status session_replace(struct sessions *t, const char *id, int owner, int64
         st = change_new(&c, s, done, context, err);
     if (!st)
         advance(&c->next, image);
-    return hand_in(t, c, st);
+    return change_hand_in(t, c, st);
 }
 
 static struct kept *find_kept(const struct session *s, const char *name)
@@ -642,7 +651,7 @@ enum status session_keep(struct sessions *t, const char *id, int owner, const ch
         k->about.created = session_now_s();
         c->snapshot = k->about;
     }
-    return hand_in(t, c, st);
+    return change_hand_in(t, c, st);
 }
 
 /* To a snapshot, or to where the last turn began: then there is none before it. */
@@ -655,8 +664,8 @@ static enum status roll_back(const struct session *s, const char *name, struct c
     if (!name && !s->now.has_previous)
         return fail_field(err, STATUS_NOT_FOUND, "snapshot",
                           "Session '%s' has no turn to roll back.", s->id);
-    set_image(&c->image, k ? k->image : s->now.previous);
-    set_image(&c->previous, NULL);
+    session_set_image(&c->image, k ? k->image : s->now.previous);
+    session_set_image(&c->previous, NULL);
     c->has_previous = false;
     c->version++;
     c->used = session_now_s();
@@ -674,7 +683,7 @@ enum status session_rollback(struct sessions *t, const char *id, int owner, cons
         st = change_new(&c, s, done, context, err);
     if (!st)
         st = roll_back(s, name, &c->next, err);
-    return hand_in(t, c, st);
+    return change_hand_in(t, c, st);
 }
 
 enum status session_snapshots(struct sessions *t, const char *id, int owner,

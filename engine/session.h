@@ -134,6 +134,7 @@ enum status session_list(struct sessions *t, int owner, const char *after, struc
  * tokens. */
 struct session_turn {
     char id[SESSION_ID_BYTES];
+    uint64_t version; /* of the session before it */
     struct image *from;
     bool active;
 };
@@ -172,6 +173,43 @@ enum status session_snapshots(struct sessions *t, const char *id, int owner,
 /* Forget what is overdue; returns how many. About once a second. In a shared store the store does
  * that; here copies that are not used go. */
 int sessions_expire(struct sessions *t);
+
+/* ---- items -----------------------------------------------------------------------------------
+ *
+ * What else a store keeps for the server: text or bytes, perhaps with a state. An item is durable
+ * as a session is, by the same journal, and never seen by those who use sessions. Only where there
+ * is a store that is not shared. */
+
+enum session_kind { SESSION_OF_USER, SESSION_RESPONSE, SESSION_OUTCOME, SESSION_PRESET };
+
+struct session_item {
+    enum session_kind kind;
+    const char *name; /* unique within its kind; what opening finds again is in data */
+    int owner;
+    int64_t keep_s;   /* from now on; 0: for ever */
+    const char *data; /* [n_data], copied */
+    size_t n_data;
+    struct image *image;   /* kept by the item; NULL: none. Secured, or what follows is given: */
+    struct image *parent;  /* it is the state after the tokens that led here from parent */
+    const int32_t *tokens; /* [n_chunked + n_single], or NULL */
+    size_t n_chunked, n_single;
+    const char *after_id; /* of a session in a turn: it is found again only if this session has got
+                             to this version, or */
+    uint64_t after_version; /* beyond; NULL: in any case */
+};
+/* Put it in the place of the one that has its name, if there is one. done NULL: nobody asks. The
+ * outcome's info is without meaning. CONFLICT while that is being changed. */
+enum status session_put_item(struct sessions *t, const struct session_item *item,
+                             session_done *done, void *context, struct error *err);
+/* Forget one, now or soon; harmless when there is none. */
+void session_drop_item(struct sessions *t, enum session_kind kind, const char *name);
+
+/* Every item of a kind, oldest first, as opening has found them: before turns begin. The item is
+ * valid until fn returns; created: Unix seconds. fn calls nothing of this table. False: the item
+ * is not wanted, and is forgotten. */
+typedef bool session_item_fn(void *context, const struct session_item *item, int64_t created);
+void sessions_each_item(struct sessions *t, enum session_kind kind, session_item_fn *fn,
+                        void *context);
 
 struct session_counts {
     int n_sessions, n_in_memory; /* known here; the others' states are in the store only */

@@ -114,8 +114,8 @@ static void apply(struct sessions *t, struct change *c, struct session_outcome *
         struct content old = s->now;
         s->now = c->next;
         c->next = old;
-        content_count(t, s->owner, &s->now, 1);
-        content_count(t, s->owner, &old, -1);
+        content_count(t, s, &s->now, 1);
+        content_count(t, s, &old, -1);
         s->is_new = false;
     }
     s->in_turn = false;
@@ -149,6 +149,18 @@ void change_finish(struct sessions *t, struct change *c)
         c->done(c->context, &outcome);
     session_info_free(&outcome.info);
     change_free(c);
+}
+
+enum status change_hand_in(struct sessions *t, struct change *c, enum status st)
+{
+    struct change *at_once = NULL;
+    if (st)
+        change_free(c);
+    else
+        at_once = change_submit(t, c);
+    pthread_mutex_unlock(&t->lock);
+    change_finish(t, at_once);
+    return st;
 }
 
 static void end_whole(struct sessions *t, struct change *c)

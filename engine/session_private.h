@@ -2,6 +2,7 @@
  *
  *   session.c         the table, and what its users call
  *   session_change.c  changes: into the journal, and done
+ *   session_item.c    items, which are sessions that no user sees
  *   session_record.c  sessions as the journal's bytes, and back
  *   session_shared.c  sessions that other servers have, too
  *
@@ -36,11 +37,16 @@ struct content {
     bool has_previous;
     struct kept *kept; /* [n_kept], oldest first */
     int n_kept;
+    char *data; /* [n_data], of an item; else NULL */
+    size_t n_data;
+    uint8_t after[JOURNAL_KEY_BYTES]; /* of an item: the session it follows; zeros: none */
+    uint64_t after_version;
 };
 
 struct session {
     char id[SESSION_ID_BYTES];
     uint8_t key[JOURNAL_KEY_BYTES]; /* the id's digits */
+    enum session_kind kind;
     int owner;
     uint8_t owner_tag[SESSION_OWNER_BYTES];
     int64_t created, idle_s;
@@ -48,6 +54,7 @@ struct session {
     struct content now;
     bool in_turn;                  /* or in a change */
     bool is_new;                   /* not there before its change is done */
+    bool is_dropped;               /* to be deleted when it is idle: an item */
     char *why;                     /* lost, for this reason; else NULL */
     struct session *chain;         /* of the hash table */
     struct session *older, *newer; /* by creation, or in a shared store by when it came here */
@@ -66,7 +73,7 @@ struct sessions {
     struct session **buckets; /* [n_buckets], a power of two */
     size_t n_buckets;
     struct session *newest, *oldest;
-    int n;
+    int n, n_items;              /* users' sessions, and the others */
     struct session_quota *quota; /* what owners have; counted from the end of recovery on */
     int n_pending;               /* changes in the journal's hands */
     bool wants_whole;            /* the journal is to be written as a whole, when none is pending */
@@ -79,7 +86,9 @@ struct sessions {
 
 /* ---- session.c ---- */
 
-void session_name(struct session *s); /* its id, from its key */
+void session_name(struct session *s);                                /* its id, from its key */
+void session_tag_owner(const struct sessions *t, struct session *s); /* from its owner */
+struct session *session_find(const struct sessions *t, const char *id);
 struct session *session_find_key(const struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES]);
 void session_enter(struct sessions *t, struct session *s);
 void session_leave(struct sessions *t, struct session *s); /* frees it */
@@ -88,7 +97,8 @@ void session_end_turn(struct session *s, struct session_turn *turn);
 struct image *session_hold_image(struct image *image); /* keep, or NULL */
 void content_free(struct content *c);
 /* Its states come to, or go from, what the owner has: change is 1 or -1. */
-void content_count(struct sessions *t, int owner, const struct content *c, int change);
+void content_count(struct sessions *t, const struct session *s, const struct content *c,
+                   int change);
 enum status content_copy(const struct content *c, struct content *out, struct error *err);
 void session_describe(const struct session *s, struct session_info *out); /* metadata borrowed */
 enum status session_describe_copy(const struct session *s, struct session_info *out,
@@ -97,6 +107,7 @@ enum status session_describe_copy(const struct session *s, struct session_info *
 struct session *session_find_owned(const struct sessions *t, const char *id, int owner);
 enum status session_not_found(const char *id, struct error *err);
 int64_t session_now_s(void);
+void session_set_image(struct image **place, struct image *image); /* kept in its place */
 
 /* ---- session_change.c ---- */
 
@@ -118,6 +129,9 @@ struct change {
 enum status change_new(struct change **out, struct session *s, session_done *done, void *context,
                        struct error *err);
 void change_free(struct change *c);
+/* Hand a change in that is ready, or was refused, as st says: whatever it is, the lock is given
+ * back and the change is its journal's, done or gone. Returns st. */
+enum status change_hand_in(struct sessions *t, struct change *c, enum status st);
 /* Hand it in, with a new state's origin in its payload already. Without a store it is done now.
  * Called with the lock held; returns what is to be finished, without it, by change_finish. */
 struct change *change_submit(struct sessions *t, struct change *c);

@@ -9,6 +9,8 @@
  *            metadata as text. An image of zeros is the state before any token.
  *   DELETE   nothing
  *   LOST     owner[16], why as text
+ *   ITEM     kind u32, after[16] (zeros: none), after_version u64, n u64, data[n]: the SESSION
+ *            before it is an item
  *
  * A text is its length (u32) and its bytes. The entry's key is the session's id.
  */
@@ -18,7 +20,7 @@
 
 #include "engine/session_private.h"
 
-enum kind { ORIGIN = 1, SESSION = 2, DELETE = 3, LOST = 4 };
+enum kind { ORIGIN = 1, SESSION = 2, DELETE = 3, LOST = 4, ITEM = 5 };
 enum { MAX_TEXT = 1 << 20 };
 
 static const uint8_t no_name[IMAGE_NAME_BYTES];
@@ -79,6 +81,14 @@ void record_session(struct bytes *out, const struct session *s, const struct con
         put_text(out, c->kept[i].about.name);
     }
     put_text(out, s->metadata);
+    if (s->kind == SESSION_OF_USER)
+        return;
+    pack_u32(out, ITEM);
+    pack_u32(out, s->kind);
+    bytes_append(out, c->after, sizeof(c->after));
+    pack_u64(out, c->after_version);
+    pack_u64(out, c->n_data);
+    bytes_append(out, c->data, c->n_data);
 }
 
 void record_delete(struct bytes *out)
@@ -307,6 +317,28 @@ static enum status read_session(struct sessions *t, struct session *s, struct un
     return STATUS_OK;
 }
 
+static enum status read_item(struct sessions *t, struct session *s, struct unpack *u,
+                             struct error *err)
+{
+    uint32_t kind = unpack_u32(u);
+    unpack_raw(u, s->now.after, sizeof(s->now.after));
+    s->now.after_version = unpack_u64(u);
+    uint64_t n = unpack_u64(u);
+    const char *at = n < JOURNAL_MAX_PAYLOAD ? unpack_skip(u, n) : NULL;
+    u->failed |= !at || kind == SESSION_OF_USER || kind > SESSION_PRESET;
+    char *data = u->failed ? NULL : malloc(n + 1);
+    if (!data)
+        return u->failed ? STATUS_OK : fail(err, STATUS_NOMEM, "out of memory for a stored item");
+    memcpy(data, at, n);
+    free(s->now.data);
+    s->now.data = data;
+    s->now.n_data = n;
+    t->n -= s->kind == SESSION_OF_USER;
+    t->n_items += s->kind == SESSION_OF_USER;
+    s->kind = (enum session_kind)kind;
+    return STATUS_OK;
+}
+
 static struct session *session_for(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES])
 {
     struct session *s = session_find_key(t, key);
@@ -363,6 +395,8 @@ enum status record_read(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES]
             st = read_origin(t, &u, err);
         else if (kind == SESSION)
             st = read_session(t, s, &u, err);
+        else if (kind == ITEM)
+            st = read_item(t, s, &u, err);
         else if (kind == LOST)
             st = read_lost(t, s, &u, err);
         else if (kind == DELETE && u.at == u.end)
@@ -400,8 +434,8 @@ static enum status find_lost(struct sessions *t, struct session_found *found, st
     for (struct session *s = t->oldest; s; s = s->newer) {
         if (record_find_lost(s, err))
             return err->status;
-        found->n_lost += s->why != NULL;
-        found->n_sessions++;
+        found->n_lost += s->why && s->kind == SESSION_OF_USER;
+        found->n_sessions += s->kind == SESSION_OF_USER;
     }
     return STATUS_OK;
 }
@@ -410,8 +444,9 @@ static enum status find_lost(struct sessions *t, struct session_found *found, st
 static void count_owners(struct sessions *t)
 {
     for (struct session *s = t->oldest; s; s = s->newer) {
-        session_quota_count_session(t->quota, s->owner, 1);
-        content_count(t, s->owner, &s->now, 1);
+        if (s->kind == SESSION_OF_USER)
+            session_quota_count_session(t->quota, s->owner, 1);
+        content_count(t, s, &s->now, 1);
     }
 }
 

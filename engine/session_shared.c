@@ -155,7 +155,7 @@ static void count(struct sessions *t, const struct session *s, int change)
     if (!s)
         return;
     session_quota_count_session(t->quota, s->owner, change);
-    content_count(t, s->owner, &s->now, change);
+    content_count(t, s, &s->now, change);
 }
 
 /* With the lock held. */

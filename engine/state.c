@@ -183,24 +183,33 @@ static void hide_unreached(const struct state_entry *e, uint64_t position, float
             values[i] = e->kind == STATE_LATENT_M ? -INFINITY : 0.0f;
 }
 
+/* raw are narrow values at the end of out: a block of them is taken before others are written, and
+ * what is written never reaches what was not taken. */
+static void widen(float *out, const unsigned char *raw, enum dtype dtype, size_t n_values)
+{
+    enum { BLOCK = 256 };
+    unsigned char block[BLOCK * sizeof(float)];
+    const size_t width = dtype_bytes(dtype);
+    for (size_t i = 0; i < n_values; i += BLOCK) {
+        size_t n = n_values - i < BLOCK ? n_values - i : BLOCK;
+        memcpy(block, raw + i * width, n * width);
+        dtype_to_f32(out + i, block, dtype, n);
+    }
+}
+
 enum status state_read(const struct state *s, int slot, int entry, float *out, struct error *err)
 {
     CHECK(slot >= 0 && slot < s->n_slots && entry >= 0 && entry < s->n_entries);
     const struct state_entry *e = &s->entries[entry];
     const size_t n_values = (size_t)e->slab->row_values, n = row_bytes(e->slab);
-    /* Narrow values are read into the end of out and widened from the front: the write never
-     * overtakes the read. */
+    /* Narrow values are read into the end of out and widened from the front. */
     unsigned char *raw = (unsigned char *)(out + n_values) - n;
     enum status st =
         s->backend->ops->read(s->backend, raw, e->slab->buffer, n * (size_t)slot, n, err);
     if (st)
         return st;
-    const size_t width = dtype_bytes(e->slab->dtype);
-    for (size_t i = 0; e->slab->dtype != DTYPE_F32 && i < n_values; i++) {
-        float value;
-        dtype_to_f32(&value, raw + i * width, e->slab->dtype, 1);
-        out[i] = value;
-    }
+    if (e->slab->dtype != DTYPE_F32)
+        widen(out, raw, e->slab->dtype, n_values);
     hide_unreached(e, s->positions[slot], out);
     return STATUS_OK;
 }

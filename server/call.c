@@ -158,6 +158,7 @@ static void call_free(struct call *c)
     call_prefix_free(c);
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
+    image_drop(c->base);
     image_release(c->from);
     image_release(c->into);
     image_release(c->left);
@@ -526,34 +527,85 @@ static void on_committed(void *context, const struct session_outcome *outcome)
         after_commit(c);
 }
 
+static void on_response_saved(void *context, const struct session_outcome *outcome)
+{
+    struct call *c = context;
+    c->committing = false;
+    if (outcome->error.status) {
+        responses_remove(c->routes->responses, c->response); /* nobody goes on from it */
+        end_turn(c, &outcome->error);
+    } else {
+        after_commit(c);
+    }
+}
+
+/* A stored response goes into the store as it will be once it has ended. */
+static enum status save_response(struct call *c, struct image *image, const struct stream_end *end,
+                                 struct error *err)
+{
+    struct bytes data = {0};
+    enum response_status how = end->by_limit ? RESPONSE_INCOMPLETE : RESPONSE_COMPLETED;
+    response_pack(&data, c->response, how, time(NULL));
+    const struct session_item item = {.kind = SESSION_RESPONSE,
+                                      .name = c->response->id,
+                                      .owner = c->owner,
+                                      .keep_s = c->routes->options->response_ttl,
+                                      .data = data.data,
+                                      .n_data = data.n,
+                                      .image = image,
+                                      .parent = c->from,
+                                      .tokens = end->tokens,
+                                      .n_chunked = end->n_chunked,
+                                      .n_single = end->n_single};
+    enum status st =
+        data.failed ? fail(err, STATUS_NOMEM, "out of memory for a response") : STATUS_OK;
+    c->response->n_packed = data.n;
+    if (!st)
+        st = session_put_item(c->routes->storage.sessions, &item, on_response_saved, c, err);
+    bytes_free(&data);
+    return st;
+}
+
 static enum status commit_turn(void *context, struct image *image, const struct stream_end *end,
                                struct error *err)
 {
     struct call *c = context;
+    struct sessions *sessions = c->routes->storage.sessions;
+    bool saves = storage_has_items(&c->routes->storage) && c->response && c->response->stored;
     enum status st = STATUS_OK;
     image->tail = tail_of(c, end->last, end->by_token);
     if (c->request.return_state) {
         image_hold(image);
         c->left = image;
     }
-    if (c->response)
-        responses_settle(c->routes->responses, c->response, image);
     c->in_commit = true;
-    c->committing = c->turn.active;
-    if (c->turn.active)
-        st = session_commit(c->routes->storage.sessions, &c->turn, image, end->tokens,
-                            end->n_chunked, end->n_single, on_committed, c, err);
-    else
+    c->committing = c->turn.active || saves;
+    if (c->turn.active) {
+        once_note_turn(c->routes, c->outcome, &c->turn);
+        st = session_commit(sessions, &c->turn, image, end->tokens, end->n_chunked, end->n_single,
+                            on_committed, c, err);
+    } else if (saves) {
+        st = save_response(c, image, end, err);
+    } else {
         after_commit(c);
+    }
+    if (!st && c->response)
+        responses_settle(c->routes->responses, c->response, image);
     c->in_commit = false;
     if (st)
         c->committing = false;
     return st;
 }
 
+/* The state that it continues, wherever that is; NULL for one that came with the request. */
+static struct image *kept_from(const struct call *c)
+{
+    return c->turn.active ? c->turn.from : c->base;
+}
+
 struct image *call_from(const struct call *c)
 {
-    return c->turn.active ? c->turn.from : c->from;
+    return kept_from(c) ? kept_from(c) : c->from;
 }
 
 static void open_turn(struct call *c, struct stream_setup *setup)
@@ -669,13 +721,16 @@ static void fetch_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
     struct storage *storage = &c->routes->storage;
-    if (c->turn.from && !c->from) {
-        c->status = state_store_hold(storage->store, c->model->engine, c->turn.from, &c->error);
-        c->from = c->status ? NULL : c->turn.from;
+    struct image *from = kept_from(c);
+    if (from && !c->from) {
+        c->status = state_store_hold(storage->store, c->model->engine, from, &c->error);
+        c->from = c->status ? NULL : from;
         if (c->status == STATUS_LOST)
-            fail_context(&c->error, "Session '%s' cannot be read from the store", c->turn.id);
+            fail_context(&c->error, "%s%s%s cannot be read from the store",
+                         c->turn.active ? "Session '" : "The state to go on from",
+                         c->turn.active ? c->turn.id : "", c->turn.active ? "'" : "");
     }
-    if (!c->status)
+    if (!c->status && c->leaves_state)
         c->status = image_new_wait(&c->into, &storage->images, FETCH_WAIT_MS, &c->error);
 }
 
@@ -695,19 +750,18 @@ static void on_fetched(struct work_item *item)
 static void fetch_states(struct call *c)
 {
     struct error err;
-    bool files_response = c->response && (c->request.store || c->from);
-    if (!c->turn.active && !c->request.return_state && !files_response) {
-        start_generation(c);
-        return;
-    }
-    if (c->turn.from && image_try_hold(c->turn.from))
-        c->from = c->turn.from;
-    bool is_here = !c->turn.from || c->from;
-    enum status st = is_here ? image_new(&c->into, &c->routes->storage.images, &err) : STATUS_BUSY;
+    struct image *from = kept_from(c);
+    bool files_response = c->response && (c->request.store || call_from(c));
+    c->leaves_state = c->turn.active || c->request.return_state || files_response;
+    if (from && !c->from && image_try_hold(from))
+        c->from = from;
+    enum status st = !from || c->from ? STATUS_OK : STATUS_BUSY;
+    if (!st && c->leaves_state)
+        st = image_new(&c->into, &c->routes->storage.images, &err);
     if (!st) {
         start_generation(c);
     } else if (st == STATUS_BUSY && c->routes->storage.store) {
-        if (c->turn.from && c->from) { /* who waits for memory keeps others' waiting short */
+        if (from && c->from) { /* who waits for memory keeps others' waiting short */
             image_release(c->from);
             c->from = NULL;
         }

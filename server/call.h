@@ -88,8 +88,10 @@ struct call {
     char waits_for[SESSION_ID_BYTES]; /* the session whose turn is to end first, or empty */
     struct call *line_next;           /* behind this one */
     struct session_turn turn;         /* of a request with session_id, while it is under way */
-    struct image *from, *into;    /* the states before and after it, held; without a turn, from is
-                                   * what the prompts continue, or NULL */
+    struct image *base; /* what the prompts continue without a turn, kept: of a preset, or of the
+                         * response before; or NULL */
+    struct image *from, *into;    /* the states before and after, held; from may be nobody else's */
+    bool leaves_state;            /* into is wanted */
     struct image *left;           /* the state to give back, held: into, or what a replay left */
     struct bytes state;           /* its text */
     struct codec_session session; /* where the session is after the turn */

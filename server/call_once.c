@@ -1,9 +1,12 @@
 /* call_once.c - see call_once.h */
 #include "server/call_once.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/base/pack.h"
+#include "server/log.h"
 #include "server/metrics.h"
 
 /* A repetition, while the first one runs. In routes->waiters; in no particular order of keys. */
@@ -232,4 +235,135 @@ void once_end_stream(struct routes *r, struct outcome *o, const struct error *er
         once_forget(r, o);
     else
         outcome_end_stream(o);
+}
+
+/* ---- in the store ----------------------------------------------------------------------------
+ *
+ *   stored u64, http_status u32, body_hash u64[2], has_body u32, then the texts path, key, stream
+ *   id and body, each with its length u64. */
+
+enum { NAME_BYTES = OUTCOME_MAX_KEY + 128 };
+
+static void write_name(char out[NAME_BYTES], const struct outcome_record *record)
+{
+    snprintf(out, NAME_BYTES, "%d %s %s", record->key.owner, record->key.path, record->key.key);
+}
+
+static void put_text(struct bytes *out, const char *text, size_t n)
+{
+    pack_u64(out, n);
+    bytes_append(out, text, n);
+}
+
+static void pack_record(struct bytes *out, const struct outcome_record *record)
+{
+    pack_u64(out, (uint64_t)record->stored);
+    pack_u32(out, (uint32_t)record->http_status);
+    pack_u64(out, record->key.body_hash[0]);
+    pack_u64(out, record->key.body_hash[1]);
+    pack_u32(out, record->body != NULL);
+    put_text(out, record->key.path, strlen(record->key.path));
+    put_text(out, record->key.key, strlen(record->key.key));
+    put_text(out, record->stream_id, strlen(record->stream_id));
+    put_text(out, record->body, record->n_body);
+}
+
+/* turn NULL: it is certain. Nobody waits for this; when it fails a repetition after a restart is
+ * a request like any other, unless the turn itself fails. */
+static void write_record(struct routes *r, const struct outcome_record *record,
+                         const struct session_turn *turn)
+{
+    char name[NAME_BYTES];
+    struct bytes data = {0};
+    struct error err;
+    write_name(name, record);
+    pack_record(&data, record);
+    const struct session_item item = {.kind = SESSION_OUTCOME,
+                                      .name = name,
+                                      .owner = record->key.owner,
+                                      .keep_s = r->options->idempotency_ttl,
+                                      .data = data.data,
+                                      .n_data = data.n,
+                                      .after_id = turn ? turn->id : NULL,
+                                      .after_version = turn ? turn->version + 1 : 0};
+    enum status st = data.failed ? fail(&err, STATUS_NOMEM, "out of memory") : STATUS_OK;
+    if (!st)
+        st = session_put_item(r->storage.sessions, &item, NULL, NULL, &err);
+    if (st)
+        log_event(LOG_WARN, "store", "the outcome of a request is not written: %s", err.text);
+    bytes_free(&data);
+}
+
+void once_note_turn(struct routes *r, const struct outcome *o, const struct session_turn *turn)
+{
+    struct outcome_record record;
+    if (!o || !storage_has_items(&r->storage))
+        return;
+    outcome_record(o, &record);
+    record.stored = time(NULL);
+    record.http_status = 200;
+    write_record(r, &record, turn);
+}
+
+void once_changed(void *routes, const struct outcome *o, bool is_gone)
+{
+    struct routes *r = routes;
+    struct outcome_record record;
+    char name[NAME_BYTES];
+    if (!storage_has_items(&r->storage))
+        return;
+    outcome_record(o, &record);
+    write_name(name, &record);
+    if (is_gone)
+        session_drop_item(r->storage.sessions, SESSION_OUTCOME, name);
+    else
+        write_record(r, &record, NULL);
+}
+
+/* A copy with an end, which the caller frees; NULL when it is not there. */
+static char *take_text(struct unpack *u, size_t *n)
+{
+    *n = unpack_u64(u);
+    const char *at = *n <= (size_t)(u->end - u->at) ? unpack_skip(u, *n) : NULL;
+    char *text = at ? malloc(*n + 1) : NULL;
+    u->failed |= !text;
+    if (!text)
+        return NULL;
+    memcpy(text, at, *n);
+    text[*n] = 0;
+    return text;
+}
+
+static bool restore(void *context, const struct session_item *item, int64_t created)
+{
+    (void)created;
+    struct routes *r = context;
+    struct unpack u = {.at = item->data, .end = item->data + item->n_data};
+    struct outcome_record record = {.key.owner = item->owner};
+    struct error err;
+    size_t n;
+    if (item->owner < -1)
+        return true; /* no key of today's has it */
+    record.stored = (int64_t)unpack_u64(&u);
+    record.http_status = (int)unpack_u32(&u);
+    record.key.body_hash[0] = unpack_u64(&u);
+    record.key.body_hash[1] = unpack_u64(&u);
+    bool has_body = unpack_u32(&u);
+    char *path = take_text(&u, &n), *key = take_text(&u, &n), *stream = take_text(&u, &n);
+    char *body = take_text(&u, &record.n_body);
+    record.key.path = path;
+    record.key.key = key;
+    record.stream_id = stream;
+    record.body = has_body ? body : NULL;
+    bool good = !u.failed && !outcomes_restore(r->outcomes, &record, &err);
+    free(path);
+    free(key);
+    free(stream);
+    free(body);
+    return good;
+}
+
+void once_restore(struct routes *r)
+{
+    sessions_each_item(r->storage.sessions, SESSION_OUTCOME, restore, r);
 }

@@ -28,6 +28,13 @@ void once_end_stream(struct routes *r, struct outcome *o, const struct error *er
 /* Its events may be read. Accepts NULL. */
 void once_begin_stream(struct routes *r, struct outcome *o, const char *stream_id);
 
+/* A turn of a session is about to be committed, with this outcome: a store has that first, so that
+ * no restart lets a repetition through. Accepts NULL. */
+void once_note_turn(struct routes *r, const struct outcome *o, const struct session_turn *turn);
+/* The outcomes that the store has; and, as outcomes_options.changed, telling it. */
+void once_restore(struct routes *r);
+void once_changed(void *routes, const struct outcome *o, bool is_gone);
+
 void once_run_ready(struct routes *r); /* with every notification */
 void once_on_tick(struct routes *r);   /* about once a second */
 

@@ -254,7 +254,7 @@ static enum status find_previous(struct call *c, struct response_instructions *i
     const struct codec_request *q = &c->request;
     struct response_instructions chain;
     enum status st = responses_state(c->routes->responses, q->previous_response_id, c->owner,
-                                     time(NULL), &c->from, &chain, &c->error);
+                                     time(NULL), &c->base, &chain, &c->error);
     if (st) {
         c->code = st == STATUS_CONFLICT ? NULL : "previous_response_not_found";
         snprintf(c->error.field, sizeof(c->error.field), "previous_response_id");
@@ -289,7 +289,7 @@ static enum status prepare_response(struct call *c)
     c->response->model = c->model->name;
     c->response->instructions = instructions;
     c->response->lists_ids = q->return_token_ids;
-    c->response->cached_tokens = (int64_t)image_length(c->from);
+    c->response->cached_tokens = (int64_t)image_length(call_from(c));
     return STATUS_OK;
 }
 
@@ -353,7 +353,7 @@ static enum status read_state(struct call *c)
 static enum status find_preset(struct call *c)
 {
     enum status st =
-        presets_find(c->routes->presets, c->request.from_preset, &c->from, NULL, &c->error);
+        presets_find(c->routes->presets, c->request.from_preset, &c->base, NULL, &c->error);
     if (st == STATUS_NOT_FOUND) {
         c->code = "preset_not_found";
         snprintf(c->error.field, sizeof(c->error.field), "from.preset");

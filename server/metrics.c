@@ -64,31 +64,52 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
 
 struct histogram_row {
     const char *name, *help;
+    const char *label; /* name="value" of a family's member, whose rows are neighbours; or NULL */
     double bounds[MAX_BUCKETS]; /* rising, ends at the first 0; +Inf follows by itself */
 };
 
+#define FIRST_TOKEN_BOUNDS                                                                         \
+    {                                                                                              \
+        0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80              \
+    }
+#define TURN_ROW(i, range)                                                                         \
+    [METRIC_TURN_FIRST_TOKEN + i] = {                                                              \
+        "latte_turn_first_token_seconds",                                                          \
+        "From the arrival of a request that goes on from a state to its first token, by the "      \
+        "tokens that the state had seen.",                                                         \
+        "position=\"" range "\"", FIRST_TOKEN_BOUNDS}
+
 static const struct histogram_row histogram_rows[METRIC_HISTOGRAM_COUNT] = {
     [METRIC_TIME_TO_FIRST_TOKEN] = {"latte_time_to_first_token_seconds",
-                                    "From a request's arrival to a choice's first token.",
-                                    {0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5,
-                                     10, 20, 40, 80}},
+                                    "From a request's arrival to a choice's first token.", NULL,
+                                    FIRST_TOKEN_BOUNDS},
+    TURN_ROW(0, "0-999"),
+    TURN_ROW(1, "1000-9999"),
+    TURN_ROW(2, "10000-99999"),
+    TURN_ROW(3, "100000-999999"),
+    TURN_ROW(4, "1000000-"),
     [METRIC_TIME_PER_TOKEN] = {"latte_time_per_output_token_seconds",
                                "Mean time between the tokens of a choice.",
+                               NULL,
                                {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
                                 0.1, 0.25, 0.5, 1, 2.5}},
     [METRIC_E2E_LATENCY] = {"latte_e2e_request_latency_seconds",
                             "From a request's arrival to the end of a choice.",
+                            NULL,
                             {0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320,
                              640}},
     [METRIC_QUEUE_TIME] = {"latte_request_queue_time_seconds",
                            "From submission to a slot, by choice.",
+                           NULL,
                            {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
                             30, 60, 120}},
     [METRIC_PROMPT_LENGTH] = {"latte_request_prompt_tokens",
                               "Prompt tokens of a choice.",
+                              NULL,
                               {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
     [METRIC_OUTPUT_LENGTH] = {"latte_request_generation_tokens",
                               "Output tokens of a choice.",
+                              NULL,
                               {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
 };
 
@@ -151,6 +172,14 @@ void metrics_observe(enum metric_histogram histogram, double value)
     uint64_t old = atomic_load_explicit(&h->sum_bits, memory_order_relaxed);
     while (!atomic_compare_exchange_weak(&h->sum_bits, &old, as_bits(as_double(old) + value)))
         continue;
+}
+
+void metrics_observe_turn(uint64_t position, double seconds)
+{
+    int i = 0;
+    for (uint64_t bound = 1000; i < METRIC_POSITIONS - 1 && position >= bound; bound *= 10)
+        i++;
+    metrics_observe(METRIC_TURN_FIRST_TOKEN + i, seconds);
 }
 
 /* Methods are the client's to choose: what is not usual counts as "other". */
@@ -222,17 +251,21 @@ static void write_histogram(struct bytes *out, enum metric_histogram which)
 {
     const struct histogram_row *row = &histogram_rows[which];
     struct histogram *h = &histograms[which];
-    write_head(out, row->name, "histogram", row->help);
+    const char *label = row->label ? row->label : "", *comma = row->label ? "," : "";
+    if (!which || strcmp(row->name, row[-1].name) != 0)
+        write_head(out, row->name, "histogram", row->help);
     uint64_t total = 0;
     for (int i = 0; i < MAX_BUCKETS && row->bounds[i] > 0; i++) {
         total += atomic_load_explicit(&h->counts[i], memory_order_relaxed);
-        bytes_format(out, "%s_bucket{le=\"%g\"} %" PRIu64 "\n", row->name, row->bounds[i], total);
+        bytes_format(out, "%s_bucket{%s%sle=\"%g\"} %" PRIu64 "\n", row->name, label, comma,
+                     row->bounds[i], total);
     }
     total += atomic_load_explicit(&h->counts[MAX_BUCKETS], memory_order_relaxed);
-    bytes_format(out, "%s_bucket{le=\"+Inf\"} %" PRIu64 "\n%s_sum %.15g\n%s_count %" PRIu64 "\n",
-                 row->name, total, row->name,
-                 as_double(atomic_load_explicit(&h->sum_bits, memory_order_relaxed)), row->name,
-                 total);
+    bytes_format(out, "%s_bucket{%s%sle=\"+Inf\"} %" PRIu64 "\n", row->name, label, comma, total);
+    const char *open = row->label ? "{" : "", *close = row->label ? "}" : "";
+    double sum = as_double(atomic_load_explicit(&h->sum_bits, memory_order_relaxed));
+    bytes_format(out, "%s_sum%s%s%s %.15g\n", row->name, open, label, close, sum);
+    bytes_format(out, "%s_count%s%s%s %" PRIu64 "\n", row->name, open, label, close, total);
 }
 
 static void write_series(struct bytes *out)

@@ -40,6 +40,9 @@ enum metric_counter {
     METRIC_COUNTER_COUNT
 };
 
+/* Ages of states, in tokens: under 1,000, 10,000, 100,000, 1,000,000, and beyond. */
+enum { METRIC_POSITIONS = 5 };
+
 enum metric_histogram {
     METRIC_TIME_TO_FIRST_TOKEN, /* latte_time_to_first_token_seconds */
     METRIC_TIME_PER_TOKEN,      /* latte_time_per_output_token_seconds: mean over a choice */
@@ -47,11 +50,15 @@ enum metric_histogram {
     METRIC_QUEUE_TIME,          /* latte_request_queue_time_seconds */
     METRIC_PROMPT_LENGTH,       /* latte_request_prompt_tokens */
     METRIC_OUTPUT_LENGTH,       /* latte_request_generation_tokens */
+    METRIC_TURN_FIRST_TOKEN,    /* latte_turn_first_token_seconds{position}: see below */
+    METRIC_TURN_FIRST_TOKEN_END = METRIC_TURN_FIRST_TOKEN + METRIC_POSITIONS - 1,
     METRIC_HISTOGRAM_COUNT
 };
 
 void metrics_add(enum metric_counter counter, uint64_t n);
 void metrics_observe(enum metric_histogram histogram, double value);
+/* From the arrival of a request that goes on from a state of so many tokens to its first token. */
+void metrics_observe_turn(uint64_t position, double seconds);
 
 /* latte_http_requests_total{method, route, code}: route is the pattern of routes.c ("other"
  * for what matched none); at most a fixed number of series. */

@@ -75,6 +75,13 @@ static void drop_body(struct outcome *o)
     o->n_body = 0;
 }
 
+static void tell(const struct outcome *o, bool is_gone)
+{
+    const struct outcomes_options *options = &o->table->options;
+    if (options->changed)
+        options->changed(options->context, o, is_gone);
+}
+
 static void unlink_stored(struct outcome *o)
 {
     struct outcomes *t = o->table;
@@ -87,6 +94,7 @@ static void unlink_stored(struct outcome *o)
 void outcome_forget(struct outcome *o)
 {
     struct outcomes *t = o->table;
+    tell(o, true);
     struct outcome **link = bucket_of(t, o->path, o->key, o->owner);
     while (*link != o)
         link = &(*link)->bucket_next;
@@ -107,6 +115,7 @@ static void keep_limit(struct outcomes *t)
             t->bodies = t->bodies->newer;
         if (t->bodies && t->record_bytes <= t->options.limit_bytes / 2) {
             drop_body(t->bodies);
+            tell(t->bodies, false);
         } else {
             metrics_add(METRIC_OUTCOMES_EVICTED, 1);
             outcome_forget(t->oldest);
@@ -154,6 +163,8 @@ enum status outcomes_open(struct outcomes **out, const struct outcomes_options *
 
 void outcomes_close(struct outcomes *t)
 {
+    if (t)
+        t->options.changed = NULL;
     while (t && t->oldest)
         outcome_forget(t->oldest);
     free(t);
@@ -210,6 +221,7 @@ void outcome_end_stream(struct outcome *o)
 {
     CHECK(o->state == OUTCOME_STREAMING);
     link_stored(o, now_s());
+    tell(o, false);
     keep_limit(o->table);
 }
 
@@ -219,6 +231,7 @@ void outcome_store(struct outcome *o, int http_status, const char *body, size_t 
     o->http_status = http_status;
     keep_body(o, body, n);
     link_stored(o, now_s());
+    tell(o, false);
     keep_limit(o->table);
 }
 

@@ -40,7 +40,7 @@ void presets_close(struct presets *p)
     if (!p)
         return;
     for (int i = 0; i < p->n; i++)
-        image_release(p->items[i].image);
+        image_unpin(p->items[i].image);
     pthread_mutex_destroy(&p->lock);
     free(p->items);
     free(p);
@@ -94,29 +94,51 @@ static enum status make_room(const struct presets *p, const char *name, bool is_
     return STATUS_OK;
 }
 
-enum status presets_put(struct presets *p, const char *name, struct image *image, bool is_fixed,
-                        struct preset_info *out, struct error *err)
+enum status presets_check(struct presets *p, const char *name, bool is_fixed, struct error *err)
 {
-    struct image *before = NULL;
     enum status st = check_name(name, err);
     if (st)
         return st;
     pthread_mutex_lock(&p->lock);
     st = make_room(p, name, is_fixed, err);
+    pthread_mutex_unlock(&p->lock);
+    return st;
+}
+
+/* Without the lock. about: all but the position. */
+static enum status put(struct presets *p, struct preset_info *about, struct image *image,
+                       struct error *err)
+{
+    struct image *before = NULL;
+    pthread_mutex_lock(&p->lock);
+    enum status st = make_room(p, about->name, about->is_fixed, err);
     if (!st) {
-        struct preset *old = find(p, name), *item = old ? old : &p->items[p->n++];
+        struct preset *old = find(p, about->name), *item = old ? old : &p->items[p->n++];
         before = item->image;
-        image_hold(image);
-        *item = (struct preset){.image = image,
-                                .about = {.position = image_length(image),
-                                          .created = (int64_t)time(NULL),
-                                          .is_fixed = is_fixed}};
-        snprintf(item->about.name, sizeof(item->about.name), "%s", name);
-        *out = item->about;
+        image_pin(image);
+        about->position = image_length(image);
+        *item = (struct preset){.image = image, .about = *about};
     }
     pthread_mutex_unlock(&p->lock);
-    image_release(before);
+    image_unpin(before);
     return st;
+}
+
+enum status presets_put(struct presets *p, const char *name, struct image *image, bool is_fixed,
+                        struct preset_info *out, struct error *err)
+{
+    *out = (struct preset_info){.created = (int64_t)time(NULL), .is_fixed = is_fixed};
+    snprintf(out->name, sizeof(out->name), "%s", name);
+    enum status st = check_name(name, err); /* of the whole, which may be longer */
+    return st ? st : put(p, out, image, err);
+}
+
+enum status presets_restore(struct presets *p, const char *name, struct image *image,
+                            int64_t created, struct error *err)
+{
+    struct preset_info about = {.created = created};
+    snprintf(about.name, sizeof(about.name), "%s", name);
+    return put(p, &about, image, err);
 }
 
 enum status presets_find(struct presets *p, const char *name, struct image **image,
@@ -126,7 +148,7 @@ enum status presets_find(struct presets *p, const char *name, struct image **ima
     const struct preset *found = find(p, name);
     enum status st = found ? STATUS_OK : not_found(name, err);
     if (found && image) {
-        image_hold(found->image);
+        image_keep(found->image);
         *image = found->image;
     }
     if (found && info)
@@ -150,7 +172,7 @@ enum status presets_delete(struct presets *p, const char *name, struct error *er
     if (!st)
         p->items[p->n] = (struct preset){0};
     pthread_mutex_unlock(&p->lock);
-    image_release(image);
+    image_unpin(image);
     return st;
 }
 

@@ -119,9 +119,5 @@ enum status request_json_image(struct routes *r, const cJSON *object, const char
     }
     st = preset ? presets_find(r->presets, preset, out, NULL, err)
                 : session_image_of(r->storage.sessions, session, owner, snapshot, out, err);
-    if (preset && !st) {
-        image_keep(*out);
-        image_release(*out);
-    }
     return st == STATUS_NOT_FOUND ? rename_field(err, path) : st;
 }

@@ -53,7 +53,7 @@ void response_release(struct response *r)
     if (!r || atomic_fetch_sub(&r->n_references, 1) > 1)
         return;
     CHECK(!r->watchers);
-    image_release(r->image);
+    image_unpin(r->image);
     bytes_free(&r->echo);
     bytes_free(&r->items);
     bytes_free(&r->text);
@@ -246,6 +246,8 @@ static void leave(struct responses *t, struct response *r)
     line_remove(line_of(t, r->owner), r, OF_OWNER);
     t->n_bytes -= r->n_bytes;
     r->stored = false;
+    if (r->n_packed && t->options.on_leave)
+        t->options.on_leave(t->options.context, r->id);
     response_release(r);
 }
 
@@ -253,7 +255,8 @@ static void leave(struct responses *t, struct response *r)
 static void count(struct responses *t, struct response *r)
 {
     r->over = r->status != RESPONSE_IN_PROGRESS;
-    size_t n_bytes = response_bytes(r) + (r->image ? image_bytes(r->image->store) : 0);
+    size_t n_bytes =
+        response_bytes(r) + r->n_packed + (r->image ? image_bytes(r->image->store) : 0);
     t->n_bytes += n_bytes - r->n_bytes;
     r->n_bytes = n_bytes;
 }
@@ -271,6 +274,7 @@ void responses_close(struct responses *t)
 {
     if (!t)
         return;
+    t->options.on_leave = NULL;
     while (t->all.oldest)
         leave(t, t->all.oldest);
     pthread_mutex_destroy(&t->lock);
@@ -279,9 +283,9 @@ void responses_close(struct responses *t)
     free(t);
 }
 
-void responses_add(struct responses *t, struct response *r, int64_t now)
+/* With the lock held. */
+static void add(struct responses *t, struct response *r, int64_t now)
 {
-    pthread_mutex_lock(&t->lock);
     struct line *line = line_of(t, r->owner);
     if (line) {
         response_hold(r);
@@ -299,6 +303,21 @@ void responses_add(struct responses *t, struct response *r, int64_t now)
         t->n_dropped++;
     }
     keep_limits(t);
+}
+
+void responses_add(struct responses *t, struct response *r, int64_t now)
+{
+    pthread_mutex_lock(&t->lock);
+    add(t, r, now);
+    pthread_mutex_unlock(&t->lock);
+}
+
+void responses_restore(struct responses *t, struct response *r, struct image *image, int64_t stored)
+{
+    image_pin(image);
+    pthread_mutex_lock(&t->lock);
+    r->image = image;
+    add(t, r, stored);
     pthread_mutex_unlock(&t->lock);
 }
 
@@ -306,7 +325,7 @@ void responses_settle(struct responses *t, struct response *r, struct image *ima
 {
     pthread_mutex_lock(&t->lock);
     if (r->stored && !r->image) {
-        image_hold(image);
+        image_pin(image);
         r->image = image;
         count(t, r);
         keep_limits(t);
@@ -356,7 +375,7 @@ static enum status state(struct responses *t, const char *id, int owner, int64_t
     if (!r->image)
         return fail(err, STATUS_INVALID,
                     "Previous response '%s' failed; there is nothing to go on from.", id);
-    image_hold(r->image);
+    image_keep(r->image);
     *image = r->image;
     *instructions = r->instructions;
     return STATUS_OK;

@@ -10,7 +10,8 @@
  * as previous_response_id goes on from there, any number of times, for an image does not change.
  * Responses end with their time to live, or when their owner has too many or all together take too
  * much memory: then the oldest go. Owners are as in session.h: for all others a response is not
- * there. Nothing else of the server knows how the table keeps them.
+ * there. Nothing else of the server knows how the table keeps them. Where the server has a store
+ * it writes them down, too (response_pack), and is told of those that go.
  *
  * Threads: a response belongs to one thread until it is stored, then to the io thread.
  *          responses_state by any thread, also meanwhile: a lock guards the table and what it
@@ -93,11 +94,12 @@ struct response {
     bool lost; /* memory ran out */
 
     /* Guarded by the table's lock. */
-    struct image *image; /* the state after it, once it has ended well; owned */
+    struct image *image; /* the state after it, once it has ended well; kept */
     bool stored;
     bool over; /* it has ended, well or not */
     int64_t expires;
-    size_t n_bytes; /* as counted in the table */
+    size_t n_bytes;  /* as counted in the table */
+    size_t n_packed; /* bytes of it that are in the store */
     struct response *chain;
     struct response_neighbours links[2];
 };
@@ -140,6 +142,17 @@ struct response_page {
 enum status response_write_items(struct bytes *out, const struct response *r,
                                  const struct response_page *page, struct error *err);
 
+/* ---- bytes (responses_pack.c) -----------------------------------------------------------------
+ */
+
+/* One that is about to end with this status, for a store; the same on every machine. */
+void response_pack(struct bytes *out, const struct response *r, enum response_status status,
+                   int64_t completed);
+/* The response that was packed, ended, with one reference; its model's name is borrowed. INVALID
+ * for other bytes; NOMEM. */
+enum status response_unpack(struct response **out, const char *data, size_t n, const char *model,
+                            struct error *err);
+
 /* ---- the table --------------------------------------------------------------------------------
  */
 
@@ -148,16 +161,22 @@ struct responses;
 struct responses_options {
     int64_t ttl_s;
     int max_per_owner;
-    size_t max_bytes; /* of all, with their images */
+    size_t max_bytes;                                /* of all, with their images */
+    void (*on_leave)(void *context, const char *id); /* of one with n_packed that is forgotten; with
+                                                      * the table's lock held; or NULL */
+    void *context;
 };
 
 enum status responses_open(struct responses **out, const struct responses_options *options,
                            struct error *err);
-void responses_close(struct responses *t); /* accepts NULL */
+void responses_close(struct responses *t); /* accepts NULL; nobody is told */
 
 /* Store a response, which may still be in progress. Others may have to go for it. */
 void responses_add(struct responses *t, struct response *r, int64_t now);
-/* The state that the response leaves: the table holds it as long as the response. */
+/* Put back one that was stored then, with its image. */
+void responses_restore(struct responses *t, struct response *r, struct image *image,
+                       int64_t stored);
+/* The state that the response leaves: the table keeps it as long as the response. */
 void responses_settle(struct responses *t, struct response *r, struct image *image);
 /* It has grown, or ended: bring the count of its bytes up to date, and let others go. */
 void responses_count(struct responses *t, struct response *r);
@@ -167,7 +186,7 @@ void responses_remove(struct responses *t, struct response *r);
 /* A reference to a stored one, NULL when there is none of this owner. */
 struct response *responses_find(struct responses *t, const char *id, int owner, int64_t now);
 
-/* Where a response ended, for one that goes on from there: a reference to its image, and the
+/* Where a response ended, for one that goes on from there: its image, kept for the caller, and the
  * instructions of the chain. NOT_FOUND; CONFLICT while it is in progress; INVALID when it failed.
  */
 enum status responses_state(struct responses *t, const char *id, int owner, int64_t now,

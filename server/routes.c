@@ -309,13 +309,17 @@ enum status routes_open(struct routes **out, const struct options *options, stru
                                         .limit_one = (size_t)(options->stream_limit_mb * MEGABYTE)};
     const struct outcomes_options outcomes = {.limit_bytes =
                                                   (size_t)(options->idempotency_mb * MEGABYTE),
-                                              .keep_s = options->idempotency_ttl};
+                                              .keep_s = options->idempotency_ttl,
+                                              .changed = once_changed,
+                                              .context = r};
     size_t half_of_states = (size_t)options->host_state_mb << 19,
            response_bytes = (size_t)options->response_mb << 20;
     const struct responses_options responses = {
         .ttl_s = options->response_ttl,
         .max_per_owner = (int)options->max_responses,
         .max_bytes = response_bytes < half_of_states ? response_bytes : half_of_states,
+        .on_leave = routes_drop_response,
+        .context = r,
     };
     enum status st = options->openapi ? read_openapi(r, err) : STATUS_OK;
     if (!st)
@@ -400,6 +404,14 @@ static void fill_context(struct routes *r)
     };
 }
 
+/* What the store has beside sessions. */
+static void restore(struct routes *r, const char *model)
+{
+    routes_restore_presets(r);
+    routes_restore_responses(r, model);
+    once_restore(r);
+}
+
 enum status routes_publish(struct routes *r, const struct served_model *model, struct error *err)
 {
     engine_info(model->engine, &r->info);
@@ -414,6 +426,8 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
         st = routes_load_presets(r, err);
     if (st)
         return st;
+    if (storage_has_items(&r->storage))
+        restore(r, model->name);
     http_set_state_bytes(r->server, image_file_bytes(&r->storage.images));
     /* What decides a seed's outcome: the model, the program, and how it computes. */
     snprintf(r->fingerprint, sizeof(r->fingerprint), "fp_%.10s-%s-%s-%s-%s", r->info.fingerprint,

@@ -8,6 +8,7 @@
 
 #include "engine/base/file.h"
 #include "server/call.h"
+#include "server/log.h"
 #include "server/refresh.h"
 #include "server/request_json.h"
 #include "server/state_io.h"
@@ -99,11 +100,83 @@ static bool begin_change(struct http_request *http, struct routes *r)
     return false;
 }
 
+/* One that the store is to have first. */
+struct saving {
+    struct http_request *http; /* NULL once the request is over */
+    struct routes *routes;
+    char name[PRESET_NAME_BYTES];
+    struct image *image; /* kept */
+    bool is_waiting;
+};
+
+static void saving_free(struct saving *s)
+{
+    image_drop(s->image);
+    free(s);
+}
+
+static void saving_on_close(void *context, bool delivered)
+{
+    (void)delivered;
+    struct saving *s = context;
+    s->http = NULL;
+    if (!s->is_waiting)
+        saving_free(s);
+}
+
+static void on_saved(void *context, const struct session_outcome *outcome)
+{
+    struct saving *s = context;
+    struct routes *r = s->routes;
+    struct preset_info info;
+    struct error err = outcome->error;
+    s->is_waiting = false;
+    enum status st = err.status;
+    if (!st)
+        st = presets_put(r->presets, s->name, s->image, false, &info, &err);
+    if (s->http && st)
+        refuse(s->http, &err);
+    else if (s->http)
+        reply_preset(s->http, r, &info);
+    else
+        saving_free(s);
+}
+
+static void save_durably(struct http_request *http, struct routes *r, struct image *image)
+{
+    struct error err;
+    struct saving *s = calloc(1, sizeof(*s));
+    if (!s) {
+        call_refuse(http, STATUS_NOMEM, "out of memory for a request");
+        return;
+    }
+    *s = (struct saving){.http = http, .routes = r, .image = image, .is_waiting = true};
+    image_keep(image);
+    snprintf(s->name, sizeof(s->name), "%s", http_param(http));
+    const struct session_item item = {.kind = SESSION_PRESET,
+                                      .name = s->name,
+                                      .owner = -1,
+                                      .data = s->name,
+                                      .n_data = strlen(s->name),
+                                      .image = image};
+    http_on_close(http, saving_on_close, s);
+    enum status st = session_put_item(r->storage.sessions, &item, on_saved, s, &err);
+    if (!st)
+        return; /* the request is deferred: its state was read on a worker */
+    s->is_waiting = false;
+    refuse(http, &err);
+}
+
 static void save(struct http_request *http, struct routes *r, struct image *image)
 {
     struct preset_info info;
     struct error err;
-    if (presets_put(r->presets, http_param(http), image, false, &info, &err))
+    const char *name = http_param(http);
+    if (presets_check(r->presets, name, false, &err))
+        refuse(http, &err);
+    else if (storage_has_items(&r->storage))
+        save_durably(http, r, image);
+    else if (presets_put(r->presets, name, image, false, &info, &err))
         refuse(http, &err);
     else
         reply_preset(http, r, &info);
@@ -168,11 +241,35 @@ void preset_remove(struct http_request *http, void *context)
         refuse(http, &err);
         return;
     }
+    if (storage_has_items(&r->storage))
+        session_drop_item(r->storage.sessions, SESSION_PRESET, http_param(http));
     struct bytes body = {0};
     bytes_text(&body, "{\"name\":");
     bytes_json_string(&body, http_param(http), strlen(http_param(http)));
     bytes_text(&body, ",\"object\":\"preset.deleted\",\"deleted\":true}");
     call_reply_json(http, &body);
+}
+
+/* ---- those that were there before --------------------------------------------------------------
+ */
+
+static bool restore(void *context, const struct session_item *item, int64_t created)
+{
+    struct routes *r = context;
+    char name[PRESET_NAME_BYTES];
+    struct error err;
+    snprintf(name, sizeof(name), "%.*s", (int)item->n_data, item->data);
+    if (!item->image || presets_restore(r->presets, name, item->image, created, &err)) {
+        log_event(LOG_WARN, "store", "preset '%s' is left out: %s", name,
+                  item->image ? err.text : "its state is not there");
+        return false;
+    }
+    return true;
+}
+
+void routes_restore_presets(struct routes *r)
+{
+    sessions_each_item(r->storage.sessions, SESSION_PRESET, restore, r);
 }
 
 /* ---- those given at the start -------------------------------------------------------------------

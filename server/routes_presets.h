@@ -12,6 +12,9 @@ struct routes;
 /* context: struct routes. */
 http_handler presets_get_list, preset_get, preset_put, preset_remove;
 
+/* Those that the store has; once, after the fixed ones. */
+void routes_restore_presets(struct routes *r);
+
 /* Load those of --preset; an error names the one that does not fit, and why. Once, after the
  * image store was set up. */
 enum status routes_load_presets(struct routes *r, struct error *err);

@@ -194,3 +194,38 @@ void response_get_items(struct http_request *http, void *context)
     else
         call_reply_json(http, &body);
 }
+
+/* ---- in the store ---------------------------------------------------------------------------- */
+
+struct restoring {
+    struct routes *routes;
+    const char *model;
+};
+
+static bool restore(void *context, const struct session_item *item, int64_t created)
+{
+    const struct restoring *at = context;
+    struct response *response = NULL;
+    struct error err;
+    if (item->owner < -1)
+        return true; /* no key of today's has it */
+    if (!item->image || response_unpack(&response, item->data, item->n_data, at->model, &err))
+        return false;
+    response->owner = item->owner;
+    responses_restore(at->routes->responses, response, item->image, created);
+    response_release(response);
+    return true;
+}
+
+void routes_restore_responses(struct routes *r, const char *model)
+{
+    struct restoring at = {r, model};
+    sessions_each_item(r->storage.sessions, SESSION_RESPONSE, restore, &at);
+}
+
+void routes_drop_response(void *routes, const char *id)
+{
+    struct routes *r = routes;
+    if (storage_has_items(&r->storage))
+        session_drop_item(r->storage.sessions, SESSION_RESPONSE, id);
+}

@@ -8,6 +8,13 @@
 
 #include "server/http.h"
 
+struct routes;
+
 http_handler response_get, response_delete, response_get_items;
+
+/* The responses that the store has; the model's name is borrowed. And telling the store of one
+ * that is forgotten (responses_options). */
+void routes_restore_responses(struct routes *r, const char *model);
+void routes_drop_response(void *routes, const char *id);
 
 #endif

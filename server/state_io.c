@@ -16,7 +16,6 @@ struct transfer {
     struct image *image; /* held */
     struct error error;
     enum status status;
-    bool working;
 };
 
 static void transfer_free(struct transfer *t)
@@ -31,9 +30,7 @@ static void on_close(void *context, bool delivered)
 {
     (void)delivered;
     struct transfer *t = context;
-    t->http = NULL;
-    if (!t->working)
-        transfer_free(t);
+    t->http = NULL; /* a worker has it */
 }
 
 enum status state_io_parse(struct routes *r, const char *data, size_t n, struct image **out,
@@ -78,13 +75,14 @@ static void run(struct work_item *item)
 static void on_run(struct work_item *item)
 {
     struct transfer *t = (struct transfer *)item;
-    t->working = false;
-    if (!t->http)
-        transfer_free(t);
-    else if (t->status)
-        http_fail(t->http, &t->error, NULL);
-    else
-        t->done(t->http, t->routes, t->image);
+    struct http_request *http = t->http;
+    if (http)
+        http_on_close(http, NULL, NULL);
+    if (http && t->status)
+        http_fail(http, &t->error, NULL);
+    else if (http)
+        t->done(http, t->routes, t->image);
+    transfer_free(t);
 }
 
 /* Takes the source over. */
@@ -102,7 +100,6 @@ static void begin(struct http_request *http, struct routes *r, struct image *sou
     http_on_close(http, on_close, t);
     if (!source)
         http_take_body(http, &t->bytes);
-    t->working = true;
     http_defer(http);
     workers_submit(r->workers, &t->item);
 }

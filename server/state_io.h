@@ -13,7 +13,7 @@
 
 struct routes;
 
-/* The image is there, held as long as this runs; the request goes on. */
+/* The image is there, held as long as this runs; the request, which is deferred, goes on. */
 typedef void state_io_done(struct http_request *http, struct routes *r, struct image *image);
 
 /* Make an image of the request's body; then done answers the request. Not called when the body is

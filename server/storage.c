@@ -180,6 +180,11 @@ enum status storage_open(struct storage *s, const struct storage_options *o, str
     return st;
 }
 
+bool storage_has_items(const struct storage *s)
+{
+    return s->store && !state_store_redis(s->store);
+}
+
 bool storage_is_away(const struct storage *s)
 {
     struct redis_store *redis = s->store ? state_store_redis(s->store) : NULL;

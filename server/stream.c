@@ -171,6 +171,9 @@ static void observe(const struct generation *g, const struct sequence *s,
     if (snapshot->first_token_ns)
         metrics_observe(METRIC_TIME_TO_FIRST_TOKEN,
                         seconds_between(arrival, snapshot->first_token_ns));
+    if (snapshot->first_token_ns && g->setup.from)
+        metrics_observe_turn(image_length(g->setup.from),
+                             seconds_between(arrival, snapshot->first_token_ns));
     if (snapshot->first_token_ns && n_output > 1)
         metrics_observe(METRIC_TIME_PER_TOKEN,
                         seconds_between(snapshot->first_token_ns, end) / (double)(n_output - 1));

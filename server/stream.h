@@ -51,6 +51,7 @@ struct stream_end {
     size_t n_chunked, n_single;
     int32_t last;  /* the last token of the output, -1: none that counts */
     bool by_token; /* it is a stop token, and ended the turn */
+    bool by_limit; /* the turn's length did */
 };
 
 /* A turn of a session: one prompt, one choice. Before the reply ends the turn is committed, with

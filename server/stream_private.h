@@ -95,6 +95,8 @@ void stream_reply_error(struct generation *g);
 /* The same three where there is a response: it becomes what the choice says, and events come from
  * it if they are wanted. */
 void stream_response_events(struct generation *g, struct sequence *s);
+/* Everything of the response but its end; its choice is complete. */
+void stream_response_gather(struct generation *g);
 void stream_response_error(struct generation *g);
 
 #endif

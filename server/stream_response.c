@@ -37,14 +37,24 @@ static void move_text(struct generation *g, struct sequence *s, bool end)
     g->n_bytes += response_bytes(r) - before;
 }
 
+void stream_response_gather(struct generation *g)
+{
+    struct response *r = g->setup.response;
+    struct sequence *s = &g->sequences[0];
+    const struct stream_prompt *p = s->prompt;
+    response_begin(r);
+    move_text(g, s, true);
+    r->input_tokens = r->cached_tokens + g->usage.prompt_tokens;
+    r->output_tokens = g->usage.completion_tokens;
+    r->prompt_ids.n = 0;
+    for (size_t i = p->n_carried; r->lists_ids && i < p->n; i++)
+        bytes_format(&r->prompt_ids, i > p->n_carried ? ",%d" : "%d", p->ids[i]);
+}
+
 static void end_response(struct generation *g, const struct sequence *s)
 {
     struct response *r = g->setup.response;
-    const struct stream_prompt *p = s->prompt;
-    r->input_tokens = r->cached_tokens + g->usage.prompt_tokens;
-    r->output_tokens = g->usage.completion_tokens;
-    for (size_t i = p->n_carried; r->lists_ids && i < p->n; i++)
-        bytes_format(&r->prompt_ids, i > p->n_carried ? ",%d" : "%d", p->ids[i]);
+    stream_response_gather(g);
     response_end(r, s->finish[0] == 'l' ? RESPONSE_INCOMPLETE : RESPONSE_COMPLETED, time(NULL));
 }
 

@@ -60,6 +60,8 @@ static enum status commit(struct generation *g, struct image *image, const struc
                           struct error *err)
 {
     const struct stream_turn *turn = g->setup.turn;
+    if (g->setup.response)
+        stream_response_gather(g);
     g->turn.committing = true;
     g->n_running++;
     enum status st = turn->commit(turn->commit_context, image, end, err);
@@ -187,7 +189,8 @@ static enum status commit_whole(struct generation *g, enum job_finish ended, str
                              .n_chunked = prompt->n,
                              .n_single = n_fed,
                              .last = t->n ? t->ids[t->n - 1] : -1,
-                             .by_token = ended == FINISH_STOP};
+                             .by_token = ended == FINISH_STOP,
+                             .by_limit = ended == FINISH_LENGTH};
     enum status st = commit(g, image, &end, err);
     free(ids);
     return st;

@@ -268,6 +268,8 @@ static void test_restart(void **state)
     done(&a);
     for (int i = 0; i < 4; i++)
         check_talk(&talks[i], 77 + i);
+    assert_true(
+        server_metric(&server, "latte_turn_first_token_seconds_count{position=\"0-999\"}") == 4);
     end(SIGTERM);
 }
 
@@ -314,6 +316,195 @@ static void test_what_belongs_to_a_session(void **state)
     done(&a);
     early.version = before.version + 1;
     check_talk(&early, 7);
+    end(SIGTERM);
+}
+
+/* ---- what is no session ---------------------------------------------------------------------- */
+
+static struct answer respond(const char *input, const char *previous)
+{
+    return send_text("POST", "/v1/responses",
+                     text_of("{\"input\":\"%s\",\"previous_response_id\":%s%s%s,"
+                             "\"max_output_tokens\":6,\"temperature\":0}",
+                             input, previous ? "\"" : "", previous ? previous : "null",
+                             previous ? "\"" : ""),
+                     NULL);
+}
+
+static struct answer response_of(const char *method, const char *id, const char *what)
+{
+    char path[160];
+    snprintf(path, sizeof(path), "/v1/responses/%.63s%.40s", id, what);
+    return send_text(method, path, NULL, NULL);
+}
+
+static char *text_said(const struct answer *a)
+{
+    const cJSON *message = cJSON_GetArrayItem(member(a->json, "output"), 0);
+    return strdup(member(cJSON_GetArrayItem(member(message, "content"), 0), "text")->valuestring);
+}
+
+/* Stored responses are read again, and gone on from. */
+static void test_responses(void **state)
+{
+    (void)state;
+    char first[64], second[64], deleted[64];
+    char *said[2], *whole[2], *items[2];
+    start(NULL);
+    struct answer a = respond("How are you?", NULL);
+    expect(&a, 200);
+    snprintf(first, sizeof(first), "%s", member(a.json, "id")->valuestring);
+    done(&a);
+    a = respond("Why?", first);
+    expect(&a, 200);
+    snprintf(second, sizeof(second), "%s", member(a.json, "id")->valuestring);
+    done(&a);
+    a = respond("Nobody needs this.", NULL);
+    snprintf(deleted, sizeof(deleted), "%s", member(a.json, "id")->valuestring);
+    done(&a);
+    a = response_of("DELETE", deleted, "");
+    expect(&a, 200);
+    done(&a);
+    for (int round = 0; round < 2; round++) {
+        a = response_of("GET", second, "");
+        expect(&a, 200);
+        whole[round] = cJSON_PrintUnformatted(a.json);
+        done(&a);
+        a = response_of("GET", second, "/input_items");
+        items[round] = cJSON_PrintUnformatted(a.json);
+        done(&a);
+        a = respond("And then?", second);
+        expect(&a, 200);
+        said[round] = text_said(&a);
+        done(&a);
+        end(SIGKILL);
+        start(NULL);
+    }
+    assert_string_equal(whole[0], whole[1]);
+    assert_string_equal(items[0], items[1]);
+    assert_string_equal(said[0], said[1]);
+    for (int round = 0; round < 2; round++) {
+        cJSON_free(whole[round]);
+        cJSON_free(items[round]);
+        free(said[round]);
+    }
+    a = response_of("GET", deleted, "");
+    expect(&a, 404);
+    done(&a);
+    a = response_of("DELETE", first, ""); /* the next one does not need it any more */
+    expect(&a, 200);
+    done(&a);
+    end(SIGTERM);
+    start(NULL);
+    a = respond("Still there?", first);
+    expect(&a, 400);
+    done(&a);
+    a = respond("Still there?", second);
+    expect(&a, 200);
+    done(&a);
+    end(SIGTERM);
+}
+
+static void save_preset(const char *name, const struct talk *t)
+{
+    char path[100];
+    snprintf(path, sizeof(path), "/v1/presets/%s", name);
+    struct answer a = send_text("PUT", path, text_of("{\"session\":\"%s\"}", t->id), NULL);
+    expect(&a, 200);
+    assert_int_equal(member(a.json, "position")->valueint, t->n);
+    done(&a);
+}
+
+static void expect_preset(const char *name, int code)
+{
+    char path[100];
+    snprintf(path, sizeof(path), "/v1/presets/%s", name);
+    struct answer a = send_text("GET", path, NULL, NULL);
+    expect(&a, code);
+    done(&a);
+}
+
+/* A session that begins with a preset goes on where that was saved. */
+static void check_preset(const char *name, const struct talk *saved, int seed)
+{
+    struct answer a =
+        send_text("POST", "/v1/sessions", text_of("{\"from\":{\"preset\":\"%s\"}}", name), NULL);
+    expect(&a, 200);
+    struct talk t = *saved;
+    t.version = member(a.json, "version")->valueint;
+    snprintf(t.id, sizeof(t.id), "%s", member(a.json, "id")->valuestring);
+    done(&a);
+    check_talk(&t, seed);
+}
+
+static void test_presets(void **state)
+{
+    (void)state;
+    static const char *const args[] = {"--open-admin", NULL};
+    struct talk one, other;
+    start(args);
+    open_talk(&one, NULL);
+    take_turn(&one, 1, 6, 200, NULL);
+    save_preset("stays", &one);
+    save_preset("changes", &one);
+    save_preset("goes", &one);
+    other = one;
+    take_turn(&one, 2, 6, 200, NULL);
+    save_preset("changes", &one);
+    struct answer a = send_text("DELETE", "/v1/presets/goes", NULL, NULL);
+    expect(&a, 200);
+    done(&a);
+    a = ask("DELETE", &one, "", NULL, NULL); /* a preset is not its session's */
+    expect(&a, 200);
+    done(&a);
+    for (int round = 0; round < 2; round++) {
+        end(round ? SIGTERM : SIGKILL);
+        start(args);
+        check_preset("stays", &other, 3);
+        check_preset("changes", &one, 4);
+        expect_preset("goes", 404);
+    }
+    end(SIGTERM);
+}
+
+/* A turn that was carried out is not carried out again when its client asks once more. */
+static void test_repeated_turns(void **state)
+{
+    (void)state;
+    static const char key[] = "Idempotency-Key: once-only", streamed[] = "Idempotency-Key: stream";
+    struct talk t;
+    int32_t prompt[8];
+    char *said[2];
+    int n = make_prompt(prompt, 5);
+    start(NULL);
+    open_talk(&t, NULL);
+    for (int round = 0; round < 2; round++) {
+        struct answer a = send_text("POST", COMPLETIONS, turn_body(&t, prompt, n, 6, ""), key);
+        expect(&a, 200);
+        said[round] = cJSON_PrintUnformatted(a.json);
+        done(&a);
+        end(SIGKILL);
+        start(NULL);
+    }
+    assert_string_equal(said[0], said[1]);
+    cJSON_free(said[0]);
+    cJSON_free(said[1]);
+    char *body = turn_body(&t, prompt, n, 6, ",\"stream\":true");
+    const char *const headers[] = {streamed, NULL};
+    struct client_request request = {.path = COMPLETIONS, .body = body, .headers = headers};
+    struct reply reply;
+    client_send(&server, &request, &reply);
+    assert_int_equal(reply.code, 200);
+    assert_non_null(strstr(reply.body.data, "[DONE]"));
+    reply_free(&reply);
+    end(SIGKILL);
+    start(NULL);
+    struct answer a = send_text("POST", COMPLETIONS, body, streamed);
+    expect(&a, 410);
+    done(&a);
+    a = ask("GET", &t, "", NULL, NULL);
+    assert_int_equal(member(a.json, "version")->valueint, 2);
+    done(&a);
     end(SIGTERM);
 }
 
@@ -726,6 +917,9 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_restart, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_what_belongs_to_a_session, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_responses, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_presets, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_repeated_turns, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_owners, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_kills, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_full_disk, set_up, tear_down),

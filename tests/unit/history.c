@@ -19,6 +19,32 @@ int history_below(int n)
     return (int)((state >> 33) % (uint64_t)n);
 }
 
+void history_open_engine(struct engine **out, struct engine_info *info, const char *dir,
+                         const char *device)
+{
+    struct engine_options o;
+    struct error err;
+    engine_options_init(&o);
+    o.model_dir = dir;
+    o.device = device;
+    o.weight_dtype = o.window_dtype = "f32";
+    o.deterministic = true;
+    o.n_threads = 1;
+    o.n_slots = 2;
+    o.chunk_tokens = HISTORY_CHUNK;
+    if (engine_open(out, &o, &err))
+        fail_msg("%s on %s: %s", dir, device, err.text);
+    engine_info(*out, info);
+}
+
+void history_open_oracle(struct run *out, const char *dir, const char *device)
+{
+    const struct run_options options = {
+        .backend = device, .n_threads = 1, .dtype = DTYPE_F32, .n_slots = 1};
+    const struct run_form form = {.window_dtype = DTYPE_F32, .deterministic = true};
+    run_open_as(out, dir, &options, &form);
+}
+
 /* ---- turns ---- */
 
 void history_fill(struct turn *turn, const struct image *from, int32_t vocab_size)

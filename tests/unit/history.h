@@ -33,6 +33,12 @@ struct history {
 void history_seed(uint64_t seed);
 int history_below(int n);
 
+/* An engine of chunks of HISTORY_CHUNK with two slots, and the oracle: the same model on the same
+ * kind of device by itself; f32, on a GPU deterministic. */
+void history_open_engine(struct engine **out, struct engine_info *info, const char *dir,
+                         const char *device);
+void history_open_oracle(struct run *out, const char *dir, const char *device);
+
 /* A turn to come after an image (NULL: none): its pending tokens, then random ones. */
 void history_fill(struct turn *turn, const struct image *from, int32_t vocab_size);
 /* Run it in an engine of chunks of HISTORY_CHUNK: its output comes into the turn. */

@@ -171,6 +171,32 @@ static void test_threads(void **state)
     free(text);
 }
 
+/* First tokens of turns are counted by the age of what they go on from. */
+static void test_positions(void **state)
+{
+    (void)state;
+    static const uint64_t positions[] = {0, 999, 1000, 99999, 999999, 1000000, UINT64_MAX};
+    static const struct {
+        const char *position;
+        int n;
+    } expected[] = {
+        {"0-999", 2}, {"1000-9999", 1}, {"10000-99999", 1}, {"100000-999999", 1}, {"1000000-", 2}};
+    for (size_t i = 0; i < COUNT_OF(positions); i++)
+        metrics_observe_turn(positions[i], 0.03);
+    char *text = text_of();
+    for (size_t i = 0; i < COUNT_OF(expected); i++) {
+        char name[120];
+        snprintf(name, sizeof(name), "latte_turn_first_token_seconds_count{position=\"%s\"}",
+                 expected[i].position);
+        assert_true(sample(text, name) == expected[i].n);
+        snprintf(name, sizeof(name),
+                 "latte_turn_first_token_seconds_bucket{position=\"%s\",le=\"0.02\"}",
+                 expected[i].position);
+        assert_true(sample(text, name) == 0);
+    }
+    free(text);
+}
+
 /* Many routes and codes do not grow the table without end. */
 static void test_bounded(void **state)
 {
@@ -190,7 +216,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_format),    cmocka_unit_test(test_counters),
         cmocka_unit_test(test_histogram), cmocka_unit_test(test_threads),
-        cmocka_unit_test(test_bounded),
+        cmocka_unit_test(test_positions), cmocka_unit_test(test_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

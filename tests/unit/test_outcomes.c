@@ -13,7 +13,7 @@ static struct outcomes *open_table(size_t limit_bytes, int64_t keep_s)
 {
     struct outcomes *t = NULL;
     struct error err;
-    const struct outcomes_options options = {limit_bytes, keep_s};
+    const struct outcomes_options options = {.limit_bytes = limit_bytes, .keep_s = keep_s};
     assert_int_equal(outcomes_open(&t, &options, &err), STATUS_OK);
     return t;
 }

@@ -346,7 +346,7 @@ static void test_state(void **state)
     response_release(good);
     response_release(bad);
     image_release(image);
-    image_release(found); /* outlives the response */
+    image_drop(found); /* outlives the response */
     responses_close(t);
     assert_int_equal(atomic_load(&images.n_images), 0);
 }

@@ -171,18 +171,8 @@ static void refresh(struct world *w, const struct member *m)
 
 static void open_engine(struct world *w)
 {
-    struct engine_options o;
     struct engine_info info;
-    struct error err;
-    engine_options_init(&o);
-    o.model_dir = w->dir;
-    o.device = w->device;
-    o.n_threads = 1;
-    o.n_slots = 2;
-    o.chunk_tokens = HISTORY_CHUNK;
-    if (engine_open(&w->engine, &o, &err))
-        fail_msg("%s: %s", w->label, err.text);
-    engine_info(w->engine, &info);
+    history_open_engine(&w->engine, &info, w->dir, w->device);
     w->vocab_size = info.config->vocab_size;
 }
 
@@ -501,7 +491,7 @@ static void check_model(const char *dir, const char *device, const char *name, i
              redis ? "" : "/store");
     open_engine(w);
     open_store(w);
-    run_open(&w->run, dir, &(struct run_options){device, 1, DTYPE_F32, 1});
+    history_open_oracle(&w->run, dir, device);
     history_seed(20261128);
     for (int i = 0; i < n_ops; i++) {
         operate(w);
@@ -534,9 +524,9 @@ static void check_models(const struct redis_server *redis)
             continue; /* its context is too short for these histories */
         assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
         assert_int_equal(model_files_write(dir, test_models[i].config_json, 7, NULL), 0);
-        check_model(dir, "ref", test_models[i].name, n_ops, i % 2 ? 0 : 40, redis);
-        check_model(dir, "cpu", test_models[i].name, n_ops, i % 2 ? 40 : 0, redis);
-        n += 2 * n_ops;
+        for (int k = 0; run_backends()[k]; k++, n += n_ops)
+            check_model(dir, run_backends()[k], test_models[i].name, n_ops,
+                        (i + (size_t)k) % 2 ? 0 : 40, redis);
         test_dir_remove(dir);
     }
     print_message("seed 20261128, %d operations in all; states left memory %llu times, were read "
@@ -544,6 +534,99 @@ static void check_models(const struct redis_server *redis)
                   n, (unsigned long long)world.n_evictions, (unsigned long long)world.n_reloads,
                   (unsigned long long)world.n_replays);
     assert_true(world.n_evictions && world.n_reloads && world.n_replays);
+}
+
+/* ---- items ---- */
+
+static void put(const struct session_item *item)
+{
+    struct awaited a = {0};
+    struct error err;
+    await_good(&a, session_put_item(world.sides[0].sessions, item, on_done, &a, &err), &err);
+}
+
+static struct session_item outcome(const char *name, const char *data)
+{
+    return (struct session_item){
+        .kind = SESSION_OUTCOME, .name = name, .owner = 1, .data = data, .n_data = strlen(data)};
+}
+
+/* What is found, one word for each item. */
+static bool add_word(void *context, const struct session_item *item, int64_t created)
+{
+    struct bytes *words = context;
+    assert_int_equal(item->owner, 1);
+    assert_true(created > 0);
+    bytes_append(words, item->data, item->n_data);
+    bytes_char(words, ' ');
+    return true;
+}
+
+static void expect_items(enum session_kind kind, const char *expected)
+{
+    struct bytes words = {0};
+    sessions_each_item(world.sides[0].sessions, kind, add_word, &words);
+    assert_string_equal(words.data ? words.data : "", expected);
+    bytes_free(&words);
+}
+
+static void reopen_store(void)
+{
+    close_store(&world);
+    open_store(&world);
+}
+
+/* Items are found as they were put last, but for those that were dropped, and those that follow a
+ * turn which was not. No user sees them. */
+static void test_items(void **state)
+{
+    (void)state;
+    char dir[100];
+    struct session_info infos[4];
+    struct session_turn turn;
+    struct error err;
+    bool has_more;
+    int n;
+    assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
+    assert_int_equal(model_files_write(dir, test_models[0].config_json, 7, NULL), 0);
+    world = (struct world){.dir = dir, .device = "cpu", .label = dir, .n_sides = 1};
+    snprintf(world.store_dir, sizeof(world.store_dir), "%s/store", dir);
+    open_engine(&world);
+    open_store(&world);
+    struct awaited a = {0};
+    const struct session_request request = {.owner = 1};
+    await_good(&a, session_create(world.sides[0].sessions, &request, on_done, &a, &err), &err);
+
+    struct session_item items[] = {outcome("a", "first"),    outcome("b", "second"),
+                                   outcome("c", "third"),    outcome("a", "again"),
+                                   outcome("turn", "early"), outcome("before", "known")};
+    for (int i = 0; i < 4; i++)
+        put(&items[i]);
+    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, "b");
+    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, "nothing");
+    session_drop_item(world.sides[0].sessions, SESSION_PRESET, "a");
+    assert_int_equal(
+        session_begin(world.sides[0].sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
+        STATUS_OK);
+    for (int i = 4; i < 6; i++) { /* that it comes about, and what has come about already */
+        items[i].after_id = turn.id;
+        items[i].after_version = turn.version + (i == 4);
+        put(&items[i]);
+    }
+    session_abandon(world.sides[0].sessions, &turn);
+    for (int round = 0; round < 2; round++) { /* the second finds what the first has written */
+        reopen_store();
+        expect_items(SESSION_OUTCOME, "again third known ");
+        expect_items(SESSION_PRESET, "");
+        sessions_expire(world.sides[0].sessions);
+    }
+    assert_int_equal(session_list(world.sides[0].sessions, 1, NULL, infos, 4, &n, &has_more, &err),
+                     STATUS_OK);
+    assert_int_equal(n, 1);
+    session_info_free(&infos[0]);
+    close_store(&world);
+    engine_close(world.engine);
+    test_dir_remove(dir);
 }
 
 static void test_in_a_directory(void **state)
@@ -570,6 +653,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_in_a_directory),
         cmocka_unit_test(test_in_redis),
+        cmocka_unit_test(test_items),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
