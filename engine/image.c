@@ -280,7 +280,7 @@ static struct image_list *place_of(struct image *image)
     struct image_store *store = image->store;
     if (image->wants_file && !image->has_file && !image->is_busy && image->values)
         return &store->wanted;
-    if (image->n_holds || image->is_busy || !image->values)
+    if (image->n_holds || image->n_pins || image->is_busy || !image->values)
         return NULL;
     if (image->has_file || (image->has_origin && image->n_replayed <= store->max_replay))
         return &store->clean;
@@ -340,6 +340,28 @@ void image_keep(struct image *image)
 void image_drop(struct image *image)
 {
     change(image, image ? &image->n_keeps : NULL, -1);
+}
+
+static void pin(struct image *image, int by)
+{
+    if (!image->store->is_shared)
+        return;
+    pthread_mutex_lock(&image->store->lock);
+    image->n_pins += by;
+    pthread_mutex_unlock(&image->store->lock);
+}
+
+void image_pin(struct image *image)
+{
+    pin(image, 1);
+    image_keep(image);
+}
+
+void image_unpin(struct image *image)
+{
+    if (image)
+        pin(image, -1);
+    image_drop(image);
 }
 
 bool image_try_hold(struct image *image)

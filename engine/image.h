@@ -111,6 +111,7 @@ struct image {
 
     /* Under the store's lock. */
     int n_holds, n_keeps;
+    int n_pins; /* of those who keep it, that would not find it in the store */
     bool has_file, has_origin, wants_file;
     bool stays;                 /* the store would not take it: no session needs it */
     bool is_busy;               /* the state store reads or writes it */
@@ -146,6 +147,11 @@ void image_release(struct image *image); /* accepts NULL */
 bool image_try_hold(struct image *image);
 void image_keep(struct image *image);
 void image_drop(struct image *image); /* accepts NULL */
+
+/* Keep an image whose values are in memory, and them, too, where the store is shared: there what no
+ * session needs goes from the store. */
+void image_pin(struct image *image);
+void image_unpin(struct image *image); /* accepts NULL */
 
 /* Whether somebody else holds it too. */
 bool image_is_shared(struct image *image);

@@ -1,6 +1,7 @@
 /* redis.c - see redis.h */
 #include "engine/redis.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <hiredis/hiredis.h>
 #include <pthread.h>
@@ -59,14 +60,16 @@ bool redis_is_url(const char *text)
 static bool decode(char *text)
 {
     char *out = text;
-    for (const char *at = text; *at; at++, out++) {
-        char digits[3] = {at[0] == '%' ? at[1] : '0', at[0] == '%' && at[1] ? at[2] : '0'},
-             *end = digits;
-        *out = *at == '%' ? (char)strtoul(digits, &end, 16) : *at;
-        if (*at != '%')
+    for (const char *at = text; *at; at++) {
+        if (*at != '%') {
+            *out++ = *at;
             continue;
-        if (end != digits + 2 || !*out)
+        }
+        char digits[3] = {at[1], at[1] ? at[2] : 0}, *end = digits;
+        char c = (char)strtoul(digits, &end, 16);
+        if (!isxdigit((unsigned char)*digits) || end != digits + 2 || !c)
             return false;
+        *out++ = c;
         at += 2;
     }
     *out = 0;

@@ -178,7 +178,7 @@ int sessions_expire(struct sessions *t);
  *
  * What else a store keeps for the server: text or bytes, perhaps with a state. An item is durable
  * as a session is, by the same journal, and never seen by those who use sessions. Only where there
- * is a store of this process alone. */
+ * is a store that is not shared. */
 
 enum session_kind { SESSION_OF_USER, SESSION_RESPONSE, SESSION_OUTCOME, SESSION_PRESET };
 

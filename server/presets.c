@@ -40,7 +40,7 @@ void presets_close(struct presets *p)
     if (!p)
         return;
     for (int i = 0; i < p->n; i++)
-        image_drop(p->items[i].image);
+        image_unpin(p->items[i].image);
     pthread_mutex_destroy(&p->lock);
     free(p->items);
     free(p);
@@ -115,12 +115,12 @@ static enum status put(struct presets *p, struct preset_info *about, struct imag
     if (!st) {
         struct preset *old = find(p, about->name), *item = old ? old : &p->items[p->n++];
         before = item->image;
-        image_keep(image);
+        image_pin(image);
         about->position = image_length(image);
         *item = (struct preset){.image = image, .about = *about};
     }
     pthread_mutex_unlock(&p->lock);
-    image_drop(before);
+    image_unpin(before);
     return st;
 }
 
@@ -172,7 +172,7 @@ enum status presets_delete(struct presets *p, const char *name, struct error *er
     if (!st)
         p->items[p->n] = (struct preset){0};
     pthread_mutex_unlock(&p->lock);
-    image_drop(image);
+    image_unpin(image);
     return st;
 }
 

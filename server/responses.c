@@ -53,7 +53,7 @@ void response_release(struct response *r)
     if (!r || atomic_fetch_sub(&r->n_references, 1) > 1)
         return;
     CHECK(!r->watchers);
-    image_drop(r->image);
+    image_unpin(r->image);
     bytes_free(&r->echo);
     bytes_free(&r->items);
     bytes_free(&r->text);
@@ -314,7 +314,7 @@ void responses_add(struct responses *t, struct response *r, int64_t now)
 
 void responses_restore(struct responses *t, struct response *r, struct image *image, int64_t stored)
 {
-    image_keep(image);
+    image_pin(image);
     pthread_mutex_lock(&t->lock);
     r->image = image;
     add(t, r, stored);
@@ -325,7 +325,7 @@ void responses_settle(struct responses *t, struct response *r, struct image *ima
 {
     pthread_mutex_lock(&t->lock);
     if (r->stored && !r->image) {
-        image_keep(image);
+        image_pin(image);
         r->image = image;
         count(t, r);
         keep_limits(t);

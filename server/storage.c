@@ -182,7 +182,7 @@ enum status storage_open(struct storage *s, const struct storage_options *o, str
 
 bool storage_has_items(const struct storage *s)
 {
-    return s->store && !sessions_are_shared(s->sessions);
+    return s->store && !state_store_redis(s->store);
 }
 
 bool storage_is_away(const struct storage *s)

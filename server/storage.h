@@ -38,6 +38,8 @@ struct storage_options {
 /* Reads all that is in the store. On failure nothing is left open. */
 enum status storage_open(struct storage *s, const struct storage_options *options,
                          struct error *err);
+/* It keeps what else the server has (session.h, "items"): it has a store of its own. */
+bool storage_has_items(const struct storage *s);
 /* About once a second: tells the log when a shared store goes and comes back. */
 void storage_on_tick(struct storage *s);
 /* There is a store that is this server's alone: it has items, too (engine/session.h). */

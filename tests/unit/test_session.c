@@ -542,7 +542,7 @@ static void put(const struct session_item *item)
 {
     struct awaited a = {0};
     struct error err;
-    await_good(&a, session_put_item(world.at->sessions, item, on_done, &a, &err), &err);
+    await_good(&a, session_put_item(world.sides[0].sessions, item, on_done, &a, &err), &err);
 }
 
 static struct session_item outcome(const char *name, const char *data)
@@ -565,7 +565,7 @@ static bool add_word(void *context, const struct session_item *item, int64_t cre
 static void expect_items(enum session_kind kind, const char *expected)
 {
     struct bytes words = {0};
-    sessions_each_item(world.at->sessions, kind, add_word, &words);
+    sessions_each_item(world.sides[0].sessions, kind, add_word, &words);
     assert_string_equal(words.data ? words.data : "", expected);
     bytes_free(&words);
 }
@@ -574,7 +574,6 @@ static void reopen_store(void)
 {
     close_store(&world);
     open_store(&world);
-    world.at = world.sides;
 }
 
 /* Items are found as they were put last, but for those that were dropped, and those that follow a
@@ -590,40 +589,38 @@ static void test_items(void **state)
     int n;
     assert_int_equal(test_dir_make(dir, sizeof(dir)), 0);
     assert_int_equal(model_files_write(dir, test_models[0].config_json, 7, NULL), 0);
-    world = (struct world){.dir = dir, .device = "cpu", .label = dir};
+    world = (struct world){.dir = dir, .device = "cpu", .label = dir, .n_sides = 1};
     snprintf(world.store_dir, sizeof(world.store_dir), "%s/store", dir);
-    world.n_sides = 1;
     open_engine(&world);
     open_store(&world);
-    world.at = world.sides;
     struct awaited a = {0};
     const struct session_request request = {.owner = 1};
-    await_good(&a, session_create(world.at->sessions, &request, on_done, &a, &err), &err);
+    await_good(&a, session_create(world.sides[0].sessions, &request, on_done, &a, &err), &err);
 
     struct session_item items[] = {outcome("a", "first"),    outcome("b", "second"),
                                    outcome("c", "third"),    outcome("a", "again"),
                                    outcome("turn", "early"), outcome("before", "known")};
     for (int i = 0; i < 4; i++)
         put(&items[i]);
-    session_drop_item(world.at->sessions, SESSION_OUTCOME, "b");
-    session_drop_item(world.at->sessions, SESSION_OUTCOME, "nothing");
-    session_drop_item(world.at->sessions, SESSION_PRESET, "a");
+    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, "b");
+    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, "nothing");
+    session_drop_item(world.sides[0].sessions, SESSION_PRESET, "a");
     assert_int_equal(
-        session_begin(world.at->sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
+        session_begin(world.sides[0].sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
         STATUS_OK);
     for (int i = 4; i < 6; i++) { /* that it comes about, and what has come about already */
         items[i].after_id = turn.id;
         items[i].after_version = turn.version + (i == 4);
         put(&items[i]);
     }
-    session_abandon(world.at->sessions, &turn);
+    session_abandon(world.sides[0].sessions, &turn);
     for (int round = 0; round < 2; round++) { /* the second finds what the first has written */
         reopen_store();
         expect_items(SESSION_OUTCOME, "again third known ");
         expect_items(SESSION_PRESET, "");
-        sessions_expire(world.at->sessions);
+        sessions_expire(world.sides[0].sessions);
     }
-    assert_int_equal(session_list(world.at->sessions, 1, NULL, infos, 4, &n, &has_more, &err),
+    assert_int_equal(session_list(world.sides[0].sessions, 1, NULL, infos, 4, &n, &has_more, &err),
                      STATUS_OK);
     assert_int_equal(n, 1);
     session_info_free(&infos[0]);
