@@ -182,9 +182,10 @@ static char *turn_body(const struct talk *t, const int32_t *prompt, int n, int m
                        const char *more)
 {
     char *ids = print_ids(prompt, n);
-    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
-                         "\"ignore_eos\":true,\"return_token_ids\":true%s}",
-                         t->id, ids, max_tokens, more);
+    char *body =
+        text_of("{\"session_id\":\"%s\",\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
+                "\"ignore_eos\":true,\"repetition_penalty\":1,\"return_token_ids\":true%s}",
+                t->id, ids, max_tokens, more);
     free(ids);
     return body;
 }
@@ -213,11 +214,12 @@ static void take_turn(struct talk *t, int seed, int max_tokens, int code, const 
 static int say_once(const int32_t *ids, int n, int max_tokens, int32_t *out)
 {
     char *list = print_ids(ids, n);
-    struct answer a = send_text("POST", COMPLETIONS,
-                                text_of("{\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
-                                        "\"ignore_eos\":true,\"return_token_ids\":true}",
-                                        list, max_tokens),
-                                NULL);
+    struct answer a =
+        send_text("POST", COMPLETIONS,
+                  text_of("{\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
+                          "\"ignore_eos\":true,\"repetition_penalty\":1,\"return_token_ids\":true}",
+                          list, max_tokens),
+                  NULL);
     expect(&a, 200);
     int n_out = read_ids(member(cJSON_GetArrayItem(member(a.json, "choices"), 0), "token_ids"), out,
                          max_tokens);
