@@ -1,5 +1,5 @@
 /* call.c - see call.h */
-#include "server/call.h"
+#include "server/call_private.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -8,13 +8,11 @@
 #include <sys/random.h>
 #include <time.h>
 
-#include "engine/base/base64.h"
 #include "server/call_once.h"
 #include "server/call_queue.h"
 #include "server/metrics.h"
 
 enum {
-    INLINE_BYTES = 64 << 10,     /* larger bodies are read, and replies written, on a worker */
     MAX_REPLY_BYTES = 256 << 20, /* that wait to be sent, of one request */
     FILL_BYTES = 64 << 10, /* of one stream that go to its reel before others have their turn */
 };
@@ -139,7 +137,7 @@ static void give_back_quota(struct call *c)
     c->quota = 0;
 }
 
-static void call_free(struct call *c)
+void call_free(struct call *c)
 {
     char session_id[SESSION_ID_BYTES];
     memcpy(session_id, c->turn.id, sizeof(session_id));
@@ -228,7 +226,7 @@ void call_fail(struct call *c, const struct error *err, const char *code)
         http_fail(c->http, err, code);
 }
 
-static void defer(struct call *c)
+void call_defer(struct call *c)
 {
     if (c->http && !c->deferred)
         http_defer(c->http);
@@ -323,30 +321,11 @@ void call_end_detached(struct routes *r)
         call_stop(r->detached, "The server is shutting down.", "service_unavailable");
 }
 
-static bool is_large_state(const struct call *c)
-{
-    return image_file_bytes(&c->routes->storage.images) > INLINE_BYTES;
-}
-
-/* The state to give back as text, which is empty when memory runs out. Any thread. */
-static void write_state(struct call *c)
-{
-    struct bytes file = {0};
-    image_write(c->left, &file);
-    base64_encode(file.data, file.n, &c->state);
-    if (file.failed || c->state.failed)
-        bytes_free(&c->state);
-    bytes_free(&file);
-    image_release(c->left);
-    c->left = NULL;
-    stream_give_state(c->generation, (struct codec_text){c->state.data, c->state.n});
-}
-
 static void write_on_worker(struct work_item *item)
 {
     struct call *c = (struct call *)item;
     if (c->left) {
-        write_state(c);
+        call_write_state(c);
         c->reply.failed |= !c->state.data;
     }
     stream_write(c->generation, &c->reply);
@@ -374,14 +353,14 @@ static void on_written(struct work_item *item)
 static void reply_whole(struct call *c)
 {
     c->item = (struct work_item){.run = write_on_worker, .done = on_written};
-    bool is_small = !c->left || !is_large_state(c);
+    bool is_small = !c->left || !call_has_large_state(c);
     if (is_small && stream_held_bytes(c->generation) <= INLINE_BYTES) {
         write_on_worker(&c->item);
         deliver(c);
         return;
     }
     c->working = true;
-    defer(c);
+    call_defer(c);
     workers_submit(c->routes->workers, &c->item);
 }
 
@@ -399,7 +378,7 @@ static bool step(struct call *c)
 {
     switch (stream_poll(c->generation)) {
     case STREAM_WAITING:
-        defer(c);
+        call_defer(c);
         break;
     case STREAM_READY:
         begin_stream(c);
@@ -450,174 +429,6 @@ static void fill_reply(const struct call *c, struct codec_reply *reply)
              (unsigned)random_u64());
 }
 
-/* How an assistant's turn ended, for the rendering of the next one (call_prepare.c). */
-static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
-{
-    const char *texts[4];
-    if (c->api == CODEC_COMPLETIONS)
-        return CALL_TAIL_NONE;
-    int n = by_token ? chat_template_stops(c->model->chat_template, texts) : 0;
-    for (int i = 0; i < n; i++)
-        if (tokenizer_find(c->model->tokenizer, texts[i], strlen(texts[i])) == last)
-            return CALL_TAIL_CLOSED;
-    return CALL_TAIL_OPEN;
-}
-
-/* The turn is over, and the reply may end. */
-static void end_turn(struct call *c, const struct error *err)
-{
-    stream_turn_committed(c->generation, &c->session, err);
-    if (c->in_commit)
-        return; /* whoever polls the generation goes on */
-    if (c->http || c->runs_on)
-        call_wake(c);
-    else
-        call_free(c);
-}
-
-static void end_with_state(struct call *c)
-{
-    struct error err = {0};
-    if ((c->http || c->runs_on) && !c->state.data)
-        fail(&err, STATUS_NOMEM, "out of memory for the state after the turn");
-    end_turn(c, &err);
-}
-
-static void write_state_on_worker(struct work_item *item)
-{
-    write_state((struct call *)item);
-}
-
-static void on_state_written(struct work_item *item)
-{
-    struct call *c = (struct call *)item;
-    c->working = false;
-    end_with_state(c);
-}
-
-/* The turn has been committed. The end of a stream has the state, where it is asked for; a whole
- * reply gets it when it is written. */
-static void after_commit(struct call *c)
-{
-    struct error none = {0};
-    if (!c->left || !c->request.stream || !(c->http || c->runs_on)) {
-        end_turn(c, &none);
-    } else if (!is_large_state(c)) {
-        write_state(c);
-        end_with_state(c);
-    } else {
-        c->item = (struct work_item){.run = write_state_on_worker, .done = on_state_written};
-        c->working = true;
-        workers_submit(c->routes->workers, &c->item);
-    }
-}
-
-static void on_committed(void *context, const struct session_outcome *outcome)
-{
-    struct call *c = context;
-    const struct session_info *info = &outcome->info;
-    c->session = (struct codec_session){.position = info->position, .version = info->version};
-    memcpy(c->session.id, info->id, sizeof(info->id));
-    c->committing = false;
-    queue_note_end(c->routes, info->id);
-    metrics_add(outcome->error.status ? METRIC_TURNS_LOST : METRIC_TURNS, 1);
-    if (outcome->error.status)
-        end_turn(c, &outcome->error);
-    else
-        after_commit(c);
-}
-
-static void on_response_saved(void *context, const struct session_outcome *outcome)
-{
-    struct call *c = context;
-    c->committing = false;
-    if (outcome->error.status) {
-        responses_remove(c->routes->responses, c->response); /* nobody goes on from it */
-        end_turn(c, &outcome->error);
-    } else {
-        after_commit(c);
-    }
-}
-
-/* A stored response goes into the store as it will be once it has ended. */
-static enum status save_response(struct call *c, struct image *image, const struct stream_end *end,
-                                 struct error *err)
-{
-    struct bytes data = {0};
-    enum response_status how = end->by_limit ? RESPONSE_INCOMPLETE : RESPONSE_COMPLETED;
-    response_pack(&data, c->response, how, time(NULL));
-    const struct session_item item = {.kind = SESSION_RESPONSE,
-                                      .name = c->response->id,
-                                      .owner = c->owner,
-                                      .keep_s = c->routes->options->response_ttl,
-                                      .data = data.data,
-                                      .n_data = data.n,
-                                      .image = image,
-                                      .parent = c->from,
-                                      .tokens = end->tokens,
-                                      .n_chunked = end->n_chunked,
-                                      .n_single = end->n_single};
-    enum status st =
-        data.failed ? fail(err, STATUS_NOMEM, "out of memory for a response") : STATUS_OK;
-    c->response->n_packed = data.n;
-    if (!st)
-        st = session_put_item(c->routes->storage.sessions, &item, on_response_saved, c, err);
-    bytes_free(&data);
-    return st;
-}
-
-static enum status commit_turn(void *context, struct image *image, const struct stream_end *end,
-                               struct error *err)
-{
-    struct call *c = context;
-    struct sessions *sessions = c->routes->storage.sessions;
-    bool saves = storage_has_items(&c->routes->storage) && c->response && c->response->stored;
-    enum status st = STATUS_OK;
-    image->tail = tail_of(c, end->last, end->by_token);
-    if (c->request.return_state) {
-        image_hold(image);
-        c->left = image;
-    }
-    c->in_commit = true;
-    c->committing = c->turn.active || saves;
-    if (c->turn.active) {
-        once_note_turn(c->routes, c->outcome, &c->turn);
-        st = session_commit(sessions, &c->turn, image, end->tokens, end->n_chunked, end->n_single,
-                            on_committed, c, err);
-    } else if (saves) {
-        st = save_response(c, image, end, err);
-    } else {
-        after_commit(c);
-    }
-    if (!st && c->response)
-        responses_settle(c->routes->responses, c->response, image);
-    c->in_commit = false;
-    if (st)
-        c->committing = false;
-    return st;
-}
-
-/* The state that it continues, wherever that is; NULL for one that came with the request. */
-static struct image *kept_from(const struct call *c)
-{
-    return c->turn.active ? c->turn.from : c->base;
-}
-
-struct image *call_from(const struct call *c)
-{
-    return kept_from(c) ? kept_from(c) : c->from;
-}
-
-static void open_turn(struct call *c, struct stream_setup *setup)
-{
-    setup->from = c->from;
-    if (!c->into)
-        return;
-    c->stream_turn = (struct stream_turn){
-        .from = c->from, .into = c->into, .commit = commit_turn, .commit_context = c};
-    setup->turn = &c->stream_turn;
-}
-
 /* What the client may come back to. A repetition of a stream needs its events, too. */
 static enum status open_reel(struct call *c, const char *id, struct error *err)
 {
@@ -655,7 +466,7 @@ static enum status open_generation(struct call *c, struct error *err)
     };
     fill_reply(c, &setup.reply);
     enum status st = remaining_ms(c, &setup.deadline_ms, err);
-    open_turn(c, &setup);
+    call_open_turn(c, &setup);
     if (!st)
         st = open_reel(c, c->response ? c->response->id : setup.reply.id, err);
     return st ? st : stream_open(&c->generation, &setup, err);
@@ -683,7 +494,7 @@ static enum status charge(struct call *c, struct error *err)
     return STATUS_OK;
 }
 
-static void start_generation(struct call *c)
+void call_generate(struct call *c)
 {
     struct error err;
     c->code = NULL;
@@ -715,64 +526,6 @@ static void start_generation(struct call *c)
 
 /* ---- the state that a turn continues -------------------------------------------------------- */
 
-static void fetch_on_worker(struct work_item *item)
-{
-    struct call *c = (struct call *)item;
-    struct storage *storage = &c->routes->storage;
-    struct image *from = kept_from(c);
-    if (from && !c->from) {
-        c->status = state_store_hold(storage->store, c->model->engine, from, &c->error);
-        c->from = c->status ? NULL : from;
-        if (c->status == STATUS_LOST)
-            fail_context(&c->error, "%s%s%s cannot be read from the store",
-                         c->turn.active ? "Session '" : "The state to go on from",
-                         c->turn.active ? c->turn.id : "", c->turn.active ? "'" : "");
-    }
-    if (!c->status && c->leaves_state)
-        c->status = image_new_wait(&c->into, &storage->images, STORAGE_WAIT_MS, &c->error);
-}
-
-static void on_fetched(struct work_item *item)
-{
-    struct call *c = (struct call *)item;
-    c->working = false;
-    if (!c->http)
-        call_free(c);
-    else if (c->status)
-        call_fail(c, &c->error, NULL);
-    else
-        start_generation(c);
-}
-
-/* Both states of a turn, at once if that is possible. */
-static void fetch_states(struct call *c)
-{
-    struct error err;
-    struct image *from = kept_from(c);
-    bool files_response = c->response && (c->request.store || call_from(c));
-    c->leaves_state = c->turn.active || c->request.return_state || files_response;
-    if (from && !c->from && image_try_hold(from))
-        c->from = from;
-    enum status st = !from || c->from ? STATUS_OK : STATUS_BUSY;
-    if (!st && c->leaves_state)
-        st = image_new(&c->into, &c->routes->storage.images, &err);
-    if (!st) {
-        start_generation(c);
-    } else if (st == STATUS_BUSY && c->routes->storage.store) {
-        if (from && c->from) { /* who waits for memory keeps others' waiting short */
-            image_release(c->from);
-            c->from = NULL;
-        }
-        c->item = (struct work_item){.run = fetch_on_worker, .done = on_fetched};
-        c->working = true;
-        defer(c);
-        workers_submit(c->routes->workers, &c->item);
-    } else {
-        metrics_add(METRIC_QUEUE_REJECTIONS, st == STATUS_BUSY);
-        call_fail(c, &err, NULL);
-    }
-}
-
 /* The session is in a turn, and the request would wait for its own. */
 static void wait_for_turn(struct call *c)
 {
@@ -783,7 +536,7 @@ static void wait_for_turn(struct call *c)
         st = queue_join(c->routes, c, &err);
     }
     if (!st) {
-        defer(c);
+        call_defer(c);
         return;
     }
     http_drop_body(c->http);
@@ -805,7 +558,7 @@ static void conclude(struct call *c)
     else if (c->api == CODEC_TOKENIZE || c->api == CODEC_DETOKENIZE)
         call_reply_json(c->http, &c->reply);
     else
-        fetch_states(c);
+        call_fetch_states(c);
 }
 
 static void on_prepared(struct work_item *item)
@@ -838,7 +591,7 @@ static void prepare_by_worker(struct call *c)
     c->body = memcpy(c->own_body, c->body, c->n_body);
     c->wants_worker = false;
     c->working = true;
-    defer(c);
+    call_defer(c);
     workers_submit(c->routes->workers, &c->item);
 }
 
