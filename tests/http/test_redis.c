@@ -403,11 +403,14 @@ struct racer {
 static void *race(void *context)
 {
     struct racer *r = context;
+    char header[40];
+    snprintf(header, sizeof(header), "If-Match: \"%d\"", r->talk.version);
     pthread_barrier_wait(r->barrier);
-    r->code = talk_turn(&r->talk, r->server, r->seed, 200, "", NULL);
+    r->code = talk_turn(&r->talk, r->server, r->seed, 200, "", header);
     return NULL;
 }
 
+/* One of them has it; the others come while it runs (409), or too late for this version (412). */
 static void test_turns_at_the_same_time(void **state)
 {
     (void)state;
@@ -430,15 +433,16 @@ static void test_turns_at_the_same_time(void **state)
         }
         for (int i = 0; i < N; i++) {
             pthread_join(racers[i].thread, NULL);
-            assert_true(racers[i].code == 200 || racers[i].code == 409);
-            assert_true(racers[i].code == 409 || !winner);
-            winner = racers[i].code == 200 ? &racers[i] : winner;
+            bool has_won = racers[i].code == 200;
+            assert_true(has_won || racers[i].code == 409 || racers[i].code == 412);
+            assert_false(has_won && winner);
+            winner = has_won ? &racers[i] : winner;
             n_refused += racers[i].code == 409;
         }
         assert_non_null(winner);
         t = winner->talk;
     }
-    assert_int_equal(n_refused, ROUNDS * (N - 1));
+    assert_true(n_refused > 0);
     pthread_barrier_destroy(&barrier);
     talk_check(&t, &servers[0], 50, NULL);
     talk_check(&t, &servers[1], 51, NULL);
