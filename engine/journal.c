@@ -489,7 +489,7 @@ void journal_list(struct bytes *list, const uint8_t key[JOURNAL_KEY_BYTES], cons
 bool journal_is_long(struct journal *j)
 {
     pthread_mutex_lock(&j->lock);
-    bool is_long = j->is_long;
+    bool is_long = j->is_long && !j->is_stopping; /* nobody would write it any more */
     pthread_mutex_unlock(&j->lock);
     return is_long;
 }
