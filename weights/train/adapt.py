@@ -109,6 +109,8 @@ class Student:
 
     def segments(self, tokens, kl_weight, ce_weight):
         """Yields (loss, parts) of one segment after another, the state carried between them."""
+        # as tensors: numbers would be compiled in
+        kl, ce = (torch.tensor(weight, device=self.device) for weight in (kl_weight, ce_weight))
         length = tokens.shape[1] - 1
         seen = min(length, self.args.teacher_length)
         taught = self.teacher.hidden(tokens[:, :seen], self.dtype) if kl_weight else None
@@ -118,7 +120,7 @@ class Student:
             x, state = self.model.hidden(tokens[:, :-1][:, part], state, dtype=self.dtype)
             with_teacher = taught is not None and a < seen
             yield self.head(x, taught[:, part] if with_teacher else None, tokens[:, 1:][:, part].contiguous(),
-                            kl_weight, ce_weight)
+                            kl, ce)
 
 
 def optimiser_of(student, lr, args):

@@ -448,6 +448,8 @@ class Latte(nn.Module):
         fresh = F.pad((state["position"] == 0).to(torch.int32)[:, None], (0, T - 1))
         place, position, ring_segment = self.places(state, torch.maximum(start, fresh), T)
         x = self.embed(tokens, place["position"], dtype)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()                  # under a frozen embedding: all layers alike, compiled once
         layers = []
         for n, (layer, layer_state) in enumerate(zip(self.model.layers, state["layers"])):
             x, layer_state = layer(x, layer_state, place, self.rope(n, T, tokens.device))
