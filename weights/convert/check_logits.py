@@ -9,9 +9,11 @@ that the engine gives for the text's tokens over HTTP.
 """
 import argparse
 import json
+import re
 import subprocess
 import sys
-import tempfile
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -41,27 +43,33 @@ def window_mask(length, window):
     return torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
 
 
+def wait_until_ready(url, seconds=300):
+    for _ in range(seconds):
+        try:
+            return urllib.request.urlopen(f"{url}/health/ready")
+        except urllib.error.HTTPError:          # still loading
+            time.sleep(1)
+    raise SystemExit(f"{url} was not ready after {seconds} seconds")
+
+
 def served(server, directory, ids):
     """Log probabilities of the ids after the first, from the engine in float32."""
-    with tempfile.NamedTemporaryFile("r") as port:
-        process = subprocess.Popen([server, "--model", str(directory), "--port", "0", "--port-file", port.name,
-                                    "--device", "cpu", "--weight-dtype", "f32", "--window-dtype", "f32"])
-        try:
-            while not (text := Path(port.name).read_text()):
-                if process.poll() is not None:
-                    raise SystemExit("the server ended")
-                try:
-                    process.wait(0.5)
-                except subprocess.TimeoutExpired:
-                    pass
-            body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
-            request = urllib.request.Request(f"http://127.0.0.1:{text.strip()}/v1/completions", json.dumps(body).encode(),
-                                             {"Content-Type": "application/json"})
-            answer = json.load(urllib.request.urlopen(request))
-            return torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1:])
-        finally:
-            process.terminate()
-            process.wait()
+    process = subprocess.Popen([server, "--model", str(directory), "--port", "0", "--device", "cpu", "--max-slots", "1",
+                                "--weight-dtype", "f32", "--window-dtype", "f32"], stdout=subprocess.PIPE, text=True)
+    try:
+        line = next((line for line in process.stdout if "http://" in line), None)
+        if line is None:
+            raise SystemExit("the server ended before it listened")
+        url = re.search(r"http://[^ \n]+", line)[0]
+        wait_until_ready(url)
+        body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(request))
+        return torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1:])
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @torch.no_grad()

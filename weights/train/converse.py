@@ -1,6 +1,6 @@
 """Lets a Transformer talk with itself: conversations as training text, in its own words.
 
-    python converse.py --model TEACHER --out DATA/train-teacher.npz --rows 512 --length 2048 \\
+    python converse.py --model TEACHER --out DATA/train-teacher.npz --rows 2048 --length 1024 \\
         --prompts train-chat.jsonl.xz
 
 All rows are decoded together. A conversation begins with a prompt (topics below, or first messages of
@@ -131,25 +131,24 @@ class Talk:
     def step(self):
         args = self.args
         self.out.index_copy_(1, self.position, self.token[:, None])
-        logits = self.logits()
-        logits[:, args.banned] = -1e9
+        logits = self.logits() + args.banned
         top, ids = logits.topk(args.top_k, -1)
         noise = -torch.log(-torch.log(torch.rand_like(top).clamp(1e-9, 1 - 1e-7)))
         sampled = ids.gather(1, (top / args.temperature + noise).argmax(-1, keepdim=True))[:, 0]
-        sampled = torch.where(self.spoken >= args.longest, args.im_end, sampled)
+        sampled = sampled.masked_fill(self.spoken >= args.longest, args.im_end)
 
         forced = self.at < self.lengths[self.queue]
         fed = self.table[self.queue, self.at.clamp(max=self.table.shape[1] - 1)]
         self.token.copy_(torch.where(forced, fed, sampled))
         self.at.copy_(torch.where(forced, self.at + 1, self.at))
-        self.spoken.copy_(torch.where(forced, 0, self.spoken + 1))
+        self.spoken.copy_((self.spoken + 1).masked_fill(forced, 0))
 
         ended = ~forced & (sampled == args.im_end)
         over = ended & (self.role == 1) & (torch.rand(len(ended), device=self.device) < args.over)
         fresh = torch.randint(2, len(self.lengths), (len(ended),), device=self.device)
         follow = torch.where(over, fresh, self.role)        # row 0 opens the assistant's message, row 1 the user's
         self.queue.copy_(torch.where(ended, follow, self.queue))
-        self.at.copy_(torch.where(ended, 0, self.at))
+        self.at.masked_fill_(ended, 0)
         self.role.copy_(torch.where(ended, self.roles[self.queue], self.role))
         self.begin.copy_(torch.where(over, self.position + 2 + self.lead, self.begin))
         self.position += 1
@@ -159,6 +158,7 @@ class Talk:
         begun = time.monotonic()
         if self.device.type == "cuda":
             side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):
                     self.step()
@@ -182,8 +182,8 @@ def arguments():
     parser.add_argument("--model", type=Path, required=True, help="the exact Transformer, from ../convert")
     parser.add_argument("--out", type=Path, required=True, help="a .npz file")
     parser.add_argument("--prompts", type=Path, help="conversations whose first messages are used as well")
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--n-prompts", type=int, default=4000)
     parser.add_argument("--longest", type=int, default=400, help="tokens of one message")
     parser.add_argument("--over", type=float, default=0.3, help="chance that an answer ends the conversation")
@@ -205,7 +205,8 @@ def main():
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     args.im_end = tokenizer.token_to_id(IM_END)
     specials = [token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    args.banned = torch.tensor([i for i in specials if i != args.im_end], device=device)
+    args.banned = torch.zeros(model.config.vocab_size, device=device)      # added to the logits
+    args.banned[[i for i in specials if i != args.im_end]] = -1e9
     prompts = Prompts(tokenizer, args.prompts, args.system, args.n_prompts, args.seed)
     rows = Talk(model, prompts, args, device, dtype).run().astype(np.uint16)
     end = tokenizer.token_to_id(END_OF_TEXT)
