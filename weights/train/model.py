@@ -28,8 +28,9 @@ DEFAULTS = {
     "final_logit_softcapping": None, "position_embedding": "none", "bidirectional": False, "norm_eps": 1e-6,
     "norm_offset": 0.0, "final_norm": True, "hidden_act": "silu", "post_norms": False, "embedding_scale": 1.0,
     "tie_word_embeddings": False, "max_position_embeddings": 4096, "qk_norm": False, "bias": None, "head_bias": False,
+    "latent_q_bias": None,
 }
-# The last three are no keys of the format: whether optional tensors exist. A file says so by having
+# The last four are no keys of the format: whether optional tensors exist. A file says so by having
 # them; a new model has q_norm and k_norm where `qk_norm` asks for them, and biases with layernorm.
 
 
@@ -50,6 +51,8 @@ class Config:
         self.latents_per_head = self.num_latents // self.num_attention_heads
         if self.bias is None:
             self.bias = self.norm == "layernorm"
+        if self.latent_q_bias is None:
+            self.latent_q_bias = self.bias
 
     @classmethod
     def load(cls, path):
@@ -154,11 +157,11 @@ class Mix(nn.Module):
         self.input = "none" if full else config.latent_input
         self.scale = (config.query_pre_attn_scalar or d) ** -0.5
 
-        def linear(outputs, inputs=D):
-            return nn.Linear(inputs, outputs, bias=config.bias)
+        def linear(outputs, inputs=D, bias=config.bias):
+            return nn.Linear(inputs, outputs, bias=bias)
 
         if self.M:
-            self.latent_q = linear(H * (self.M + (1 if self.window else 0)))
+            self.latent_q = linear(H * (self.M + (1 if self.window else 0)), bias=config.latent_q_bias)
             self.latent_k = linear(H * self.M)
         self.v_proj = linear(KV * d)
         if self.window:
@@ -237,7 +240,8 @@ class Mix(nn.Module):
         y = 0
         if self.window:
             seen = place["ring_segment"][:, -k_all.shape[1]:].contiguous()
-            if fast:
+            if fast:                            # the kernels want keys and values for every head
+                k_all, v_all = (x.repeat_interleave(H // x.shape[2], 2) for x in (k_all, v_all))
                 y, _ = kernels.window(q, k_all, v_all, seen, self.scale)
             else:
                 y = ops.window(q, k_all, v_all, seen, self.window, self.scale, c.attn_logit_softcapping)
@@ -269,7 +273,6 @@ class Mix(nn.Module):
         return (kernels is not None and h.is_cuda and h.dtype == torch.bfloat16 and h.shape[1] % 64 == 0
                 and self.input == "rglru" and self.window and self.window % 64 == 0
                 and self.M in (16, 32, 64) and c.head_dim in (32, 64, 128)
-                and c.num_key_value_heads == c.num_attention_heads
                 and not c.attn_logit_softcapping and c.position_embedding != "vapor")
 
     def normed(self, x, name):
@@ -293,16 +296,24 @@ def linear(x, weight, bias=None):
 
 
 def products(x, jobs, rglru=None):
-    """x times each weight of {name: (weight, bias)} as one product; with `rglru` also its two gates."""
+    """x times each weight of {name: (weight, bias)} as one product; with `rglru` also its two gates.
+    Frozen weights are a product of their own: no gradient is computed for them."""
     jobs = dict(jobs)
     if rglru is not None:
         jobs["recurrence"] = (rglru.recurrence_gate.dense(), rglru.recurrence_gate.bias)
         jobs["gate"] = (rglru.input_gate.dense(), rglru.input_gate.bias)
+    frozen = {name: job for name, job in jobs.items() if not job[0].requires_grad}
+    if frozen and len(frozen) < len(jobs):
+        return {**_product(x, frozen), **_product(x, {n: job for n, job in jobs.items() if n not in frozen})}
+    return _product(x, jobs)
+
+
+def _product(x, jobs):
     if not jobs:
         return {}
     names = list(jobs)
     widths = [jobs[name][0].shape[0] for name in names]
-    weights = [jobs[name][0] for name in names]
+    weights = [jobs[name][0].to(x.dtype) for name in names]
     biases = [jobs[name][1] for name in names]
     padding = -sum(widths) % 8                  # odd widths cost the matrix units their fast path
     if padding:
@@ -437,6 +448,8 @@ class Latte(nn.Module):
         fresh = F.pad((state["position"] == 0).to(torch.int32)[:, None], (0, T - 1))
         place, position, ring_segment = self.places(state, torch.maximum(start, fresh), T)
         x = self.embed(tokens, place["position"], dtype)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()                  # under a frozen embedding: all layers alike, compiled once
         layers = []
         for n, (layer, layer_state) in enumerate(zip(self.model.layers, state["layers"])):
             x, layer_state = layer(x, layer_state, place, self.rope(n, T, tokens.device))
@@ -468,6 +481,7 @@ def load(directory, device="cpu"):
     values["qk_norm"] = any(name.endswith("q_norm.weight") for name in tensors)
     values["bias"] = any(name.endswith(("proj.bias", "conv.bias")) for name in tensors)
     values["head_bias"] = "lm_head.bias" in tensors
+    values["latent_q_bias"] = any(name.endswith("latent_q.bias") for name in tensors)
     model = Latte(Config(values)).to(device)
     missing, unexpected = model.load_state_dict({k: t.float() for k, t in tensors.items()}, strict=False)
     missing = [name for name in missing if not name.endswith("bias")]
