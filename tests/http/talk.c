@@ -86,7 +86,8 @@ static int read_choice(const struct answer *a, int32_t *out, int max)
 
 void talk_open(struct talk *t, const struct server *s, const char *header)
 {
-    struct answer a = answer_of(s, "POST", "/v1/sessions", strdup("{}"), header);
+    struct answer a =
+        answer_of(s, "POST", "/v1/sessions", strdup("{\"metadata\":{\"k\":\"v\"}}"), header);
     answer_expect(&a, 200);
     *t = (struct talk){0};
     snprintf(t->id, sizeof(t->id), "%s", answer_member(a.json, "id")->valuestring);
@@ -121,9 +122,10 @@ char *talk_body(const struct talk *t, const int32_t *prompt, int n, int max_toke
                 const char *more)
 {
     char *ids = print_ids(prompt, n);
-    char *body = text_of("{\"session_id\":\"%s\",\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
-                         "\"ignore_eos\":true,\"return_token_ids\":true%s}",
-                         t->id, ids, max_tokens, more);
+    char *body =
+        text_of("{\"session_id\":\"%s\",\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
+                "\"ignore_eos\":true,\"repetition_penalty\":1,\"return_token_ids\":true%s}",
+                t->id, ids, max_tokens, more);
     free(ids);
     return body;
 }
@@ -157,11 +159,12 @@ int talk_turn(struct talk *t, const struct server *s, int seed, int max_tokens, 
 int talk_once(const struct server *s, const int32_t *ids, int n, int max_tokens, int32_t *out)
 {
     char *list = print_ids(ids, n);
-    struct answer a = answer_of(s, "POST", "/v1/completions",
-                                text_of("{\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
-                                        "\"ignore_eos\":true,\"return_token_ids\":true}",
-                                        list, max_tokens),
-                                NULL);
+    struct answer a =
+        answer_of(s, "POST", "/v1/completions",
+                  text_of("{\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
+                          "\"ignore_eos\":true,\"repetition_penalty\":1,\"return_token_ids\":true}",
+                          list, max_tokens),
+                  NULL);
     answer_expect(&a, 200);
     int n_out = read_choice(&a, out, max_tokens);
     answer_free(&a);

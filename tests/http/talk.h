@@ -35,6 +35,7 @@ struct talk {
     int32_t ids[TALK_MAX_IDS]; /* [n], all tokens of the session */
     int n;
 };
+/* A new session, whose metadata is {"k":"v"}. */
 void talk_open(struct talk *t, const struct server *s, const char *header);
 /* A request about the session: "/fork", say, or "". */
 struct answer talk_ask(const struct talk *t, const struct server *s, const char *method,

@@ -21,11 +21,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "tests/http/talk.h"
 #include "tests/unit/model_files.h"
 
 #define COMPLETIONS "/v1/completions"
 
-enum { MAX_IDS = 4096, N_STREAMS = 16 };
+enum { N_STREAMS = 16 };
 
 static struct server server;
 static char model_dir[128], store_dir[160];
@@ -73,176 +74,31 @@ static int tear_down(void **state)
 
 /* ---- requests -------------------------------------------------------------------------------- */
 
-struct answer {
-    int code;
-    cJSON *json;
-};
-
 static struct answer send_text(const char *method, const char *path, char *body, const char *header)
 {
-    const char *const headers[] = {header, NULL};
-    struct client_request request = {
-        .method = method, .path = path, .body = body, .headers = header ? headers : NULL};
-    struct reply reply;
-    client_send(&server, &request, &reply);
-    struct answer a = {reply.code, cJSON_ParseWithLength(reply.body.data, reply.body.n)};
-    if (!a.json)
-        fail_msg("%s %s: %d %s", method, path, reply.code, reply.body.data);
-    reply_free(&reply);
-    free(body);
-    return a;
-}
-
-__attribute__((format(printf, 1, 2))) static char *text_of(const char *format, ...)
-{
-    char *text = NULL;
-    va_list args;
-    va_start(args, format);
-    assert_true(vasprintf(&text, format, args) >= 0);
-    va_end(args);
-    return text;
-}
-
-static void expect(struct answer *a, int code)
-{
-    if (a->code != code)
-        fail_msg("status %d, expected %d: %s", a->code, code, cJSON_PrintUnformatted(a->json));
-}
-
-static void done(struct answer *a)
-{
-    cJSON_Delete(a->json);
-    a->json = NULL;
-}
-
-static const cJSON *member(const cJSON *v, const char *name)
-{
-    const cJSON *found = cJSON_GetObjectItemCaseSensitive(v, name);
-    if (!found)
-        fail_msg("no %s in %s", name, cJSON_PrintUnformatted(v));
-    return found;
-}
-
-/* ---- conversations --------------------------------------------------------------------------- */
-
-struct talk {
-    char id[64];
-    int version;
-    int32_t ids[MAX_IDS];
-    int n;
-};
-
-static void open_talk(struct talk *t, const char *header)
-{
-    struct answer a =
-        send_text("POST", "/v1/sessions", text_of("{\"metadata\":{\"k\":\"v\"}}"), header);
-    expect(&a, 200);
-    *t = (struct talk){0};
-    snprintf(t->id, sizeof(t->id), "%s", member(a.json, "id")->valuestring);
-    done(&a);
+    return answer_of(&server, method, path, body, header);
 }
 
 static struct answer ask(const char *method, const struct talk *t, const char *what,
                          const char *body, const char *header)
 {
-    char path[160];
-    snprintf(path, sizeof(path), "/v1/sessions/%.63s%.40s", t->id, what);
-    return send_text(method, path, body ? strdup(body) : NULL, header);
+    return talk_ask(t, &server, method, what, body, header);
 }
 
-static char *print_ids(const int32_t *ids, int n)
+static void open_talk(struct talk *t, const char *header)
 {
-    cJSON *array = cJSON_CreateIntArray(ids, n);
-    char *text = cJSON_PrintUnformatted(array);
-    cJSON_Delete(array);
-    return text;
-}
-
-static int read_ids(const cJSON *array, int32_t *out, int max)
-{
-    int n = 0;
-    const cJSON *item;
-    cJSON_ArrayForEach(item, array)
-    {
-        assert_true(n < max);
-        out[n++] = item->valueint;
-    }
-    return n;
-}
-
-static int make_prompt(int32_t *ids, int seed)
-{
-    int n = 1 + seed * 5 % 7;
-    for (int i = 0; i < n; i++)
-        ids[i] = 300 + (seed * 37 + i * 11) % 500;
-    return n;
-}
-
-static char *turn_body(const struct talk *t, const int32_t *prompt, int n, int max_tokens,
-                       const char *more)
-{
-    char *ids = print_ids(prompt, n);
-    char *body =
-        text_of("{\"session_id\":\"%s\",\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
-                "\"ignore_eos\":true,\"repetition_penalty\":1,\"return_token_ids\":true%s}",
-                t->id, ids, max_tokens, more);
-    free(ids);
-    return body;
+    talk_open(t, &server, header);
 }
 
 /* A turn that has to be answered with this code; with 200 the talk goes on. */
 static void take_turn(struct talk *t, int seed, int max_tokens, int code, const char *header)
 {
-    int32_t prompt[8];
-    int n = make_prompt(prompt, seed);
-    struct answer a =
-        send_text("POST", COMPLETIONS, turn_body(t, prompt, n, max_tokens, ""), header);
-    expect(&a, code);
-    if (code == 200) {
-        const cJSON *session = member(a.json, "session");
-        const cJSON *choice = cJSON_GetArrayItem(member(a.json, "choices"), 0);
-        memcpy(t->ids + t->n, prompt, (size_t)n * sizeof(*prompt));
-        t->n += n;
-        t->n += read_ids(member(choice, "token_ids"), t->ids + t->n, MAX_IDS - t->n);
-        assert_int_equal(member(session, "position")->valueint, t->n);
-        assert_int_equal(member(session, "version")->valueint, ++t->version);
-    }
-    done(&a);
+    assert_int_equal(talk_turn(t, &server, seed, max_tokens, "", header), code);
 }
 
-/* What the server says without a session to all this at once. */
-static int say_once(const int32_t *ids, int n, int max_tokens, int32_t *out)
-{
-    char *list = print_ids(ids, n);
-    struct answer a =
-        send_text("POST", COMPLETIONS,
-                  text_of("{\"prompt\":%s,\"max_tokens\":%d,\"temperature\":0,"
-                          "\"ignore_eos\":true,\"repetition_penalty\":1,\"return_token_ids\":true}",
-                          list, max_tokens),
-                  NULL);
-    expect(&a, 200);
-    int n_out = read_ids(member(cJSON_GetArrayItem(member(a.json, "choices"), 0), "token_ids"), out,
-                         max_tokens);
-    done(&a);
-    free(list);
-    return n_out;
-}
-
-/* The session is where the talk is, and says next what the whole talk says. */
 static void check_talk(struct talk *t, int seed)
 {
-    struct answer a = ask("GET", t, "", NULL, NULL);
-    expect(&a, 200);
-    assert_int_equal(member(a.json, "position")->valueint, t->n);
-    assert_int_equal(member(a.json, "version")->valueint, t->version);
-    done(&a);
-    int32_t whole[MAX_IDS], said[8];
-    int before = t->n;
-    take_turn(t, seed, 4, 200, NULL);
-    int n_prompt = t->n - before - 4;
-    memcpy(whole, t->ids, (size_t)(before + n_prompt) * sizeof(*whole));
-    assert_int_equal(say_once(whole, before + n_prompt, 4, said), 4);
-    assert_memory_equal(said, t->ids + before + n_prompt, 4 * sizeof(*said));
+    talk_check(t, &server, seed, NULL);
 }
 
 /* ---- the end and a new beginning ------------------------------------------------------------- */
@@ -265,9 +121,9 @@ static void test_restart(void **state)
     }
     start(NULL);
     struct answer a = ask("GET", &talks[1], "", NULL, NULL);
-    assert_string_equal(member(a.json, "tier")->valuestring, "store");
-    assert_string_equal(member(member(a.json, "metadata"), "k")->valuestring, "v");
-    done(&a);
+    assert_string_equal(answer_member(a.json, "tier")->valuestring, "store");
+    assert_string_equal(answer_member(answer_member(a.json, "metadata"), "k")->valuestring, "v");
+    answer_free(&a);
     for (int i = 0; i < 4; i++)
         check_talk(&talks[i], 77 + i);
     assert_true(
@@ -283,39 +139,41 @@ static void test_what_belongs_to_a_session(void **state)
     open_talk(&parent, NULL);
     take_turn(&parent, 1, 8, 200, NULL);
     struct answer a = ask("POST", &parent, "/snapshots", "{\"name\":\"early\"}", NULL);
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     struct talk early = parent;
     take_turn(&parent, 2, 8, 200, NULL);
     struct talk before = parent;
     take_turn(&parent, 3, 8, 200, NULL);
     a = ask("POST", &parent, "/fork", "{\"n\":2}", NULL);
-    expect(&a, 200);
+    answer_expect(&a, 200);
     child = parent;
     child.version = 0;
-    snprintf(child.id, sizeof(child.id), "%s",
-             member(cJSON_GetArrayItem(member(a.json, "data"), 0), "id")->valuestring);
+    snprintf(
+        child.id, sizeof(child.id), "%s",
+        answer_member(cJSON_GetArrayItem(answer_member(a.json, "data"), 0), "id")->valuestring);
     struct talk deleted;
-    snprintf(deleted.id, sizeof(deleted.id), "%s",
-             member(cJSON_GetArrayItem(member(a.json, "data"), 1), "id")->valuestring);
-    done(&a);
+    snprintf(
+        deleted.id, sizeof(deleted.id), "%s",
+        answer_member(cJSON_GetArrayItem(answer_member(a.json, "data"), 1), "id")->valuestring);
+    answer_free(&a);
     a = ask("DELETE", &deleted, "", NULL, NULL);
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     end(SIGKILL);
     start(NULL);
     a = ask("GET", &deleted, "", NULL, NULL);
-    expect(&a, 404);
-    done(&a);
+    answer_expect(&a, 404);
+    answer_free(&a);
     check_talk(&child, 5);
     a = ask("POST", &parent, "/rollback", "{}", NULL);
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     before.version = parent.version + 1;
     check_talk(&before, 6);
     a = ask("POST", &parent, "/rollback", "{\"snapshot\":\"early\"}", NULL);
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     early.version = before.version + 1;
     check_talk(&early, 7);
     end(SIGTERM);
@@ -342,8 +200,9 @@ static struct answer response_of(const char *method, const char *id, const char 
 
 static char *text_said(const struct answer *a)
 {
-    const cJSON *message = cJSON_GetArrayItem(member(a->json, "output"), 0);
-    return strdup(member(cJSON_GetArrayItem(member(message, "content"), 0), "text")->valuestring);
+    const cJSON *message = cJSON_GetArrayItem(answer_member(a->json, "output"), 0);
+    return strdup(answer_member(cJSON_GetArrayItem(answer_member(message, "content"), 0), "text")
+                      ->valuestring);
 }
 
 /* Stored responses are read again, and gone on from. */
@@ -354,31 +213,31 @@ static void test_responses(void **state)
     char *said[2], *whole[2], *items[2];
     start(NULL);
     struct answer a = respond("How are you?", NULL);
-    expect(&a, 200);
-    snprintf(first, sizeof(first), "%s", member(a.json, "id")->valuestring);
-    done(&a);
+    answer_expect(&a, 200);
+    snprintf(first, sizeof(first), "%s", answer_member(a.json, "id")->valuestring);
+    answer_free(&a);
     a = respond("Why?", first);
-    expect(&a, 200);
-    snprintf(second, sizeof(second), "%s", member(a.json, "id")->valuestring);
-    done(&a);
+    answer_expect(&a, 200);
+    snprintf(second, sizeof(second), "%s", answer_member(a.json, "id")->valuestring);
+    answer_free(&a);
     a = respond("Nobody needs this.", NULL);
-    snprintf(deleted, sizeof(deleted), "%s", member(a.json, "id")->valuestring);
-    done(&a);
+    snprintf(deleted, sizeof(deleted), "%s", answer_member(a.json, "id")->valuestring);
+    answer_free(&a);
     a = response_of("DELETE", deleted, "");
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     for (int round = 0; round < 2; round++) {
         a = response_of("GET", second, "");
-        expect(&a, 200);
+        answer_expect(&a, 200);
         whole[round] = cJSON_PrintUnformatted(a.json);
-        done(&a);
+        answer_free(&a);
         a = response_of("GET", second, "/input_items");
         items[round] = cJSON_PrintUnformatted(a.json);
-        done(&a);
+        answer_free(&a);
         a = respond("And then?", second);
-        expect(&a, 200);
+        answer_expect(&a, 200);
         said[round] = text_said(&a);
-        done(&a);
+        answer_free(&a);
         end(SIGKILL);
         start(NULL);
     }
@@ -391,19 +250,19 @@ static void test_responses(void **state)
         free(said[round]);
     }
     a = response_of("GET", deleted, "");
-    expect(&a, 404);
-    done(&a);
+    answer_expect(&a, 404);
+    answer_free(&a);
     a = response_of("DELETE", first, ""); /* the next one does not need it any more */
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     end(SIGTERM);
     start(NULL);
     a = respond("Still there?", first);
-    expect(&a, 400);
-    done(&a);
+    answer_expect(&a, 400);
+    answer_free(&a);
     a = respond("Still there?", second);
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     end(SIGTERM);
 }
 
@@ -412,9 +271,9 @@ static void save_preset(const char *name, const struct talk *t)
     char path[100];
     snprintf(path, sizeof(path), "/v1/presets/%s", name);
     struct answer a = send_text("PUT", path, text_of("{\"session\":\"%s\"}", t->id), NULL);
-    expect(&a, 200);
-    assert_int_equal(member(a.json, "position")->valueint, t->n);
-    done(&a);
+    answer_expect(&a, 200);
+    assert_int_equal(answer_member(a.json, "position")->valueint, t->n);
+    answer_free(&a);
 }
 
 static void expect_preset(const char *name, int code)
@@ -422,8 +281,8 @@ static void expect_preset(const char *name, int code)
     char path[100];
     snprintf(path, sizeof(path), "/v1/presets/%s", name);
     struct answer a = send_text("GET", path, NULL, NULL);
-    expect(&a, code);
-    done(&a);
+    answer_expect(&a, code);
+    answer_free(&a);
 }
 
 /* A session that begins with a preset goes on where that was saved. */
@@ -431,11 +290,11 @@ static void check_preset(const char *name, const struct talk *saved, int seed)
 {
     struct answer a =
         send_text("POST", "/v1/sessions", text_of("{\"from\":{\"preset\":\"%s\"}}", name), NULL);
-    expect(&a, 200);
+    answer_expect(&a, 200);
     struct talk t = *saved;
-    t.version = member(a.json, "version")->valueint;
-    snprintf(t.id, sizeof(t.id), "%s", member(a.json, "id")->valuestring);
-    done(&a);
+    t.version = answer_member(a.json, "version")->valueint;
+    snprintf(t.id, sizeof(t.id), "%s", answer_member(a.json, "id")->valuestring);
+    answer_free(&a);
     check_talk(&t, seed);
 }
 
@@ -454,11 +313,11 @@ static void test_presets(void **state)
     take_turn(&one, 2, 6, 200, NULL);
     save_preset("changes", &one);
     struct answer a = send_text("DELETE", "/v1/presets/goes", NULL, NULL);
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     a = ask("DELETE", &one, "", NULL, NULL); /* a preset is not its session's */
-    expect(&a, 200);
-    done(&a);
+    answer_expect(&a, 200);
+    answer_free(&a);
     for (int round = 0; round < 2; round++) {
         end(round ? SIGTERM : SIGKILL);
         start(args);
@@ -477,21 +336,21 @@ static void test_repeated_turns(void **state)
     struct talk t;
     int32_t prompt[8];
     char *said[2];
-    int n = make_prompt(prompt, 5);
+    int n = talk_prompt(prompt, 5);
     start(NULL);
     open_talk(&t, NULL);
     for (int round = 0; round < 2; round++) {
-        struct answer a = send_text("POST", COMPLETIONS, turn_body(&t, prompt, n, 6, ""), key);
-        expect(&a, 200);
+        struct answer a = send_text("POST", COMPLETIONS, talk_body(&t, prompt, n, 6, ""), key);
+        answer_expect(&a, 200);
         said[round] = cJSON_PrintUnformatted(a.json);
-        done(&a);
+        answer_free(&a);
         end(SIGKILL);
         start(NULL);
     }
     assert_string_equal(said[0], said[1]);
     cJSON_free(said[0]);
     cJSON_free(said[1]);
-    char *body = turn_body(&t, prompt, n, 6, ",\"stream\":true");
+    char *body = talk_body(&t, prompt, n, 6, ",\"stream\":true");
     const char *const headers[] = {streamed, NULL};
     struct client_request request = {.path = COMPLETIONS, .body = body, .headers = headers};
     struct reply reply;
@@ -502,11 +361,11 @@ static void test_repeated_turns(void **state)
     end(SIGKILL);
     start(NULL);
     struct answer a = send_text("POST", COMPLETIONS, body, streamed);
-    expect(&a, 410);
-    done(&a);
+    answer_expect(&a, 410);
+    answer_free(&a);
     a = ask("GET", &t, "", NULL, NULL);
-    assert_int_equal(member(a.json, "version")->valueint, 2);
-    done(&a);
+    assert_int_equal(answer_member(a.json, "version")->valueint, 2);
+    answer_free(&a);
     end(SIGTERM);
 }
 
@@ -535,8 +394,8 @@ static void test_owners(void **state)
         take_turn(&others, 2, 4, 200, b_key);
         take_turn(&mine, 1, 4, 404, b_key);
         struct answer a = ask("GET", &others, "/state", NULL, a_key);
-        expect(&a, 404);
-        done(&a);
+        answer_expect(&a, 404);
+        answer_free(&a);
         end(SIGKILL);
     }
     unlink(path);
@@ -587,7 +446,7 @@ static bool on_data(void *context, const char *data, size_t n)
 static void append_turn(struct talk *t, const int32_t *prompt, int n_prompt, const int32_t *output,
                         int n_output)
 {
-    assert_true(t->n + n_prompt + n_output < MAX_IDS);
+    assert_true(t->n + n_prompt + n_output < TALK_MAX_IDS);
     memcpy(t->ids + t->n, prompt, (size_t)n_prompt * sizeof(*prompt));
     memcpy(t->ids + t->n + n_prompt, output, (size_t)n_output * sizeof(*output));
     t->n += n_prompt + n_output;
@@ -599,12 +458,12 @@ static void *tell(void *context)
     struct teller *t = context;
     while (!atomic_load(&is_killed)) {
         t->seed++;
-        t->n_prompt = make_prompt(t->prompt, t->seed * N_STREAMS + t->number);
+        t->n_prompt = talk_prompt(t->prompt, t->seed * N_STREAMS + t->number);
         t->max_tokens = 1 + (t->seed * 7 + t->number) % 24;
         t->n_told = 0;
         t->is_acknowledged = false;
         t->line.n = 0;
-        char *body = turn_body(&t->talk, t->prompt, t->n_prompt, t->max_tokens, ",\"stream\":true");
+        char *body = talk_body(&t->talk, t->prompt, t->n_prompt, t->max_tokens, ",\"stream\":true");
         struct client_request request = {
             .path = COMPLETIONS, .body = body, .on_data = on_data, .context = t};
         struct reply reply;
@@ -627,17 +486,17 @@ static void *tell(void *context)
 static void settle(struct teller *t)
 {
     struct answer a = ask("GET", &t->talk, "", NULL, NULL);
-    expect(&a, 200);
-    int version = member(a.json, "version")->valueint;
-    done(&a);
+    answer_expect(&a, 200);
+    int version = answer_member(a.json, "version")->valueint;
+    answer_free(&a);
     if (version == t->talk.version)
         return;
     assert_int_equal(version, t->talk.version + 1);
     assert_true(t->n_prompt > 0);
-    int32_t whole[MAX_IDS], said[64];
+    int32_t whole[TALK_MAX_IDS], said[64];
     memcpy(whole, t->talk.ids, (size_t)t->talk.n * sizeof(*whole));
     memcpy(whole + t->talk.n, t->prompt, (size_t)t->n_prompt * sizeof(*whole));
-    int n = say_once(whole, t->talk.n + t->n_prompt, t->max_tokens, said);
+    int n = talk_once(&server, whole, t->talk.n + t->n_prompt, t->max_tokens, said);
     assert_int_equal(n, t->max_tokens);
     assert_memory_equal(said, t->told, (size_t)t->n_told * sizeof(*said));
     append_turn(&t->talk, t->prompt, t->n_prompt, said, n);
@@ -672,10 +531,10 @@ static void test_kills(void **state)
             settle(t);
             check_talk(&t->talk, ++t->seed * N_STREAMS + i);
             t->n_prompt = 0;
-            if (t->talk.n > MAX_IDS - 1000) { /* a new one in its place */
+            if (t->talk.n > TALK_MAX_IDS - 1000) { /* a new one in its place */
                 struct answer a = ask("DELETE", &t->talk, "", NULL, NULL);
-                expect(&a, 200);
-                done(&a);
+                answer_expect(&a, 200);
+                answer_free(&a);
                 open_talk(&t->talk, NULL);
             }
         }
@@ -708,11 +567,11 @@ static void test_full_disk(void **state)
     take_turn(&talk, 2, 6, 503, NULL);
     take_turn(&other, 3, 6, 503, NULL);
     struct answer a = ask("POST", &talk, "/rollback", "{}", NULL);
-    expect(&a, 503);
-    done(&a);
+    answer_expect(&a, 503);
+    answer_free(&a);
     a = send_text("POST", "/v1/sessions", strdup("{}"), NULL);
-    expect(&a, 503);
-    done(&a);
+    answer_expect(&a, 503);
+    answer_free(&a);
     assert_true(server_metric(&server, "latte_store_errors_total") >= 4);
     limit_files(RLIM_INFINITY);
     check_talk(&talk, 4);
@@ -757,12 +616,12 @@ static void change_byte(const char *path, off_t at)
 static void expect_lost(const struct talk *t)
 {
     int32_t prompt[8];
-    int n = make_prompt(prompt, 1);
-    struct answer a = send_text("POST", COMPLETIONS, turn_body(t, prompt, n, 4, ""), NULL);
-    expect(&a, 410);
-    if (!strstr(member(member(a.json, "error"), "message")->valuestring, t->id))
+    int n = talk_prompt(prompt, 1);
+    struct answer a = send_text("POST", COMPLETIONS, talk_body(t, prompt, n, 4, ""), NULL);
+    answer_expect(&a, 410);
+    if (!strstr(answer_member(answer_member(a.json, "error"), "message")->valuestring, t->id))
         fail_msg("the error does not name the session");
-    done(&a);
+    answer_free(&a);
 }
 
 /* A state's file that was cut or changed, an entry of the journal that was: that session is refused
@@ -807,11 +666,11 @@ static void test_damage(void **state)
         expect_lost(&large);
         check_talk(&small, 4);
         struct answer a = ask("DELETE", &large, "", NULL, NULL);
-        expect(&a, 200);
-        done(&a);
+        answer_expect(&a, 200);
+        answer_free(&a);
         a = ask("DELETE", &small, "", NULL, NULL);
-        expect(&a, 200);
-        done(&a);
+        answer_expect(&a, 200);
+        answer_free(&a);
         end(SIGTERM);
     }
 }
