@@ -197,11 +197,19 @@ static const struct option_row *find_row(const char *name, size_t n)
     return NULL;
 }
 
+/* The two letters that everybody expects. */
+static const char *long_form(const char *text)
+{
+    if (!strcmp(text, "-m"))
+        return "--model";
+    return strcmp(text, "-h") ? text : "--help";
+}
+
 /* argv[*i] and, when it needs one, the value behind it. */
 static enum status read_argument(struct options *o, int argc, char **argv, int *i,
                                  struct error *err)
 {
-    const char *text = argv[*i];
+    const char *text = long_form(argv[*i]);
     if (strncmp(text, "--", 2) || !text[2])
         return fail_field(err, STATUS_INVALID, text,
                           "expected a flag such as --model DIR, found '%s'", text);
@@ -268,7 +276,7 @@ void options_print_help(FILE *out)
 {
     fprintf(out,
             "latte-server %s: serve a Latte language model over HTTP\n\n"
-            "usage: latte-server --model DIR [flags]\n\n"
+            "usage: latte-server --model DIR [flags]   (or -m DIR)\n\n"
             "Each flag may also be given as --flag=VALUE or as the environment variable named "
             "below it;\nthe command line wins.\n\n",
             latte_version);

@@ -107,6 +107,11 @@ static void test_forms(void **state)
                            "--deterministic", "--max-batch=2000", "--window-dtype", "f8"),
                      STATUS_OK);
     assert_true(o.device_memory_share == 0.25 && o.deterministic && o.max_batch == 2000);
+    assert_int_equal(PARSE(&o, &err, "-m", "a"), STATUS_OK);
+    assert_string_equal(o.model, "a");
+    assert_int_equal(PARSE(&o, &err, "-h"), STATUS_OK);
+    assert_true(o.help);
+    assert_int_equal(PARSE(&o, &err, "--model", "a", "--window-dtype", "f8"), STATUS_OK);
     assert_string_equal(o.window_dtype, "f8");
     assert_int_equal(PARSE(&o, &err, "--model", "a", "--access-log=false", "--model", "b"),
                      STATUS_OK);
