@@ -408,7 +408,7 @@ int sessions_expire(struct sessions *t)
         if (!ends || change_new(&c, s, NULL, NULL, &ignored))
             continue;
         c->is_delete = true;
-        n++;
+        n += s->kind == SESSION_OF_USER;
         if ((*end = change_submit(t, c)))
             end = &(*end)->next_held;
     }

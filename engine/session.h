@@ -92,6 +92,9 @@ enum status sessions_open(struct sessions **out, const struct session_options *o
                           struct error *err);
 /* Read the store's journal, if there is one: before anything else. */
 enum status sessions_recover(struct sessions *t, struct session_found *found, struct error *err);
+/* The store is stopped: what it has done is reaped, what it has not is refused, and nothing of
+ * items is written any more. */
+void sessions_shut(struct sessions *t);
 /* The store is closed. Accepts NULL; no turn may be under way. */
 void sessions_close(struct sessions *t);
 /* Changes that the journal has taken, or not, are done. Soon after the journal notified. */
@@ -184,7 +187,7 @@ enum session_kind { SESSION_OF_USER, SESSION_RESPONSE, SESSION_OUTCOME, SESSION_
 
 struct session_item {
     enum session_kind kind;
-    const char *name; /* unique within its kind; what opening finds again is in data */
+    const char *name; /* unique within its kind and owner; what opening finds again is in data */
     int owner;
     int64_t keep_s;   /* from now on; 0: for ever */
     const char *data; /* [n_data], copied */
@@ -202,11 +205,11 @@ struct session_item {
 enum status session_put_item(struct sessions *t, const struct session_item *item,
                              session_done *done, void *context, struct error *err);
 /* Forget one, now or soon; harmless when there is none. */
-void session_drop_item(struct sessions *t, enum session_kind kind, const char *name);
+void session_drop_item(struct sessions *t, enum session_kind kind, int owner, const char *name);
 
 /* Every item of a kind, oldest first, as opening has found them: before turns begin. The item is
- * valid until fn returns; created: Unix seconds. fn calls nothing of this table. False: the item
- * is not wanted, and is forgotten. */
+ * valid until fn returns; created: Unix seconds. False: the item is not wanted, and is forgotten.
+ */
 typedef bool session_item_fn(void *context, const struct session_item *item, int64_t created);
 void sessions_each_item(struct sessions *t, enum session_kind kind, session_item_fn *fn,
                         void *context);

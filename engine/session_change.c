@@ -53,7 +53,8 @@ static void append(struct sessions *t, struct change *c)
  * the table, written out, and those who waited for that come after it. */
 static void append_whole(struct sessions *t)
 {
-    struct change *c = t->wants_whole && !t->n_pending ? calloc(1, sizeof(*c)) : NULL;
+    struct change *c =
+        t->wants_whole && !t->n_pending && !t->is_shut ? calloc(1, sizeof(*c)) : NULL;
     if (!c)
         return;
     t->wants_whole = false;
@@ -73,6 +74,18 @@ static void append_whole(struct sessions *t)
     }
 }
 
+/* Redis would make a session anew whose revision is not known: that of a turn always is. */
+static enum status check_submit(const struct sessions *t, const struct change *c, struct error *err)
+{
+    const struct session *s = c->session;
+    if (c->entry.payload.failed || c->shared.names.failed)
+        return fail(err, STATUS_NOMEM, "out of memory for the change of a session");
+    if (sessions_are_shared(t) && !s->is_new && !c->is_delete && !*s->revision)
+        return fail_field(err, STATUS_CONFLICT, "session_id",
+                          "Another server changed the session meanwhile; nothing was done.");
+    return STATUS_OK;
+}
+
 struct change *change_submit(struct sessions *t, struct change *c)
 {
     struct session *s = c->session;
@@ -86,8 +99,9 @@ struct change *change_submit(struct sessions *t, struct change *c)
         record_session(&c->entry.payload, s, &c->next);
     if (sessions_are_shared(t) && !c->is_delete)
         record_names(&c->shared.names, &c->next);
-    if (c->entry.payload.failed || c->shared.names.failed) {
-        fail(&c->entry.error, STATUS_NOMEM, "out of memory for the change of a session");
+    if (check_submit(t, c, &c->entry.error)) {
+        if (c->turn && *s->lease)
+            redis_store_release(shared_store(t), s->lease);
         return c;
     }
     if (sessions_are_shared(t)) {
@@ -208,4 +222,21 @@ void sessions_reap(struct sessions *t)
         !t->writes_whole && journal_is_long(journal) && session_now_s() >= t->next_whole_s;
     append_whole(t);
     pthread_mutex_unlock(&t->lock);
+}
+
+void sessions_shut(struct sessions *t)
+{
+    pthread_mutex_lock(&t->lock);
+    t->is_shut = true;
+    struct change *held = t->held;
+    t->held = NULL;
+    t->held_end = &t->held;
+    pthread_mutex_unlock(&t->lock);
+    sessions_reap(t);
+    while (held) {
+        struct change *next = held->next_held;
+        fail(&held->entry.error, STATUS_SHUTDOWN, "The server is shutting down.");
+        change_finish(t, held);
+        held = next;
+    }
 }

@@ -5,18 +5,25 @@
 
 #include "engine/session_private.h"
 
-static void key_of(enum session_kind kind, const char *name, uint8_t key[JOURNAL_KEY_BYTES])
+/* Of the owner's tag and the name: files of keys may change their order. */
+static void key_of(const struct sessions *t, enum session_kind kind, int owner, const char *name,
+                   uint8_t key[JOURNAL_KEY_BYTES])
 {
+    static const uint8_t no_tag[SESSION_OWNER_BYTES];
+    bool has_tag = owner >= 0 && owner < t->options.n_owners;
+    uint64_t seed = XXH3_64bits_withSeed(has_tag ? t->options.owners[owner] : no_tag,
+                                         sizeof(no_tag), (XXH64_hash_t)kind);
     XXH128_canonical_t hash;
-    XXH128_canonicalFromHash(&hash, XXH3_128bits_withSeed(name, strlen(name), (XXH64_hash_t)kind));
+    XXH128_canonicalFromHash(&hash, XXH3_128bits_withSeed(name, strlen(name), seed));
     _Static_assert(sizeof(hash.digest) == JOURNAL_KEY_BYTES, "a key is a hash of 128 bits");
     memcpy(key, hash.digest, JOURNAL_KEY_BYTES);
 }
 
-static struct session *find(const struct sessions *t, enum session_kind kind, const char *name)
+static struct session *find(const struct sessions *t, enum session_kind kind, int owner,
+                            const char *name)
 {
     uint8_t key[JOURNAL_KEY_BYTES];
-    key_of(kind, name, key);
+    key_of(t, kind, owner, name, key);
     return session_find_key(t, key);
 }
 
@@ -37,7 +44,7 @@ static struct session *new_item(const struct sessions *t, const struct session_i
                           .idle_s = item->keep_s,
                           .metadata = metadata,
                           .is_new = true};
-    key_of(item->kind, item->name, s->key);
+    key_of(t, item->kind, item->owner, item->name, s->key);
     session_name(s);
     session_tag_owner(t, s);
     return s;
@@ -78,8 +85,10 @@ enum status session_put_item(struct sessions *t, const struct session_item *item
         st = image_set_origin(item->image, item->parent, item->tokens, item->n_chunked,
                               item->n_single, err);
     pthread_mutex_lock(&t->lock);
-    struct session *old = find(t, item->kind, item->name), *s = old;
-    if (!st && old && old->in_turn)
+    struct session *old = find(t, item->kind, item->owner, item->name), *s = old;
+    if (!st && t->is_shut)
+        st = fail(err, STATUS_SHUTDOWN, "the store is closed");
+    if (!st && old && (old->in_turn || old->kind != item->kind))
         st = fail(err, STATUS_CONFLICT, "'%.64s' is being saved; try again when that has ended.",
                   item->name);
     if (!st && !old && !(s = new_item(t, item)))
@@ -111,14 +120,19 @@ static void drop(struct sessions *t, struct session *s)
     change_hand_in(t, c, st);
 }
 
-void session_drop_item(struct sessions *t, enum session_kind kind, const char *name)
+/* With the lock held, and without it afterwards. */
+static void drop_found(struct sessions *t, struct session *s, enum session_kind kind)
 {
-    pthread_mutex_lock(&t->lock);
-    struct session *s = find(t, kind, name);
-    if (s && s->kind == kind)
+    if (s && s->kind == kind && !t->is_shut)
         drop(t, s);
     else
         pthread_mutex_unlock(&t->lock);
+}
+
+void session_drop_item(struct sessions *t, enum session_kind kind, int owner, const char *name)
+{
+    pthread_mutex_lock(&t->lock);
+    drop_found(t, find(t, kind, owner, name), kind);
 }
 
 static bool follows(const struct sessions *t, const struct content *c)
@@ -130,21 +144,49 @@ static bool follows(const struct sessions *t, const struct content *c)
     return s && s->now.version >= c->after_version;
 }
 
+/* Show one to fn, which may call whatever it likes; false: it is to go. */
+static bool visit(struct sessions *t, const uint8_t key[JOURNAL_KEY_BYTES], session_item_fn *fn,
+                  void *context)
+{
+    pthread_mutex_lock(&t->lock);
+    const struct session *s = session_find_key(t, key);
+    bool is_good = s && !s->why && follows(t, &s->now);
+    char *data = is_good ? malloc(s->now.n_data + 1) : NULL;
+    if (!data) {
+        pthread_mutex_unlock(&t->lock);
+        return is_good; /* out of memory: it stays in the store */
+    }
+    struct session_item item = {.kind = s->kind,
+                                .owner = s->owner,
+                                .keep_s = s->idle_s,
+                                .data = data,
+                                .n_data = s->now.n_data,
+                                .image = session_hold_image(s->now.image)};
+    int64_t created = s->now.used;
+    if (item.n_data)
+        memcpy(data, s->now.data, item.n_data);
+    pthread_mutex_unlock(&t->lock);
+    bool is_wanted = fn(context, &item, created);
+    image_drop(item.image);
+    free(data);
+    return is_wanted;
+}
+
 void sessions_each_item(struct sessions *t, enum session_kind kind, session_item_fn *fn,
                         void *context)
 {
+    size_t n = 0;
     pthread_mutex_lock(&t->lock);
-    for (struct session *s = t->oldest; s; s = s->newer) {
-        const struct session_item item = {.kind = kind,
-                                          .owner = s->owner,
-                                          .keep_s = s->idle_s,
-                                          .data = s->now.data,
-                                          .n_data = s->now.n_data,
-                                          .image = s->now.image};
-        if (s->kind != kind)
-            continue;
-        if (s->why || !follows(t, &s->now) || !fn(context, &item, s->now.used))
-            s->is_dropped = true; /* when overdue sessions end */
-    }
+    uint8_t(*keys)[JOURNAL_KEY_BYTES] = calloc((size_t)t->n_items + 1, sizeof(*keys));
+    for (const struct session *s = keys ? t->oldest : NULL; s; s = s->newer)
+        if (s->kind == kind)
+            memcpy(keys[n++], s->key, sizeof(*keys));
     pthread_mutex_unlock(&t->lock);
+    for (size_t i = 0; i < n; i++) {
+        if (visit(t, keys[i], fn, context))
+            continue;
+        pthread_mutex_lock(&t->lock);
+        drop_found(t, session_find_key(t, keys[i]), kind);
+    }
+    free(keys);
 }

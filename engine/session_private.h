@@ -78,6 +78,7 @@ struct sessions {
     int n_pending;               /* changes in the journal's hands */
     bool wants_whole;            /* the journal is to be written as a whole, when none is pending */
     bool writes_whole;           /* that is under way */
+    bool is_shut;                /* the journal takes nothing any more */
     int64_t next_whole_s;        /* not before, since it failed */
     struct change *held;         /* changes that wait for that, the first one first */
     struct change **held_end;

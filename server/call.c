@@ -157,6 +157,7 @@ void call_free(struct call *c)
     for (size_t i = 0; i < c->n_prompts; i++)
         prompt_release(c->prompts[i].shared);
     image_drop(c->base);
+    image_drop(c->saved);
     image_release(c->from);
     image_release(c->into);
     image_release(c->left);
@@ -306,6 +307,8 @@ void call_stop(struct call *c, const char *reason, const char *code)
     CHECK(!c->http);
     if (c->streaming)
         once_end_stream(c->routes, c->outcome, NULL); /* and nothing of it is kept */
+    else if (c->committing)                           /* that goes through */
+        once_lose_reply(c->routes, c->outcome);
     else
         once_forget(c->routes, c->outcome);
     c->outcome = NULL;
@@ -332,14 +335,36 @@ static void write_on_worker(struct work_item *item)
     bytes_free(&c->state);
 }
 
-static void deliver(struct call *c)
+static void reply(struct call *c)
 {
-    give_back_quota(c);
-    once_keep(c->routes, c->outcome, &c->reply);
-    c->outcome = NULL;
     if (c->http)
         call_reply_json(c->http, &c->reply);
     end_run(c);
+}
+
+/* The store has what is replied, for those who ask again; or it is known to have not. */
+static void on_kept(void *context, const struct session_outcome *outcome)
+{
+    (void)outcome;
+    struct call *c = context;
+    c->committing = false;
+    if (!c->in_commit)
+        reply(c);
+}
+
+static void deliver(struct call *c)
+{
+    struct outcome *outcome = c->outcome;
+    give_back_quota(c);
+    c->outcome = NULL;
+    c->in_commit = c->committing = true;
+    bool waits = once_keep(c->routes, outcome, &c->reply, on_kept, c);
+    c->in_commit = false;
+    c->committing &= waits;
+    if (c->committing)
+        call_defer(c);
+    else
+        reply(c);
 }
 
 static void on_written(struct work_item *item)

@@ -47,6 +47,7 @@ struct routes {
     struct call *woken; /* calls with news, to be looked at once each */
     struct reels *reels;
     struct outcomes *outcomes; /* of requests with an Idempotency-Key */
+    struct saving *savings;    /* presets that the store is about to have */
     struct waiter *waiters;    /* repetitions of those that run */
     struct quotas quotas;
     struct call_queue *queue; /* calls that wait for a session's turn */
@@ -92,6 +93,7 @@ struct call {
                          * response before; or NULL */
     struct image *from, *into;    /* the states before and after, held; from may be nobody else's */
     bool leaves_state;            /* into is wanted */
+    struct image *saved;          /* of a response that the store is about to have, kept */
     struct image *left;           /* the state to give back, held: into, or what a replay left */
     struct bytes state;           /* its text */
     struct codec_session session; /* where the session is after the turn */

@@ -173,70 +173,6 @@ bool once_admit(struct http_request *http, struct routes *r, enum codec_api api,
     return is_new && !st;
 }
 
-/* ---- outcomes -------------------------------------------------------------------------------- */
-
-void once_forget(struct routes *r, struct outcome *o)
-{
-    if (!o)
-        return;
-    wake(r, o);
-    outcome_forget(o);
-}
-
-void once_keep(struct routes *r, struct outcome *o, const struct bytes *body)
-{
-    if (!o)
-        return;
-    if (body->failed) {
-        once_forget(r, o);
-        return;
-    }
-    wake(r, o);
-    outcome_store(o, 200, body->data, body->n);
-}
-
-/* Asked again, the same request would be answered the same. */
-static bool is_final(int http_status)
-{
-    return http_status >= 400 && http_status < 500 && http_status != 408 && http_status != 409 &&
-           http_status != 429;
-}
-
-void once_fail(struct routes *r, struct outcome *o, const struct error *err, const char *code)
-{
-    int http_status = http_status_of(err->status);
-    struct bytes json = {0};
-    if (!o)
-        return;
-    if (is_final(http_status))
-        http_fail_json(&json, http_status, err->text, err->field, code);
-    if (!json.n || json.failed) {
-        once_forget(r, o);
-    } else {
-        wake(r, o);
-        outcome_store(o, http_status, json.data, json.n);
-    }
-    bytes_free(&json);
-}
-
-void once_begin_stream(struct routes *r, struct outcome *o, const char *stream_id)
-{
-    if (!o)
-        return;
-    outcome_stream(o, stream_id);
-    wake(r, o);
-}
-
-void once_end_stream(struct routes *r, struct outcome *o, const struct error *err)
-{
-    if (!o)
-        return;
-    if (err && !is_final(http_status_of(err->status)))
-        once_forget(r, o);
-    else
-        outcome_end_stream(o);
-}
-
 /* ---- in the store ----------------------------------------------------------------------------
  *
  *   stored u64, http_status u32, body_hash u64[2], has_body u32, then the texts path, key, stream
@@ -246,7 +182,7 @@ enum { NAME_BYTES = OUTCOME_MAX_KEY + 128 };
 
 static void write_name(char out[NAME_BYTES], const struct outcome_record *record)
 {
-    snprintf(out, NAME_BYTES, "%d %s %s", record->key.owner, record->key.path, record->key.key);
+    snprintf(out, NAME_BYTES, "%s %s", record->key.path, record->key.key);
 }
 
 static void put_text(struct bytes *out, const char *text, size_t n)
@@ -268,10 +204,10 @@ static void pack_record(struct bytes *out, const struct outcome_record *record)
     put_text(out, record->body, record->n_body);
 }
 
-/* turn NULL: it is certain. Nobody waits for this; when it fails a repetition after a restart is
- * a request like any other, unless the turn itself fails. */
-static void write_record(struct routes *r, const struct outcome_record *record,
-                         const struct session_turn *turn)
+/* turn NULL: it is certain. False: done is not called. When it fails, a repetition after a restart
+ * gets no reply, or is a request like any other where no turn was noted before. */
+static bool write_record(struct routes *r, const struct outcome_record *record,
+                         const struct session_turn *turn, session_done *done, void *context)
 {
     char name[NAME_BYTES];
     struct bytes data = {0};
@@ -288,11 +224,110 @@ static void write_record(struct routes *r, const struct outcome_record *record,
                                       .after_version = turn ? turn->version + 1 : 0};
     enum status st = data.failed ? fail(&err, STATUS_NOMEM, "out of memory") : STATUS_OK;
     if (!st)
-        st = session_put_item(r->storage.sessions, &item, NULL, NULL, &err);
+        st = session_put_item(r->storage.sessions, &item, done, context, &err);
     if (st)
         log_event(LOG_WARN, "store", "the outcome of a request is not written: %s", err.text);
     bytes_free(&data);
+    return !st;
 }
+
+/* The outcome as it will be: before it is, since that may make others go, or itself. */
+static bool save(struct routes *r, const struct outcome *o, int http_status,
+                 const struct codec_text *body, session_done *done, void *context)
+{
+    struct outcome_record record;
+    if (!storage_has_items(&r->storage))
+        return false;
+    outcome_record(o, &record);
+    record.stored = time(NULL);
+    record.http_status = http_status;
+    record.body = body ? body->data : NULL;
+    record.n_body = body ? body->n : 0;
+    return write_record(r, &record, NULL, done, context);
+}
+
+/* ---- outcomes -------------------------------------------------------------------------------- */
+
+void once_forget(struct routes *r, struct outcome *o)
+{
+    if (!o)
+        return;
+    wake(r, o);
+    outcome_forget(o);
+}
+
+void once_lose_reply(struct routes *r, struct outcome *o)
+{
+    if (!o)
+        return;
+    save(r, o, 200, NULL, NULL, NULL);
+    wake(r, o);
+    outcome_store(o, 200, NULL, 0);
+}
+
+bool once_keep(struct routes *r, struct outcome *o, const struct bytes *body, session_done *done,
+               void *context)
+{
+    if (!o)
+        return false;
+    if (body->failed) {
+        once_lose_reply(r, o);
+        return false;
+    }
+    const struct codec_text text = {body->data, body->n};
+    bool waits = save(r, o, 200, &text, done, context);
+    wake(r, o);
+    outcome_store(o, 200, body->data, body->n);
+    return waits;
+}
+
+/* Asked again, the same request would be answered the same. */
+static bool is_final(int http_status)
+{
+    return http_status >= 400 && http_status < 500 && http_status != 408 && http_status != 409 &&
+           http_status != 429;
+}
+
+void once_fail(struct routes *r, struct outcome *o, const struct error *err, const char *code)
+{
+    int http_status = http_status_of(err->status);
+    struct bytes json = {0};
+    if (!o)
+        return;
+    if (is_final(http_status))
+        http_fail_json(&json, http_status, err->text, err->field, code);
+    if (!json.n || json.failed) {
+        once_forget(r, o);
+    } else {
+        const struct codec_text text = {json.data, json.n};
+        save(r, o, http_status, &text, NULL, NULL);
+        wake(r, o);
+        outcome_store(o, http_status, json.data, json.n);
+    }
+    bytes_free(&json);
+}
+
+void once_begin_stream(struct routes *r, struct outcome *o, const char *stream_id)
+{
+    if (!o)
+        return;
+    outcome_stream(o, stream_id);
+    wake(r, o);
+}
+
+void once_end_stream(struct routes *r, struct outcome *o, const struct error *err)
+{
+    if (!o)
+        return;
+    if (err && !is_final(http_status_of(err->status))) {
+        once_forget(r, o);
+        return;
+    }
+    save(r, o, 200, NULL, NULL, NULL);
+    outcome_end_stream(o);
+}
+
+/* ---- and back ---- */
 
 void once_note_turn(struct routes *r, const struct outcome *o, const struct session_turn *turn)
 {
@@ -302,7 +337,7 @@ void once_note_turn(struct routes *r, const struct outcome *o, const struct sess
     outcome_record(o, &record);
     record.stored = time(NULL);
     record.http_status = 200;
-    write_record(r, &record, turn);
+    write_record(r, &record, turn, NULL, NULL);
 }
 
 void once_changed(void *routes, const struct outcome *o, bool is_gone)
@@ -315,9 +350,9 @@ void once_changed(void *routes, const struct outcome *o, bool is_gone)
     outcome_record(o, &record);
     write_name(name, &record);
     if (is_gone)
-        session_drop_item(r->storage.sessions, SESSION_OUTCOME, name);
+        session_drop_item(r->storage.sessions, SESSION_OUTCOME, record.key.owner, name);
     else
-        write_record(r, &record, NULL);
+        write_record(r, &record, NULL, NULL, NULL);
 }
 
 /* A copy with an end, which the caller frees; NULL when it is not there. */

@@ -20,9 +20,13 @@ bool once_admit(struct http_request *http, struct routes *r, enum codec_api api,
 
 /* The outcome of a request is known, or not worth keeping. Each ends the caller's use of it and
  * accepts NULL. */
-void once_keep(struct routes *r, struct outcome *o, const struct bytes *body); /* of a 200 */
+/* Of a 200. True: a store is about to have it, and calls done; not before, the client is told. */
+bool once_keep(struct routes *r, struct outcome *o, const struct bytes *body, session_done *done,
+               void *context);
 void once_fail(struct routes *r, struct outcome *o, const struct error *err, const char *code);
 void once_forget(struct routes *r, struct outcome *o);
+/* It was carried out, or will be, and there is no reply. */
+void once_lose_reply(struct routes *r, struct outcome *o);
 /* NULL: in good order; otherwise the error that ended it. */
 void once_end_stream(struct routes *r, struct outcome *o, const struct error *err);
 /* Its events may be read. Accepts NULL. */

@@ -184,13 +184,18 @@ static void on_committed(void *context, const struct session_outcome *outcome)
 static void on_response_saved(void *context, const struct session_outcome *outcome)
 {
     struct call *c = context;
+    struct responses *responses = c->routes->responses;
     c->committing = false;
-    if (outcome->error.status) {
-        responses_remove(c->routes->responses, c->response); /* nobody goes on from it */
+    if (outcome->error.status || !(c->http || c->runs_on))
+        responses_remove(responses, c->response); /* it has failed: nobody goes on from it */
+    else
+        responses_settle(responses, c->response, c->saved);
+    image_drop(c->saved);
+    c->saved = NULL;
+    if (outcome->error.status)
         end_turn(c, &outcome->error);
-    } else {
+    else
         after_commit(c);
-    }
 }
 
 /* A stored response goes into the store as it will be once it has ended. */
@@ -214,6 +219,8 @@ static enum status save_response(struct call *c, struct image *image, const stru
     enum status st =
         data.failed ? fail(err, STATUS_NOMEM, "out of memory for a response") : STATUS_OK;
     c->response->n_packed = data.n;
+    c->saved = image;
+    image_keep(image);
     if (!st)
         st = session_put_item(c->routes->storage.sessions, &item, on_response_saved, c, err);
     bytes_free(&data);
@@ -243,7 +250,7 @@ static enum status commit_turn(void *context, struct image *image, const struct 
     } else {
         after_commit(c);
     }
-    if (!st && c->response)
+    if (!st && c->response && !saves)
         responses_settle(c->routes->responses, c->response, image);
     c->in_commit = false;
     if (st)

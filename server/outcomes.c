@@ -221,7 +221,6 @@ void outcome_end_stream(struct outcome *o)
 {
     CHECK(o->state == OUTCOME_STREAMING);
     link_stored(o, now_s());
-    tell(o, false);
     keep_limit(o->table);
 }
 
@@ -231,7 +230,6 @@ void outcome_store(struct outcome *o, int http_status, const char *body, size_t 
     o->http_status = http_status;
     keep_body(o, body, n);
     link_stored(o, now_s());
-    tell(o, false);
     keep_limit(o->table);
 }
 

@@ -30,8 +30,8 @@ enum { OUTCOME_MAX_KEY = 255, OUTCOME_ID_BYTES = 48 };
 struct outcomes_options {
     size_t limit_bytes;
     int64_t keep_s; /* after it was stored */
-    /* Told of one that was stored, or has lost its body; and of any that goes (is_gone), but for
-     * those at the end. Or NULL. */
+    /* Told of one that has lost its body, and of any that goes (is_gone), but for those at the
+     * end. Or NULL. */
     void (*changed)(void *context, const struct outcome *o, bool is_gone);
     void *context;
 };

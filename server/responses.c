@@ -247,7 +247,7 @@ static void leave(struct responses *t, struct response *r)
     t->n_bytes -= r->n_bytes;
     r->stored = false;
     if (r->n_packed && t->options.on_leave)
-        t->options.on_leave(t->options.context, r->id);
+        t->options.on_leave(t->options.context, r);
     response_release(r);
 }
 

@@ -161,9 +161,10 @@ struct responses;
 struct responses_options {
     int64_t ttl_s;
     int max_per_owner;
-    size_t max_bytes;                                /* of all, with their images */
-    void (*on_leave)(void *context, const char *id); /* of one with n_packed that is forgotten; with
-                                                      * the table's lock held; or NULL */
+    size_t max_bytes; /* of all, with their images */
+    void (*on_leave)(void *context,
+                     const struct response *r); /* of one with n_packed that is forgotten; with
+                                                 * the table's lock held; or NULL */
     void *context;
 };
 

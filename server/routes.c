@@ -362,6 +362,7 @@ void routes_close(struct routes *r)
         return;
     routes_stop(r);
     call_end_detached(r);
+    storage_stop(&r->storage);
     responses_close(r->responses);
     presets_close(r->presets);
     storage_close(&r->storage);

@@ -107,10 +107,16 @@ struct saving {
     char name[PRESET_NAME_BYTES];
     struct image *image; /* kept */
     bool is_waiting;
+    struct saving *next; /* in routes->savings */
 };
 
 static void saving_free(struct saving *s)
 {
+    struct saving **link = &s->routes->savings;
+    while (*link && *link != s)
+        link = &(*link)->next;
+    if (*link)
+        *link = s->next;
     image_drop(s->image);
     free(s);
 }
@@ -134,6 +140,8 @@ static void on_saved(void *context, const struct session_outcome *outcome)
     enum status st = err.status;
     if (!st)
         st = presets_put(r->presets, s->name, s->image, false, &info, &err);
+    if (st && !outcome->error.status)
+        session_drop_item(r->storage.sessions, SESSION_PRESET, -1, s->name);
     if (s->http && st)
         refuse(s->http, &err);
     else if (s->http)
@@ -159,6 +167,8 @@ static void save_durably(struct http_request *http, struct routes *r, struct ima
                                       .data = s->name,
                                       .n_data = strlen(s->name),
                                       .image = image};
+    s->next = r->savings;
+    r->savings = s;
     http_on_close(http, saving_on_close, s);
     enum status st = session_put_item(r->storage.sessions, &item, on_saved, s, &err);
     if (!st)
@@ -237,12 +247,17 @@ void preset_remove(struct http_request *http, void *context)
     struct error err;
     if (!begin_change(http, r))
         return;
+    for (const struct saving *s = r->savings; s; s = s->next)
+        if (s->is_waiting && !strcmp(s->name, http_param(http))) {
+            call_refuse(http, STATUS_CONFLICT, "The preset is being saved; try again.");
+            return;
+        }
     if (presets_delete(r->presets, http_param(http), &err)) {
         refuse(http, &err);
         return;
     }
     if (storage_has_items(&r->storage))
-        session_drop_item(r->storage.sessions, SESSION_PRESET, http_param(http));
+        session_drop_item(r->storage.sessions, SESSION_PRESET, -1, http_param(http));
     struct bytes body = {0};
     bytes_text(&body, "{\"name\":");
     bytes_json_string(&body, http_param(http), strlen(http_param(http)));
@@ -262,7 +277,7 @@ static bool restore(void *context, const struct session_item *item, int64_t crea
     if (!item->image || presets_restore(r->presets, name, item->image, created, &err)) {
         log_event(LOG_WARN, "store", "preset '%s' is left out: %s", name,
                   item->image ? err.text : "its state is not there");
-        return false;
+        return item->image != NULL; /* there may be room at another start */
     }
     return true;
 }

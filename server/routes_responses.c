@@ -223,9 +223,9 @@ void routes_restore_responses(struct routes *r, const char *model)
     sessions_each_item(r->storage.sessions, SESSION_RESPONSE, restore, &at);
 }
 
-void routes_drop_response(void *routes, const char *id)
+void routes_drop_response(void *routes, const struct response *response)
 {
     struct routes *r = routes;
     if (storage_has_items(&r->storage))
-        session_drop_item(r->storage.sessions, SESSION_RESPONSE, id);
+        session_drop_item(r->storage.sessions, SESSION_RESPONSE, response->owner, response->id);
 }

@@ -8,6 +8,7 @@
 
 #include "server/http.h"
 
+struct response;
 struct routes;
 
 http_handler response_get, response_delete, response_get_items;
@@ -15,6 +16,6 @@ http_handler response_get, response_delete, response_get_items;
 /* The responses that the store has; the model's name is borrowed. And telling the store of one
  * that is forgotten (responses_options). */
 void routes_restore_responses(struct routes *r, const char *model);
-void routes_drop_response(void *routes, const char *id);
+void routes_drop_response(void *routes, const struct response *response);
 
 #endif

@@ -202,15 +202,20 @@ void storage_on_tick(struct storage *s)
               is_away ? "does not answer: requests about sessions get 503" : "answers again");
 }
 
+void storage_stop(struct storage *s)
+{
+    if (!s->is_open || !s->store)
+        return;
+    state_store_stop(s->store);
+    if (s->sessions)
+        sessions_shut(s->sessions);
+}
+
 void storage_close(struct storage *s)
 {
     if (!s->is_open)
         return;
-    if (s->store) {
-        state_store_stop(s->store);
-        if (s->sessions)
-            sessions_reap(s->sessions);
-    }
+    storage_stop(s);
     s->images.give_way = NULL;
     prefixes_close(s->prefixes);
     sessions_close(s->sessions);

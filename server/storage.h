@@ -42,11 +42,12 @@ enum status storage_open(struct storage *s, const struct storage_options *option
 bool storage_has_items(const struct storage *s);
 /* About once a second: tells the log when a shared store goes and comes back. */
 void storage_on_tick(struct storage *s);
-/* There is a store that is this server's alone: it has items, too (engine/session.h). */
-bool storage_has_items(const struct storage *s);
 /* A shared store does not answer. Any thread. */
 bool storage_is_away(const struct storage *s);
 /* No call is under way and no image is held any more. Accepts one that is not open. */
+/* What waits for the store is done or refused, and told to those who wait; nothing is written any
+ * more. No worker may be under way. May be repeated. */
+void storage_stop(struct storage *s);
 void storage_close(struct storage *s);
 
 #endif

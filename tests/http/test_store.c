@@ -263,6 +263,15 @@ static void test_responses(void **state)
     a = respond("Still there?", second);
     answer_expect(&a, 200);
     answer_free(&a);
+    static const char *const fewer[] = {"--max-responses", "1", NULL};
+    for (int round = 0; round < 2;
+         round++) { /* the newest stays; the store is told of the others */
+        end(SIGTERM);
+        start(fewer);
+        a = response_of("GET", second, "");
+        answer_expect(&a, 404);
+        answer_free(&a);
+    }
     end(SIGTERM);
 }
 

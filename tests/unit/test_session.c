@@ -602,9 +602,9 @@ static void test_items(void **state)
                                    outcome("turn", "early"), outcome("before", "known")};
     for (int i = 0; i < 4; i++)
         put(&items[i]);
-    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, "b");
-    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, "nothing");
-    session_drop_item(world.sides[0].sessions, SESSION_PRESET, "a");
+    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, 1, "b");
+    session_drop_item(world.sides[0].sessions, SESSION_OUTCOME, 1, "nothing");
+    session_drop_item(world.sides[0].sessions, SESSION_PRESET, 1, "a");
     assert_int_equal(
         session_begin(world.sides[0].sessions, a.info.id, 1, SESSION_ANY_VERSION, &turn, &err),
         STATUS_OK);
