@@ -327,8 +327,6 @@ void once_end_stream(struct routes *r, struct outcome *o, const struct error *er
     outcome_end_stream(o);
 }
 
-/* ---- and back ---- */
-
 void once_note_turn(struct routes *r, const struct outcome *o, const struct session_turn *turn)
 {
     struct outcome_record record;
@@ -354,6 +352,8 @@ void once_changed(void *routes, const struct outcome *o, bool is_gone)
     else
         write_record(r, &record, NULL, NULL, NULL);
 }
+
+/* ---- from the store -------------------------------------------------------------------------- */
 
 /* A copy with an end, which the caller frees; NULL when it is not there. */
 static char *take_text(struct unpack *u, size_t *n)

@@ -44,10 +44,10 @@ bool storage_has_items(const struct storage *s);
 void storage_on_tick(struct storage *s);
 /* A shared store does not answer. Any thread. */
 bool storage_is_away(const struct storage *s);
-/* No call is under way and no image is held any more. Accepts one that is not open. */
 /* What waits for the store is done or refused, and told to those who wait; nothing is written any
  * more. No worker may be under way. May be repeated. */
 void storage_stop(struct storage *s);
+/* No call is under way and no image is held any more. Accepts one that is not open. */
 void storage_close(struct storage *s);
 
 #endif
