@@ -168,11 +168,6 @@ void call_free(struct call *c)
     free(c);
 }
 
-void call_abandon(struct call *c)
-{
-    call_free(c);
-}
-
 /* All is said: the call lives as long as its request does. It may be gone afterwards. */
 static void end_run(struct call *c)
 {

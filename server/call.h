@@ -140,8 +140,6 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api);
 
 /* Read the request, here or on a worker, and go on with it. */
 void call_start(struct call *c);
-/* A worker is done with the call, whose request is over. */
-void call_abandon(struct call *c);
 /* Answer with an error. */
 void call_fail(struct call *c, const struct error *err, const char *code);
 

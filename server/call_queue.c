@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "server/call.h"
+#include "server/call_private.h"
 
 /* Those who wait for one session. */
 struct line {
@@ -164,7 +164,7 @@ static void on_begun(struct work_item *item)
     if (c->http)
         end_try(c, c->status, &c->error);
     else
-        call_abandon(c);
+        call_free(c);
 }
 
 /* The first in line begins its turn, if it can now. */
