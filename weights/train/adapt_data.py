@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from corpus import END_OF_TEXT, _open, chat_text, read_documents
+from corpus import END_OF_TEXT, chat_text, open_text, read_documents
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def conversations(path, system):
-    with _open(path) as file:
+    with open_text(path) as file:
         for line in file:
             if line.strip():
                 messages = json.loads(line)["messages"]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 import ops
 from adapt_data import SYSTEM
-from corpus import END_OF_TEXT, IM_END, IM_START, _open
+from corpus import END_OF_TEXT, IM_END, IM_START, open_text
 from model import linear, load, rope_frequencies
 
 LONGEST_PROMPT = 96                             # tokens
@@ -47,7 +47,7 @@ GREETINGS = ("Hi!", "Hello, how are you?", "Good morning!", "Hey, what can you d
 def first_messages(path, tokenizer):
     """First user messages of --prompts that are short enough, grouped by source."""
     found = {}
-    with _open(path) as file:
+    with open_text(path) as file:
         for line in file:
             talk = json.loads(line)
             text = next((m["content"] for m in talk["messages"] if m["role"] == "user"), "")

@@ -26,16 +26,14 @@ def chat_text(messages):
     return "".join(f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages)
 
 
-def _open(path):
-    path = Path(path)
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
-    return open(path, encoding="utf-8", newline="\n")
+def open_text(path, mode="rt"):
+    opened = lzma.open if Path(path).suffix == ".xz" else open
+    return opened(path, mode, encoding="utf-8", newline="\n")
 
 
 def read_documents(path):
     """All documents of a file, as a list of strings."""
-    with _open(path) as file:
+    with open_text(path) as file:
         if ".jsonl" in Path(path).name:
             return [chat_text(json.loads(line)["messages"]) for line in file if line.strip()]
         documents = file.read().split(f"\n{END_OF_TEXT}\n")
@@ -44,5 +42,5 @@ def read_documents(path):
 
 def read_sources(path):
     """The `source` of each conversation of a .jsonl file, in the order of read_documents."""
-    with _open(path) as file:
+    with open_text(path) as file:
         return [json.loads(line).get("source", "") for line in file if line.strip()]

@@ -130,14 +130,14 @@ def main():
     args, begun = arguments(), time.monotonic()
     device = torch.device(args.device)
     model = load(args.model, device)
-    if args.adapter:
-        named = dict(model.named_parameters())
-        for name, value in load_file(args.adapter, device=str(device)).items():
-            named[name].copy_(value)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     data = np.load(args.data / f"{args.text}.npz")
     reader = Reader(model, dtype, args.segment, model.config.sliding_window)
+    if args.adapter:                            # the teachers have their norms by now
+        named = dict(model.named_parameters())
+        for name, value in load_file(args.adapter, device=str(device)).items():
+            named[name].copy_(value)
     lengths, distances = ([int(n) for n in text.split(",")] for text in (args.lengths, args.distances))
     result = {"perplexity": perplexities(reader, (data["tokens"], data["starts"]), lengths, args.texts, args.rows),
               "recall": recall(reader, tokenizer, data["tokens"].astype(np.int64), distances, args.facts, args.rows)}

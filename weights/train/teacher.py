@@ -2,7 +2,10 @@
 
 The Macchiato keeps every weight of its Transformer, so the teacher needs no copy: this reads q, k, v,
 o and the MLP from the student's layers and puts ordinary attention where the student has its mix.
+Its norms are its own: training may let the student's move.
 """
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -27,11 +30,11 @@ def _attention(q, k, v, scale, window):
     return ops.window(q, k, v, segment, window, scale)
 
 
-def teacher_layer(layer, x, cos, sin, window):
+def teacher_layer(layer, norms, x, cos, sin, window):
     """(the layer's output, what its attention added to the residual)."""
     mix, c = layer.mix, layer.mix.config
     B, T, _ = x.shape
-    h = layer.norm1(x)
+    h = norms[0](x)
     H, KV, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     rows = torch.cat([mix.q_proj.weight, mix.k_proj.weight, mix.v_proj.weight])
     q, k, v = linear(h, rows).split([H * d, KV * d, KV * d], -1)
@@ -41,11 +44,12 @@ def teacher_layer(layer, x, cos, sin, window):
     y = _attention(q, k, v.reshape(B, T, KV, d), mix.scale, window)
     y = linear(y.to(x.dtype).reshape(B, T, H * d), mix.o_proj.weight)
     x = x + y
-    return x + layer.mlp(layer.norm2(x)), y
+    return x + layer.mlp(norms[1](x)), y
 
 
 class Teacher:
-    """`window` 0: full attention. Plain pre-norm models without biases, post norms or softcaps."""
+    """Made before training or loading an adapter: it keeps copies of the norms, which the student may change.
+    `window` 0: full attention. Plain pre-norm models without biases, post norms or softcaps."""
 
     def __init__(self, student, window=0, compiled=False):
         c = student.config
@@ -53,6 +57,7 @@ class Teacher:
             raise ValueError("the teacher's fast path has no post norms, biases, softcaps or scaled RoPE")
         self.student, self.window = student, window
         self.layer = torch.compile(teacher_layer, dynamic=False) if compiled else teacher_layer
+        self.norms = [copy.deepcopy((layer.norm1, layer.norm2)) for layer in student.model.layers]
         self.angles = {}
 
     def rope(self, n, length, device):
@@ -67,7 +72,7 @@ class Teacher:
         """Yields for each layer (its input, what its attention added), then (what the head multiplies, None)."""
         x = self.student.embed(tokens, None, dtype)
         for n, layer in enumerate(self.student.model.layers):
-            after, y = self.layer(layer, x, *self.rope(n, tokens.shape[1], tokens.device), self.window)
+            after, y = self.layer(layer, self.norms[n], x, *self.rope(n, tokens.shape[1], tokens.device), self.window)
             yield x, y
             x = after
         yield self.student.model.norm(x), None

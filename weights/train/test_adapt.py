@@ -2,6 +2,8 @@
 
     python test_adapt.py        or        pytest test_adapt.py
 """
+import os
+import socket
 import sys
 
 import numpy as np
@@ -76,40 +78,85 @@ def test_teacher_is_the_transformer_of_the_same_weights():
 def arguments(tmp_path, monkeypatch, *more):
     monkeypatch.setattr(sys, "argv", [
         "adapt.py", "--model", str(tmp_path / "fresh"), "--data", str(tmp_path), "--out", str(tmp_path / "run"),
-        "--shares", "text=1", "--valid", "text=1", "--rows", "2", "--segment", "16", "--teacher-length", "32",
+        "--shares", "text=1", "--valid", "text", "--rows", "2", "--segment", "16", "--teacher-length", "32",
         "--no-compile", "--device", "cpu", "--log-seconds", "0.2", "--warmup", "3", *more])
     return adapt.arguments()
 
 
-def test_run_stops_resumes_and_learns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--muon", "10", "--norms"]])
+def test_run_stops_resumes_and_learns(tmp_path, monkeypatch, options):
+    norms = "--norms" in options
     export(tiny_model().state_dict(), TINY, tmp_path / "fresh")
     np.savez(tmp_path / "text.npz", tokens=np.random.default_rng(0).integers(0, 60, 4000).astype(np.uint16),
              starts=np.arange(0, 4000, 100))
-    plan = "layers:1.5:16,logits:1:16,logits:1:64"
-    first = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan, "--lr", "1e-3,1e-2", "--try-seconds", "0.6",
-                                "--seconds", "3"))
-    before = first.score()[1]
+    plan = "layers:1:16:1e-2,logits:0.5:16,logits:0.5:64"
+    first = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan, "--seconds", "1.5", *options))
+    before = float(first.losses_of(first.valid["text"])["kl"])
     first.run()
     saved = {name: p.detach().clone() for name, p in first.student.trained.items()}
 
-    second = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan))
-    assert (second.step, second.tokens, second.lr) == (first.step, first.tokens, first.lr)
+    second = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan, *options))
+    assert (second.step, second.tokens, second.elapsed) == (first.step, first.tokens, first.elapsed)
     for name, parameter in second.student.trained.items():
         torch.testing.assert_close(parameter, saved[name], rtol=0, atol=0)
-    assert second.optimiser.state_dict()["state"].keys() == first.optimiser.state_dict()["state"].keys()
+    for one, other in zip(second.optimisers, first.optimisers):
+        assert one.state_dict()["state"].keys() == other.state_dict()["state"].keys()
     second.run()
     assert second.elapsed >= second.total and second.step > first.step
-    assert second.score()[1] < before
+    assert float(second.losses_of(second.valid["text"])["kl"]) < before
 
     adapter = tmp_path / "run" / "adapter.safetensors"
-    third = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan, "--out", str(tmp_path / "other"), "--init", str(adapter)))
-    assert (third.step, third.lr) == (second.step, second.lr)
+    third = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan, "--out", str(tmp_path / "other"), "--init", str(adapter), *options))
+    assert (third.step, third.elapsed) == (second.step, 0)
     with safe_open(adapter, framework="pt") as opened:
         assert set(opened.keys()) == set(third.student.trained)
     frozen = load(tmp_path / "fresh").state_dict()
     for name, parameter in second.student.model.state_dict().items():
-        if not adapt.is_trained(name):
+        if not adapt.is_trained(name, norms):
             torch.testing.assert_close(parameter.float(), frozen[name], rtol=0, atol=0)
+    kept = Teacher(load(tmp_path / "fresh")).hidden(torch.arange(30)[None], torch.float32)
+    torch.testing.assert_close(second.student.teacher.hidden(torch.arange(30)[None], torch.float32), kept, rtol=0, atol=0)
+
+
+def test_a_run_that_lost_its_way_goes_back(tmp_path, monkeypatch):
+    export(tiny_model().state_dict(), TINY, tmp_path / "fresh")
+    np.savez(tmp_path / "text.npz", tokens=np.random.default_rng(0).integers(0, 60, 4000).astype(np.uint16),
+             starts=np.arange(0, 4000, 100))
+    run = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", "logits:1:16"))
+    run.judge()
+    good = {name: p.detach().clone() for name, p in run.student.trained.items()}
+    with torch.no_grad():
+        for parameter in run.student.trained.values():
+            parameter.mul_(float("nan"))
+    run.stage = 0
+    before = run.rate()
+    run.judge()
+    assert run.rate() == before / 2
+    for name, parameter in run.student.trained.items():
+        torch.testing.assert_close(parameter, good[name], rtol=0, atol=0)
+
+
+def average_in_one_of_two(rank, port, out):
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    group = adapt.Group("cpu")
+    weights = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    for i, weight in enumerate(weights):
+        weight.grad = torch.full_like(weight, float(10 * i + rank))
+    group.average_gradients(weights)
+    torch.save([weight.grad for weight in weights] + [group.agreed(rank + 5.0, "cpu")], f"{out}/{rank}.pt")
+    group.close()
+
+
+def test_two_processes_share_gradients_and_the_clock(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(average_in_one_of_two, (port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        first, second, clock = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(first, torch.full((2, 3), 0.5))
+        torch.testing.assert_close(second, torch.full((4,), 10.5))
+        assert clock == 5.0
 
 
 if __name__ == "__main__":
