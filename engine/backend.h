@@ -241,6 +241,7 @@ struct backend_ops {
     enum status (*note)(struct backend *b, int slot, const int32_t *tokens, size_t n,
                         struct error *err);
 
+    bool is_device; /* buffers are memory of its own, and not the host's */
     void (*memory)(struct backend *b, struct backend_memory *out);
 };
 

@@ -204,6 +204,7 @@ static const struct backend_ops fused_ops = {
     .admit = cuda_admit,
     .draw = cuda_draw,
     .note = cuda_note,
+    .is_device = true,
     .memory = gpu_memory,
 };
 
@@ -215,6 +216,7 @@ static const struct backend_ops composed_ops = {
     .admit = cuda_admit,
     .draw = cuda_draw,
     .note = cuda_note,
+    .is_device = true,
     .memory = gpu_memory,
 };
 

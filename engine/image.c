@@ -570,6 +570,15 @@ void image_set_lost(struct image *image, const char *why)
     pthread_mutex_unlock(&image->store->lock);
 }
 
+enum image_tier image_tier(const struct image *image)
+{
+    const struct image_store *store = image->store;
+    if (!atomic_load_explicit(&image->is_here, memory_order_relaxed))
+        return IMAGE_IN_STORE;
+    bool on_device = store->is_on_device && store->is_on_device(store->on_device_context, image);
+    return on_device ? IMAGE_ON_DEVICE : IMAGE_IN_MEMORY;
+}
+
 uint64_t image_length(const struct image *image)
 {
     return image ? image->position + (uint64_t)image->n_pending : 0;

@@ -55,6 +55,10 @@ enum {
     IMAGE_NAME_BYTES = 16,
 };
 
+/* Where the fastest copy of a state is: in a slot of a device and in host memory, in host memory,
+ * or in the store only. */
+enum image_tier { IMAGE_ON_DEVICE, IMAGE_IN_MEMORY, IMAGE_IN_STORE };
+
 struct image_list {
     struct image *first, *last;
     int n;
@@ -74,6 +78,8 @@ struct image_store {
     bool (*give_way)(void *context); /* asked while it is full, without the lock: release an image
                                       * that can be done without. False: there is none. Or NULL */
     void *give_way_context;
+    bool (*is_on_device)(void *context, const struct image *image); /* see image_tier; or NULL */
+    void *on_device_context;
 
     pthread_mutex_t lock;   /* guards all that follows, and what images say is under it */
     pthread_cond_t changed; /* values came or went; work for the state store */
@@ -108,6 +114,7 @@ struct image {
     uint32_t tail;
     float *values;       /* [store->n_values]; NULL only for those who do not hold it */
     atomic_bool is_here; /* in memory, for those who only want to tell */
+    int slot;            /* where a job left this state, and a device may hold it still */
 
     /* Under the store's lock. */
     int n_holds, n_keeps;
@@ -155,6 +162,10 @@ void image_unpin(struct image *image); /* accepts NULL */
 
 /* Whether somebody else holds it too. */
 bool image_is_shared(struct image *image);
+
+/* Where a complete image is now. Takes no lock; may be old when it returns. A state that left host
+ * memory is in the store, whatever slots hold: the next turn brings it back first. */
+enum image_tier image_tier(const struct image *image);
 
 /* Tokens of a session that has this image; NULL is the state before any token. */
 uint64_t image_length(const struct image *image);

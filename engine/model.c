@@ -611,6 +611,11 @@ bool model_memory(const struct model *m, struct backend_memory *out)
     return true;
 }
 
+bool model_is_on_device(const struct model *m)
+{
+    return m->backend->ops->is_device;
+}
+
 static void check_slot(const struct model *m, int slot)
 {
     CHECK(slot >= 0 && slot < m->options.n_slots);

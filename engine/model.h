@@ -120,6 +120,8 @@ int64_t model_max_position(const struct model *m); /* 0: no limit (no full_atten
 size_t model_state_bytes(const struct model *m);   /* of one slot */
 size_t model_weight_bytes(const struct model *m);  /* as the backend keeps them */
 const char *model_backend_name(const struct model *m);
+/* Whether slots are memory of a device, so that a state in one is a copy beside the host's. */
+bool model_is_on_device(const struct model *m);
 /* False where the backend keeps no account (ref, cpu). */
 bool model_memory(const struct model *m, struct backend_memory *out);
 

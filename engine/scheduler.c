@@ -19,15 +19,17 @@ struct scheduler {
     const struct model_config *config; /* the model's */
     int64_t max_position;
     size_t n_state_values;
+    bool is_device; /* slots are not host memory */
     int depth;
 
     pthread_t thread;
     struct inbox inbox;
     atomic_bool stopping;
+    /* [n_slots] id of the image whose state a slot holds, 0: none. The engine thread writes. */
+    atomic_uint_least64_t *resident;
 
     /* The engine thread's own. */
     struct model *model; /* borrowed */
-    uint64_t *resident;  /* [n_slots] id of the image whose state a slot holds, 0: none */
     struct stepper *stepper;
     struct planner *planner;
     struct plan plans[MAX_DEPTH]; /* of queued steps, and the next one */
@@ -37,6 +39,16 @@ struct scheduler {
     int64_t slots_wake_ns;        /* no slot has an earlier deadline */
     bool readers_have_news;       /* something went on the ready list since the last wake */
 };
+
+static uint64_t resident_in(const struct scheduler *s, int slot)
+{
+    return atomic_load_explicit(&s->resident[slot], memory_order_relaxed);
+}
+
+static void set_resident(struct scheduler *s, int slot, uint64_t id)
+{
+    atomic_store_explicit(&s->resident[slot], id, memory_order_relaxed);
+}
 
 static void push_ready(struct scheduler *s, struct job *job)
 {
@@ -66,7 +78,7 @@ static void end_slot(struct scheduler *s, struct slot *slot, enum job_finish how
                      const struct error *err)
 {
     struct job *job = slot->job;
-    bool keeps_state = s->resident[planner_index(s->planner, slot)] != 0;
+    bool keeps_state = resident_in(s, planner_index(s->planner, slot)) != 0;
     planner_leave(s->planner, slot, keeps_state);
     inbox_leave(&s->inbox);
     end_job(s, job, how, err);
@@ -161,7 +173,8 @@ static void complete_slot(struct scheduler *s, struct slot *slot, enum job_finis
         CHECK(into->position <= length && length - into->position <= IMAGE_MAX_PENDING);
         into->n_pending = (int)(length - into->position);
         into->pending[0] = last_token;
-        s->resident[index] = into->id;
+        into->slot = index;
+        set_resident(s, index, into->id);
     }
     end_slot(s, slot, how, NULL);
 }
@@ -171,10 +184,9 @@ static void complete_slot(struct scheduler *s, struct slot *slot, enum job_finis
 /* The slot that holds the state already, or -1. */
 static int resident_slot(const struct scheduler *s, const struct image *image)
 {
-    for (int i = 0; image && i < s->options.n_slots; i++)
-        if (s->resident[i] == image->id)
-            return i;
-    return -1;
+    bool is_there = image && image->slot < s->options.n_slots &&
+                    resident_in(s, image->slot) == image->id;
+    return is_there ? image->slot : -1;
 }
 
 /* Parameters and state of a new job; the state only if it is not there already. */
@@ -182,8 +194,8 @@ static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct e
 {
     const struct job_request *request = slot->request;
     int index = planner_index(s->planner, slot);
-    bool is_there = request->from && s->resident[index] == request->from->id;
-    s->resident[index] = 0;
+    bool is_there = request->from && resident_in(s, index) == request->from->id;
+    set_resident(s, index, 0);
     enum status st = stepper_admit(s->stepper, index, &request->sampling, !is_there, err);
     if (!st && request->n_seen)
         st = stepper_note(s->stepper, index, request->prompt, request->n_seen, err);
@@ -441,6 +453,7 @@ enum status scheduler_open(struct scheduler **out, struct model *model,
     s->config = model_config(model);
     s->max_position = model_max_position(model);
     s->n_state_values = image_values_of(model);
+    s->is_device = model_is_on_device(model);
     s->queue_wake_ns = s->slots_wake_ns = INT64_MAX;
     inbox_init(&s->inbox, options->n_slots, options->max_queue);
 
@@ -515,4 +528,9 @@ void scheduler_drain(struct scheduler *s)
 void scheduler_stats(struct scheduler *s, struct engine_stats *out)
 {
     inbox_stats(&s->inbox, out);
+}
+
+bool scheduler_is_resident(const struct scheduler *s, const struct image *image)
+{
+    return s->is_device && resident_slot(s, image) >= 0;
 }

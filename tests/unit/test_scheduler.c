@@ -238,6 +238,12 @@ void model_reset(struct model *m, int slot)
     fake.slots[slot] = (struct fake_slot){.hash = 99};
 }
 
+bool model_is_on_device(const struct model *m)
+{
+    (void)m;
+    return variant->model_depth > 0;
+}
+
 const struct model_config *model_config(const struct model *m)
 {
     (void)m;
@@ -789,6 +795,132 @@ static void test_marks(void **state)
         for (int k = 0; k < specs[i].n_marks; k++)
             image_release(images[i][k]);
     assert_int_equal(store.n_images, 0);
+}
+
+/* A turn: a job that leaves its state in an image, from another one or from nothing. */
+static struct job *make_turn(const struct spec *spec, struct image *from, struct image *into)
+{
+    int32_t prompt[100];
+    int n_pending = from ? from->n_pending : 0;
+    assert_true(n_pending + spec->n_prompt <= 100);
+    if (n_pending)
+        prompt[0] = from->pending[0];
+    for (int i = 0; i < spec->n_prompt; i++)
+        prompt[n_pending + i] = prompt_token(spec, i);
+    struct job_request request = {
+        .prompt = prompt,
+        .n_prompt = (size_t)(n_pending + spec->n_prompt),
+        .max_tokens = spec->max_tokens,
+        .prompt_logprobs = -1,
+        .from = from,
+        .into = into,
+    };
+    sampling_params_init(&request.sampling);
+    request.sampling.seed = spec->seed;
+    request.sampling.ignore_eos = !spec->stops;
+    struct job *job = NULL;
+    struct error err;
+    if (job_new(&job, &request, &err))
+        fail_msg("%s", err.text);
+    return job;
+}
+
+/* Read a turn to its end: its image holds what its tokens lead to, computed here from the state
+ * before. Releases the job. */
+static void check_turn(struct job *job, const struct image *from, const struct image *into)
+{
+    const struct job_request *request = job_request(job);
+    uint64_t hash = 99, position = from ? from->position : 0;
+    for (int i = HASH_PIECES - 1; from && i >= 0; i--)
+        hash = (i == HASH_PIECES - 1 ? 0 : hash << 16) | (uint64_t)from->values[i];
+    for (size_t i = 0; i < request->n_prompt; i++) {
+        size_t left = request->n_prompt - i;
+        if (i % 8 == 0)
+            hash = cut(hash, left < 8 ? (int)left : 8);
+        hash = feed(hash, request->prompt[i]);
+    }
+    position += request->n_prompt;
+    struct job_token token;
+    struct job_snapshot snapshot;
+    int n = 0;
+    int32_t last = -1;
+    do {
+        job_wait(job);
+        job_snapshot(job, &snapshot);
+        while (job_read(job, &token, 1)) {
+            if (n++)
+                hash = feed(hash, last);
+            last = token.token;
+        }
+    } while (snapshot.finish == FINISH_NONE);
+    assert_true(snapshot.finish == FINISH_LENGTH || snapshot.finish == FINISH_STOP);
+    position += n ? (uint64_t)n - 1 : 0;
+    if (n && !into->n_pending) { /* a step had fed the last one already */
+        hash = feed(hash, last);
+        position++;
+    }
+    if (into->n_pending)
+        assert_int_equal(into->pending[0], last);
+    float expected[HASH_PIECES];
+    write_hash(hash, expected);
+    assert_memory_equal(into->values, expected, sizeof(expected));
+    assert_int_equal(into->position, position);
+    job_release(job);
+}
+
+static void take_turn(struct scheduler *s, const struct spec *spec, struct image *from,
+                      struct image *into)
+{
+    check_turn(submitted(s, make_turn(spec, from, into)), from, into);
+}
+
+/* States stay in the slots of a device until others need these: empty slots are taken first, then
+ * that of the state used longest ago. Slots of the host are host memory: no state is beside it. */
+static void test_residents(void **state)
+{
+    (void)state;
+    enum { N = 5, FIRST = 1 };
+    struct scheduler *s = start(-1); /* 4 slots */
+    const bool device = variant->model_depth > 0;
+    struct image *images[N], *next[2];
+    struct image_store store;
+    struct engine_stats stats;
+    init_store(&store);
+    take_images(images, N, &store);
+    take_images(next, 2, &store);
+    for (int i = 0; i < N; i++) {
+        struct spec spec = plain;
+        spec.seed = (uint64_t)i;
+        take_turn(s, &spec, NULL, images[i]);
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+    }
+    assert_false(scheduler_is_resident(s, images[0])); /* made way */
+    for (int i = FIRST; i < N; i++)
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+
+    take_turn(s, &plain, images[FIRST], next[0]); /* goes on where it is */
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_state_hits, 1);
+    assert_int_equal(stats.n_state_loads, 0);
+    assert_false(scheduler_is_resident(s, images[FIRST]));
+    assert_int_equal(scheduler_is_resident(s, next[0]), device);
+
+    struct job *other = submit(s, &plain); /* 2 was used longest ago */
+    check_output(other, &plain, 8, 0);
+    job_release(other);
+    assert_false(scheduler_is_resident(s, images[2]));
+    for (int i = 3; i < N; i++)
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+
+    take_turn(s, &plain, images[0], next[1]); /* comes back, into the slot that is empty now */
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_state_loads, 1);
+    for (int i = 3; i < N; i++)
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+    stop(s);
+    for (int i = 0; i < N; i++)
+        image_release(images[i]);
+    drop_images(next, 2, &store);
 }
 
 /* Jobs that wait for a mark are in the queue, where others pass them, and begin there. */
@@ -1640,6 +1772,7 @@ int main(void)
         IN_ALL(test_position_limit),
         IN_ALL(test_no_output),
         IN_ALL(test_marks),
+        IN_ALL(test_residents),
         IN_ALL(test_forks),
         IN_ALL(test_lost_forks),
         IN_ALL(test_prompt_logprobs),
