@@ -596,30 +596,21 @@ size_t image_values_of(const struct model *model)
 
 enum status image_load(struct model *model, int slot, const struct image *image, struct error *err)
 {
-    const float *at = image->values;
-    for (int i = 0; i < model_n_state_tensors(model); i++) {
-        enum status st = model_state_write(model, slot, i, at, err);
-        if (st)
-            return st;
-        at += model_state_tensor(model, i)->n_values;
-    }
-    CHECK(at == image->values + image->store->n_values);
-    model_set_position(model, slot, image->position);
-    return STATUS_OK;
+    CHECK(image->store->n_values == image_values_of(model));
+    return model_load(model, slot, image->values, image->position, err);
 }
 
-enum status image_save(struct model *model, int slot, struct image *image, struct error *err)
+enum status image_begin_save(struct model *model, int slot, struct image *image, struct error *err)
 {
-    float *at = image->values;
+    CHECK(image->store->n_values == image_values_of(model));
     image->position = model_position(model, slot);
-    for (int i = 0; i < model_n_state_tensors(model); i++) {
-        enum status st = model_state_read(model, slot, i, at, err);
-        if (st)
-            return st;
-        at += model_state_tensor(model, i)->n_values;
-    }
-    CHECK(at == image->values + image->store->n_values);
-    return STATUS_OK;
+    return model_begin_save(model, slot, err);
+}
+
+enum status image_finish_save(struct model *model, struct image *image, bool wait, bool *done,
+                              struct error *err)
+{
+    return model_finish_save(model, wait, image->values, done, err);
 }
 
 /* ---- bytes ---- */

@@ -26,7 +26,7 @@
  *     56  4 n_values   the tensors, f32, in the order of model_state_tensor
  *    end  8  XXH3-64 of all bytes before
  *
- * Threads: image_load and image_save by the engine thread of the model; references by any; the
+ * Threads: loading and saving by the engine thread of the model; references by any; the
  *          values of a complete image may be read by any that holds it.
  * Memory:  the values of all images of a store together are bounded by its limit. Where there is
  *          a state store, values that nobody holds and that have a file make room for new ones.
@@ -142,7 +142,7 @@ struct image_counts {
 };
 void image_count(struct image_store *store, struct image_counts *out);
 
-/* An image to be filled: by image_save, or by image_parse. Held once, by the caller. */
+/* An image to be filled: from a slot, or by image_parse. Held once, by the caller. */
 enum status image_new(struct image **out, struct image_store *store, struct error *err);
 /* The same, waiting for others' values to be written and dropped, up to wait_ms, where that is
  * possible. */
@@ -175,10 +175,14 @@ size_t image_file_bytes(const struct image_store *store);
 
 /* f32 values of a slot of the model. */
 size_t image_values_of(const struct model *model);
-/* Put the image into a slot, position included; and take it from there. The caller says what
- * is pending. Steps that are queued count as done. */
+/* Put the image into a slot, position included. Steps that are queued count as done. */
 enum status image_load(struct model *model, int slot, const struct image *image, struct error *err);
-enum status image_save(struct model *model, int slot, struct image *image, struct error *err);
+/* Take it from there: begin gives its position, and finish, of the oldest save that was begun, its
+ * values; the slot rests in between (model_begin_save). The caller says what is pending. *done
+ * false: it is not there yet, and was not to be waited for. */
+enum status image_begin_save(struct model *model, int slot, struct image *image, struct error *err);
+enum status image_finish_save(struct model *model, struct image *image, bool wait, bool *done,
+                              struct error *err);
 
 /* The bytes around the values of a held image: its head, and the checksum of all. */
 void image_frame(const struct image *image, unsigned char head[IMAGE_HEAD_BYTES],

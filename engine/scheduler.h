@@ -10,6 +10,10 @@
  * Where the stepper takes a second step while the first runs, it is planned without the first
  * one's tokens. What a job has there that ended in the first is dropped when it comes back.
  *
+ * A job whose state is wanted ends when that is in its image: the copy is begun when its last rows
+ * are back, goes on beside the steps of others, and is looked after from one step to the next. So
+ * it is with marks. The slot rests meanwhile. A cancellation or a deadline is too late for it.
+ *
  * Threads: open, drain and close by one thread; submit, take_ready, stats and is_resident by
  *          any. The engine thread, started by open, drives the stepper.
  * Memory:  all taken in scheduler_open; the engine thread allocates nothing.
