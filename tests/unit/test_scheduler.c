@@ -764,11 +764,11 @@ static void take_images(struct image **images, int n, struct image_store *store)
         assert_int_equal(image_new(&images[i], store, NULL), STATUS_OK);
 }
 
-static void drop_images(struct image **images, int n, const struct image_store *store)
+static void drop_images(struct image **images, int n, struct image_store *store)
 {
     for (int i = 0; i < n; i++)
         image_release(images[i]);
-    assert_int_equal(store->n_images, 0);
+    image_store_free(store); /* asserts that none is left */
 }
 
 /* Ascending places, the last token's among them at times. */
@@ -840,7 +840,7 @@ static void test_marks(void **state)
     for (int i = 0; i < N; i++)
         for (int k = 0; k < specs[i].n_marks; k++)
             image_release(images[i][k]);
-    assert_int_equal(store.n_images, 0);
+    image_store_free(&store);
 }
 
 /* A turn: a job that leaves its state in an image, from another one or from nothing. */
@@ -1352,7 +1352,8 @@ static void test_turns(void **state)
     struct scheduler *s = start_with(&options, 0, 0);
     struct job *jobs[SLOTS + 1];
     struct spec spec = plain;
-    spec.max_tokens = 60;
+    spec.max_tokens = 100; /* nobody ends in the time that is looked at, also where the first job
+                            * was ahead of the others */
     spec.n_prompt = 30;
     for (int i = 0; i <= SLOTS; i++) {
         spec.seed = (uint64_t)i;
