@@ -85,6 +85,9 @@ struct norm {
     float eps;
 };
 
+/* In a block that holds a slot, each row begins at a multiple of so many bytes. */
+enum { SLOT_ROW_ALIGNMENT = 16 };
+
 /* A slot's state tensor is one row of a slab [n_slots, row_values]. */
 struct slab {
     struct buffer *buffer;
@@ -241,6 +244,22 @@ struct backend_ops {
     enum status (*note)(struct backend *b, int slot, const int32_t *tokens, size_t n,
                         struct error *err);
 
+    /* Whole slots to the host and back, beside the steps. slots_open, once: a slot is a row of each
+     * of these slabs [n_slabs]; in a block of host memory they lie in this order, each from the
+     * next multiple of SLOT_ROW_ALIGNMENT on. *most: so many fetches may be begun and not yet
+     * over. fetch: begin to copy a slot as the steps submitted so far leave it; no later step may
+     * have it, and nothing be put there, until that is over. fetched: the oldest fetch, if it is
+     * over or after waiting for it; its block stays as it is until `most` more are begun. NULL: it
+     * is not over. stage: a block to be filled, waiting until one is free; put: what was staged
+     * last is the slot's state for all steps submitted later. */
+    enum status (*slots_open)(struct backend *b, const struct slab *const *slabs, int n_slabs,
+                              int *most, struct error *err);
+    enum status (*fetch)(struct backend *b, int slot, struct error *err);
+    enum status (*fetched)(struct backend *b, bool wait, const void **block, struct error *err);
+    enum status (*stage)(struct backend *b, void **block, struct error *err);
+    enum status (*put)(struct backend *b, int slot, struct error *err);
+
+    bool is_device; /* buffers are memory of its own, and not the host's */
     void (*memory)(struct backend *b, struct backend_memory *out);
 };
 

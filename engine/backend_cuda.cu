@@ -163,6 +163,7 @@ static void gpu_close(struct backend *b)
     (void)cudaSetDevice(c->options.device);
     if (c->queue.stream)
         (void)cudaStreamSynchronize(c->queue.stream);
+    gpu_slots_close(g);
     for (int i = 0; i < g->n_recorded; i++)
         if (g->recorded[i].graph)
             (void)cudaGraphExecDestroy(g->recorded[i].graph);
@@ -196,6 +197,10 @@ static void gpu_close(struct backend *b)
     .rglru = cuda_rglru, .block_linear = cuda_block_linear, .rope = cuda_rope,                     \
     .vapor = cuda_vapor, .latent = cuda_latent, .window = cuda_window
 
+#define GPU_SLOT_OPS                                                                               \
+    .slots_open = gpu_slots_open, .fetch = gpu_fetch, .fetched = gpu_fetched, .stage = gpu_stage,  \
+    .put = gpu_put, .is_device = true
+
 static const struct backend_ops fused_ops = {
     GPU_OPS,
     .layer = cuda_layer,
@@ -204,6 +209,7 @@ static const struct backend_ops fused_ops = {
     .admit = cuda_admit,
     .draw = cuda_draw,
     .note = cuda_note,
+    GPU_SLOT_OPS,
     .memory = gpu_memory,
 };
 
@@ -215,6 +221,7 @@ static const struct backend_ops composed_ops = {
     .admit = cuda_admit,
     .draw = cuda_draw,
     .note = cuda_note,
+    GPU_SLOT_OPS,
     .memory = gpu_memory,
 };
 

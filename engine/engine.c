@@ -298,6 +298,14 @@ struct job *engine_take_ready(struct engine *e)
     return job;
 }
 
+bool engine_state_is_resident(const struct engine *e, const struct image *image)
+{
+    bool is_resident = false;
+    for (int i = 0; i < e->n_units && !is_resident; i++)
+        is_resident = scheduler_is_resident(e->units[i].scheduler, image);
+    return is_resident;
+}
+
 void engine_drain(struct engine *e)
 {
     for (int i = 0; i < e->n_units; i++)

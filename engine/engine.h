@@ -4,7 +4,7 @@
  * device, which alone runs that device's steps. Jobs are submitted from any thread; each goes to
  * the bounded queue of the device with the least to do, and stays there.
  *
- * Threads: open, drain and close by one thread; submit, stats and take_ready by any.
+ * Threads: open, drain and close by one thread; submit, stats, take_ready and is_resident by any.
  * Memory:  sized in engine_open; afterwards the engine allocates nothing.
  * Errors:  as below; a device failure ends the device's jobs with DEVICE and is sticky.
  */
@@ -76,6 +76,10 @@ enum status engine_submit(struct engine *e, struct job *job, struct error *err);
 /* The next job that was parked and now has tokens or has finished; NULL when there is none.
  * The caller gets the list's reference and releases it. */
 struct job *engine_take_ready(struct engine *e);
+
+/* Whether a slot of a device holds the state of a complete image: a turn from there copies
+ * nothing. False on a CPU, whose slots are host memory like the image. Takes no lock. */
+bool engine_state_is_resident(const struct engine *e, const struct image *image);
 
 /* Refuse new jobs from now on; those queued or running go on. */
 void engine_drain(struct engine *e);

@@ -570,6 +570,15 @@ void image_set_lost(struct image *image, const char *why)
     pthread_mutex_unlock(&image->store->lock);
 }
 
+enum image_tier image_tier(const struct image *image)
+{
+    const struct image_store *store = image->store;
+    if (!atomic_load_explicit(&image->is_here, memory_order_relaxed))
+        return IMAGE_IN_STORE;
+    bool on_device = store->is_on_device && store->is_on_device(store->on_device_context, image);
+    return on_device ? IMAGE_ON_DEVICE : IMAGE_IN_MEMORY;
+}
+
 uint64_t image_length(const struct image *image)
 {
     return image ? image->position + (uint64_t)image->n_pending : 0;
@@ -587,30 +596,21 @@ size_t image_values_of(const struct model *model)
 
 enum status image_load(struct model *model, int slot, const struct image *image, struct error *err)
 {
-    const float *at = image->values;
-    for (int i = 0; i < model_n_state_tensors(model); i++) {
-        enum status st = model_state_write(model, slot, i, at, err);
-        if (st)
-            return st;
-        at += model_state_tensor(model, i)->n_values;
-    }
-    CHECK(at == image->values + image->store->n_values);
-    model_set_position(model, slot, image->position);
-    return STATUS_OK;
+    CHECK(image->store->n_values == image_values_of(model));
+    return model_load(model, slot, image->values, image->position, err);
 }
 
-enum status image_save(struct model *model, int slot, struct image *image, struct error *err)
+enum status image_begin_save(struct model *model, int slot, struct image *image, struct error *err)
 {
-    float *at = image->values;
+    CHECK(image->store->n_values == image_values_of(model));
     image->position = model_position(model, slot);
-    for (int i = 0; i < model_n_state_tensors(model); i++) {
-        enum status st = model_state_read(model, slot, i, at, err);
-        if (st)
-            return st;
-        at += model_state_tensor(model, i)->n_values;
-    }
-    CHECK(at == image->values + image->store->n_values);
-    return STATUS_OK;
+    return model_begin_save(model, slot, err);
+}
+
+enum status image_finish_save(struct model *model, struct image *image, bool wait, bool *done,
+                              struct error *err)
+{
+    return model_finish_save(model, wait, image->values, done, err);
 }
 
 /* ---- bytes ---- */

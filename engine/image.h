@@ -26,7 +26,7 @@
  *     56  4 n_values   the tensors, f32, in the order of model_state_tensor
  *    end  8  XXH3-64 of all bytes before
  *
- * Threads: image_load and image_save by the engine thread of the model; references by any; the
+ * Threads: loading and saving by the engine thread of the model; references by any; the
  *          values of a complete image may be read by any that holds it.
  * Memory:  the values of all images of a store together are bounded by its limit. Where there is
  *          a state store, values that nobody holds and that have a file make room for new ones.
@@ -55,6 +55,10 @@ enum {
     IMAGE_NAME_BYTES = 16,
 };
 
+/* Where the fastest copy of a state is: in a slot of a device and in host memory, in host memory,
+ * or in the store only. */
+enum image_tier { IMAGE_ON_DEVICE, IMAGE_IN_MEMORY, IMAGE_IN_STORE };
+
 struct image_list {
     struct image *first, *last;
     int n;
@@ -74,6 +78,8 @@ struct image_store {
     bool (*give_way)(void *context); /* asked while it is full, without the lock: release an image
                                       * that can be done without. False: there is none. Or NULL */
     void *give_way_context;
+    bool (*is_on_device)(void *context, const struct image *image); /* see image_tier; or NULL */
+    void *on_device_context;
 
     pthread_mutex_t lock;   /* guards all that follows, and what images say is under it */
     pthread_cond_t changed; /* values came or went; work for the state store */
@@ -108,6 +114,7 @@ struct image {
     uint32_t tail;
     float *values;       /* [store->n_values]; NULL only for those who do not hold it */
     atomic_bool is_here; /* in memory, for those who only want to tell */
+    int slot;            /* where a job left this state, and a device may hold it still */
 
     /* Under the store's lock. */
     int n_holds, n_keeps;
@@ -135,7 +142,7 @@ struct image_counts {
 };
 void image_count(struct image_store *store, struct image_counts *out);
 
-/* An image to be filled: by image_save, or by image_parse. Held once, by the caller. */
+/* An image to be filled: from a slot, or by image_parse. Held once, by the caller. */
 enum status image_new(struct image **out, struct image_store *store, struct error *err);
 /* The same, waiting for others' values to be written and dropped, up to wait_ms, where that is
  * possible. */
@@ -156,6 +163,10 @@ void image_unpin(struct image *image); /* accepts NULL */
 /* Whether somebody else holds it too. */
 bool image_is_shared(struct image *image);
 
+/* Where a complete image is now. Takes no lock; may be old when it returns. A state that left host
+ * memory is in the store, whatever slots hold: the next turn brings it back first. */
+enum image_tier image_tier(const struct image *image);
+
 /* Tokens of a session that has this image; NULL is the state before any token. */
 uint64_t image_length(const struct image *image);
 /* Bytes of one image in memory, and of an exported one. */
@@ -164,10 +175,14 @@ size_t image_file_bytes(const struct image_store *store);
 
 /* f32 values of a slot of the model. */
 size_t image_values_of(const struct model *model);
-/* Put the image into a slot, position included; and take it from there. The caller says what
- * is pending. Steps that are queued count as done. */
+/* Put the image into a slot, position included. Steps that are queued count as done. */
 enum status image_load(struct model *model, int slot, const struct image *image, struct error *err);
-enum status image_save(struct model *model, int slot, struct image *image, struct error *err);
+/* Take it from there: begin gives its position, and finish, of the oldest save that was begun, its
+ * values; the slot rests in between (model_begin_save). The caller says what is pending. *done
+ * false: it is not there yet, and was not to be waited for. */
+enum status image_begin_save(struct model *model, int slot, struct image *image, struct error *err);
+enum status image_finish_save(struct model *model, struct image *image, bool wait, bool *done,
+                              struct error *err);
 
 /* The bytes around the values of a held image: its head, and the checksum of all. */
 void image_frame(const struct image *image, unsigned char head[IMAGE_HEAD_BYTES],

@@ -611,6 +611,11 @@ bool model_memory(const struct model *m, struct backend_memory *out)
     return true;
 }
 
+bool model_is_on_device(const struct model *m)
+{
+    return m->backend->ops->is_device;
+}
+
 static void check_slot(const struct model *m, int slot)
 {
     CHECK(slot >= 0 && slot < m->options.n_slots);
@@ -659,6 +664,29 @@ enum status model_state_read(struct model *m, int slot, int i, float *out, struc
 enum status model_state_write(struct model *m, int slot, int i, const float *in, struct error *err)
 {
     return state_write(m->state, slot, i, in, err);
+}
+
+enum status model_load(struct model *m, int slot, const float *values, uint64_t position,
+                       struct error *err)
+{
+    CHECK(position < INT64_MAX);
+    return state_load(m->state, slot, values, position, err);
+}
+
+int model_max_saves(const struct model *m)
+{
+    return m->state->max_saves;
+}
+
+enum status model_begin_save(struct model *m, int slot, struct error *err)
+{
+    return state_begin_save(m->state, slot, err);
+}
+
+enum status model_finish_save(struct model *m, bool wait, float *values, bool *done,
+                              struct error *err)
+{
+    return state_finish_save(m->state, wait, values, done, err);
 }
 
 const struct model_config *model_config(const struct model *m)

@@ -114,12 +114,25 @@ const struct state_tensor *model_state_tensor(const struct model *m, int i);
 enum status model_state_read(struct model *m, int slot, int i, float *out, struct error *err);
 enum status model_state_write(struct model *m, int slot, int i, const float *in, struct error *err);
 
+/* The state of a slot as a whole, [n] f32: its tensors one behind the other. On a device beside
+ * the steps: load as writing every tensor and the position, for the steps queued after it; saves
+ * are begun and finished, as state.h says of state_begin_save and state_finish_save, at most
+ * model_max_saves at once. */
+enum status model_load(struct model *m, int slot, const float *values, uint64_t position,
+                       struct error *err);
+int model_max_saves(const struct model *m);
+enum status model_begin_save(struct model *m, int slot, struct error *err);
+enum status model_finish_save(struct model *m, bool wait, float *values, bool *done,
+                              struct error *err);
+
 /* Facts. */
 const struct model_config *model_config(const struct model *m);
 int64_t model_max_position(const struct model *m); /* 0: no limit (no full_attention layer) */
 size_t model_state_bytes(const struct model *m);   /* of one slot */
 size_t model_weight_bytes(const struct model *m);  /* as the backend keeps them */
 const char *model_backend_name(const struct model *m);
+/* Whether slots are memory of a device, so that a state in one is a copy beside the host's. */
+bool model_is_on_device(const struct model *m);
 /* False where the backend keeps no account (ref, cpu). */
 bool model_memory(const struct model *m, struct backend_memory *out);
 

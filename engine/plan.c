@@ -66,7 +66,7 @@ static bool is_scored(const struct slot *slot)
 /* Where the slot waits for its next rows. */
 static void line_up(struct planner *p, struct slot *slot)
 {
-    if (slot->held)
+    if (slot->held || slot->how != FINISH_NONE)
         unlink_slot(slot);
     else if (in_prompt(slot))
         move_to(&p->prompts, slot);
@@ -124,6 +124,14 @@ struct slot *planner_enter(struct planner *p, struct job *job, int wanted)
                           .max_draws = max_draws(p, request)};
     line_up(p, slot);
     return slot;
+}
+
+void planner_end(struct planner *p, struct slot *slot, enum job_finish how)
+{
+    CHECK(slot->job && slot->how == FINISH_NONE && how != FINISH_NONE);
+    slot->how = how;
+    slot->generation++;
+    line_up(p, slot);
 }
 
 /* To the front: its memory is warm. */

@@ -11,7 +11,8 @@
  * once; its generation tells that a queued share has lost its owner.
  *
  * Chunks end at a job's marks too. Once the chunk before a mark is queued the slot is held, and
- * gets no further rows, until the scheduler has saved its state.
+ * gets no further rows, until the scheduler has saved its state. A slot whose job gets no more rows
+ * at all may be kept from others in the same way.
  *
  * Slots wait in lists, so planning costs what the step serves and not what the model holds.
  *
@@ -54,6 +55,8 @@ struct slot {
     int64_t max_draws;   /* output tokens it may have: max_tokens, or less at the position limit */
     int64_t n_output;    /* output tokens that came back */
     int n_coming;        /* entries of the job's ring that queued steps will bring */
+    enum job_finish how; /* it gets no further rows, and ends like this; FINISH_NONE: it goes on */
+    int n_saves;         /* of its state, that are under way: the scheduler's */
     struct slot_list *list; /* where it waits; NULL: all its rows are queued */
     struct slot *previous, *next;
 };
@@ -93,6 +96,9 @@ void plan_close(struct plan *plan); /* accepts a zeroed or half-built one */
 /* Put a job, with the caller's reference, in a free slot, `wanted` if that is one: NULL when
  * there is none. */
 struct slot *planner_enter(struct planner *p, struct job *job, int wanted);
+/* The slot's job gets no further rows, and what it has on its way is nobody's, but the slot is not
+ * free yet. */
+void planner_end(struct planner *p, struct slot *slot, enum job_finish how);
 /* The slot's job is over: it is free. The reference is the caller's again. keeps_state: what
  * the slot holds may be wanted again, so it is the last to be taken by another. */
 void planner_leave(struct planner *p, struct slot *slot, bool keeps_state);

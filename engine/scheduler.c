@@ -12,31 +12,53 @@
 #include "engine/plan.h"
 #include "engine/stepper.h"
 
-enum { MAX_DEPTH = 2 };
+enum { MAX_DEPTH = 2, MAX_SAVES = 8 };
+
+/* A slot's state on its way into an image of its job: that of a mark, or at its end. */
+struct save {
+    struct slot *slot;
+    struct image *image;
+    bool is_mark;
+};
 
 struct scheduler {
     struct scheduler_options options;
     const struct model_config *config; /* the model's */
     int64_t max_position;
     size_t n_state_values;
+    bool is_device; /* slots are not host memory */
     int depth;
 
     pthread_t thread;
     struct inbox inbox;
     atomic_bool stopping;
+    /* [n_slots] id of the image whose state a slot holds, 0: none. The engine thread writes. */
+    atomic_uint_least64_t *resident;
 
     /* The engine thread's own. */
     struct model *model; /* borrowed */
-    uint64_t *resident;  /* [n_slots] id of the image whose state a slot holds, 0: none */
     struct stepper *stepper;
     struct planner *planner;
     struct plan plans[MAX_DEPTH]; /* of queued steps, and the next one */
     int oldest, n_queued;         /* which of them are on their way */
-    int64_t busy_since_ns;        /* where the time of steps is counted from */
-    int64_t queue_wake_ns;        /* the queue's earliest deadline when last swept */
-    int64_t slots_wake_ns;        /* no slot has an earlier deadline */
-    bool readers_have_news;       /* something went on the ready list since the last wake */
+    struct save saves[MAX_SAVES]; /* a ring; finished in this order */
+    int oldest_save, n_saves, max_saves;
+    bool puts_off;          /* a slot whose job is cancelled or overdue has a save under way */
+    int64_t busy_since_ns;  /* where the time of steps is counted from */
+    int64_t queue_wake_ns;  /* the queue's earliest deadline when last swept */
+    int64_t slots_wake_ns;  /* no slot has an earlier deadline */
+    bool readers_have_news; /* something went on the ready list since the last wake */
 };
+
+static uint64_t resident_in(const struct scheduler *s, int slot)
+{
+    return atomic_load_explicit(&s->resident[slot], memory_order_relaxed);
+}
+
+static void set_resident(struct scheduler *s, int slot, uint64_t id)
+{
+    atomic_store_explicit(&s->resident[slot], id, memory_order_relaxed);
+}
 
 static void push_ready(struct scheduler *s, struct job *job)
 {
@@ -66,7 +88,7 @@ static void end_slot(struct scheduler *s, struct slot *slot, enum job_finish how
                      const struct error *err)
 {
     struct job *job = slot->job;
-    bool keeps_state = s->resident[planner_index(s->planner, slot)] != 0;
+    bool keeps_state = resident_in(s, planner_index(s->planner, slot)) != 0;
     planner_leave(s->planner, slot, keeps_state);
     inbox_leave(&s->inbox);
     end_job(s, job, how, err);
@@ -92,7 +114,10 @@ static void end_overdue_slots(struct scheduler *s, int64_t now)
     s->slots_wake_ns = INT64_MAX;
     for (int i = 0; i < s->options.n_slots; i++) {
         struct slot *slot = planner_slot(s->planner, i);
-        if (slot->job && inbox_is_over(slot->job, now)) {
+        bool is_over = slot->job && inbox_is_over(slot->job, now);
+        if (is_over && slot->n_saves) {
+            s->puts_off = true; /* its images are being filled; soon it ends anyway, or then */
+        } else if (is_over) {
             struct error err;
             enum job_finish how = why_over(slot->job, &err);
             end_slot(s, slot, how, how == FINISH_ERROR ? &err : NULL);
@@ -140,8 +165,75 @@ static void fail_device(struct scheduler *s, const struct error *cause)
     struct error err;
     fail(&err, STATUS_DEVICE, "the device failed: %.300s", cause->text);
     inbox_fail(&s->inbox, &err);
-    s->n_queued = 0;
+    s->n_queued = s->n_saves = 0;
     end_all(s, &err);
+}
+
+/* ---- States on their way out ---- */
+
+/* What was waited for goes on: the rest of the prompt after a mark, or the job's end, which its
+ * reader sees only now that its states are there. */
+static void use_saved(struct scheduler *s, const struct save *save)
+{
+    struct slot *slot = save->slot;
+    int index = planner_index(s->planner, slot);
+    slot->n_saves--;
+    if (save->is_mark) {
+        job_mark_saved(slot->job);
+        planner_release(s->planner, slot);
+    } else {
+        save->image->slot = index;
+        set_resident(s, index, save->image->id);
+    }
+    if (slot->how != FINISH_NONE && !slot->n_saves)
+        end_slot(s, slot, slot->how, NULL);
+}
+
+/* The oldest save. False: it is not over, or the device failed. */
+static bool finish_save(struct scheduler *s, bool wait)
+{
+    const struct save save = s->saves[s->oldest_save];
+    struct error err;
+    bool done = false;
+    if (image_finish_save(s->model, save.image, wait, &done, &err)) {
+        fail_device(s, &err);
+        return false;
+    }
+    if (!done)
+        return false;
+    s->oldest_save = (s->oldest_save + 1) % MAX_SAVES;
+    s->n_saves--;
+    use_saved(s, &save);
+    if (s->puts_off)
+        s->slots_wake_ns = 0;
+    s->puts_off = false;
+    return true;
+}
+
+/* Those that are over; with nothing else to do the oldest is waited for. False: there is none. */
+static bool finish_saves(struct scheduler *s, bool wait)
+{
+    bool any = false;
+    while (s->n_saves && finish_save(s, wait && !any))
+        any = true;
+    return any;
+}
+
+/* The slot gets no rows until it is finished. Where too many are under way the oldest go first.
+ * False: the device failed. */
+static bool begin_save(struct scheduler *s, struct slot *slot, struct image *image, bool is_mark)
+{
+    struct error err;
+    while (s->n_saves == s->max_saves)
+        if (!finish_save(s, true))
+            return false;
+    if (image_begin_save(s->model, planner_index(s->planner, slot), image, &err)) {
+        fail_device(s, &err);
+        return false;
+    }
+    s->saves[(s->oldest_save + s->n_saves++) % MAX_SAVES] = (struct save){slot, image, is_mark};
+    slot->n_saves++;
+    return true;
 }
 
 /* The end of a job in good order, with its state where the request wants it. A step that is
@@ -150,20 +242,18 @@ static void complete_slot(struct scheduler *s, struct slot *slot, enum job_finis
                           int32_t last_token)
 {
     struct image *into = slot->request->into;
-    int index = planner_index(s->planner, slot);
-    struct error err;
-    if (into && image_save(s->model, index, into, &err)) {
-        fail_device(s, &err);
+    if (into && !begin_save(s, slot, into, false))
         return;
-    }
     if (into) {
         uint64_t length = slot->n_before + slot->request->n_prompt + (uint64_t)slot->n_output;
         CHECK(into->position <= length && length - into->position <= IMAGE_MAX_PENDING);
         into->n_pending = (int)(length - into->position);
         into->pending[0] = last_token;
-        s->resident[index] = into->id;
     }
-    end_slot(s, slot, how, NULL);
+    if (slot->n_saves) /* a mark's, too */
+        planner_end(s->planner, slot, how);
+    else
+        end_slot(s, slot, how, NULL);
 }
 
 /* ---- Queueing a step ---- */
@@ -171,10 +261,9 @@ static void complete_slot(struct scheduler *s, struct slot *slot, enum job_finis
 /* The slot that holds the state already, or -1. */
 static int resident_slot(const struct scheduler *s, const struct image *image)
 {
-    for (int i = 0; image && i < s->options.n_slots; i++)
-        if (s->resident[i] == image->id)
-            return i;
-    return -1;
+    bool is_there =
+        image && image->slot < s->options.n_slots && resident_in(s, image->slot) == image->id;
+    return is_there ? image->slot : -1;
 }
 
 /* Parameters and state of a new job; the state only if it is not there already. */
@@ -182,8 +271,8 @@ static enum status prepare_slot(struct scheduler *s, struct slot *slot, struct e
 {
     const struct job_request *request = slot->request;
     int index = planner_index(s->planner, slot);
-    bool is_there = request->from && s->resident[index] == request->from->id;
-    s->resident[index] = 0;
+    bool is_there = request->from && resident_in(s, index) == request->from->id;
+    set_resident(s, index, 0);
     enum status st = stepper_admit(s->stepper, index, &request->sampling, !is_there, err);
     if (!st && request->n_seen)
         st = stepper_note(s->stepper, index, request->prompt, request->n_seen, err);
@@ -275,14 +364,9 @@ static void put_draw(struct scheduler *s, struct slot *slot, const struct sample
 static bool save_mark(struct scheduler *s, struct slot *slot)
 {
     const struct job_mark *mark = &slot->request->marks[slot->n_marks];
-    struct error err;
-    if (image_save(s->model, planner_index(s->planner, slot), mark->image, &err)) {
-        fail_device(s, &err);
+    if (!begin_save(s, slot, mark->image, true))
         return false;
-    }
     CHECK(mark->image->position == slot->n_before + mark->at);
-    job_mark_saved(slot->job);
-    planner_release(s->planner, slot);
     return true;
 }
 
@@ -348,8 +432,8 @@ static void collect_step(struct scheduler *s)
 
 /* ---- The thread ---- */
 
-/* One turn: queue a step if there is something to do, and collect the oldest when no more can
- * be queued. False: nothing was done. */
+/* One turn: queue a step if there is something to do, collect the oldest when no more can be
+ * queued, and finish what was saved meanwhile. False: nothing was done. */
 static bool turn(struct scheduler *s)
 {
     bool by_job, rung = inbox_answer(&s->inbox, &by_job);
@@ -361,8 +445,9 @@ static bool turn(struct scheduler *s)
     bool collects = s->n_queued && (!queued || s->n_queued == s->depth);
     if (collects)
         collect_step(s);
+    bool saved = finish_saves(s, !queued && !collects);
     wake_readers(s);
-    return queued || collects;
+    return queued || collects || saved;
 }
 
 static void *run(void *context)
@@ -373,6 +458,8 @@ static void *run(void *context)
             inbox_sleep(&s->inbox, earlier(s->queue_wake_ns, s->slots_wake_ns));
     while (s->n_queued)
         collect_step(s);
+    while (s->n_saves)
+        finish_saves(s, true);
     struct error err;
     fail(&err, STATUS_SHUTDOWN, "the engine is shutting down");
     end_all(s, &err);
@@ -414,6 +501,7 @@ static enum status take_memory(struct scheduler *s, struct model *model, struct 
     if (!st)
         st = planner_open(&s->planner, &limits, err);
     s->depth = st ? 0 : stepper_depth(s->stepper);
+    s->max_saves = model_max_saves(model) < MAX_SAVES ? model_max_saves(model) : MAX_SAVES;
     for (int i = 0; i < s->depth && !st; i++)
         st = plan_open(&s->plans[i], &limits, err);
     return st;
@@ -441,6 +529,7 @@ enum status scheduler_open(struct scheduler **out, struct model *model,
     s->config = model_config(model);
     s->max_position = model_max_position(model);
     s->n_state_values = image_values_of(model);
+    s->is_device = model_is_on_device(model);
     s->queue_wake_ns = s->slots_wake_ns = INT64_MAX;
     inbox_init(&s->inbox, options->n_slots, options->max_queue);
 
@@ -515,4 +604,9 @@ void scheduler_drain(struct scheduler *s)
 void scheduler_stats(struct scheduler *s, struct engine_stats *out)
 {
     inbox_stats(&s->inbox, out);
+}
+
+bool scheduler_is_resident(const struct scheduler *s, const struct image *image)
+{
+    return s->is_device && resident_slot(s, image) >= 0;
 }

@@ -10,8 +10,12 @@
  * Where the stepper takes a second step while the first runs, it is planned without the first
  * one's tokens. What a job has there that ended in the first is dropped when it comes back.
  *
- * Threads: open, drain and close by one thread; submit, take_ready and stats by any. The
- *          engine thread, started by open, drives the stepper.
+ * A job whose state is wanted ends when that is in its image: the copy is begun when its last rows
+ * are back, goes on beside the steps of others, and is looked after from one step to the next. So
+ * it is with marks. The slot rests meanwhile. A cancellation or a deadline is too late for it.
+ *
+ * Threads: open, drain and close by one thread; submit, take_ready, stats and is_resident by
+ *          any. The engine thread, started by open, drives the stepper.
  * Memory:  all taken in scheduler_open; the engine thread allocates nothing.
  * Errors:  as in engine.h. Whatever fails in a step is a DEVICE error and sticky: all jobs end
  *          with it, and later ones are refused.
@@ -19,6 +23,7 @@
 #ifndef LATTE_ENGINE_SCHEDULER_H
 #define LATTE_ENGINE_SCHEDULER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "engine/base/error.h"
@@ -54,5 +59,9 @@ enum status scheduler_submit(struct scheduler *s, struct job *job, struct error 
 struct job *scheduler_take_ready(struct scheduler *s);
 void scheduler_drain(struct scheduler *s);
 void scheduler_stats(struct scheduler *s, struct engine_stats *out);
+
+/* Whether a slot of this device holds the state of a complete image, so that a job from it copies
+ * nothing. Any thread; false where slots are host memory. */
+bool scheduler_is_resident(const struct scheduler *s, const struct image *image);
 
 #endif

@@ -179,11 +179,9 @@ static bool is_overdue(const struct session *s, int64_t now)
     return s->idle_s && !s->in_turn && now >= s->now.used + s->idle_s;
 }
 
-/* Its state, or it has none yet. */
-static bool is_in_memory(const struct session *s)
+static enum image_tier tier_of(const struct session *s)
 {
-    const struct image *image = s->now.image;
-    return !image || atomic_load_explicit(&image->is_here, memory_order_relaxed);
+    return s->now.image ? image_tier(s->now.image) : IMAGE_IN_MEMORY;
 }
 
 void session_describe(const struct session *s, struct session_info *out)
@@ -195,7 +193,7 @@ void session_describe(const struct session *s, struct session_info *out)
         .used = s->now.used,
         .expires = s->idle_s ? s->now.used + s->idle_s : 0,
         .in_turn = s->in_turn || s->is_leased,
-        .in_memory = is_in_memory(s),
+        .tier = tier_of(s),
         .n_snapshots = s->now.n_kept,
         .metadata = s->metadata,
     };
@@ -307,8 +305,11 @@ void sessions_count(struct sessions *t, struct session_counts *out)
     pthread_mutex_lock(&t->lock);
     out->n_sessions = t->n;
     out->n_pending = t->n_pending;
-    for (const struct session *s = t->oldest; s; s = s->newer)
-        out->n_in_memory += s->kind == SESSION_OF_USER && is_in_memory(s);
+    for (const struct session *s = t->oldest; s; s = s->newer) {
+        enum image_tier tier = s->kind == SESSION_OF_USER ? tier_of(s) : IMAGE_IN_STORE;
+        out->n_on_device += tier == IMAGE_ON_DEVICE;
+        out->n_in_memory += tier == IMAGE_IN_MEMORY;
+    }
     pthread_mutex_unlock(&t->lock);
 }
 

@@ -60,7 +60,7 @@ struct session_info {
     int64_t created, used;
     int64_t expires; /* 0: never */
     bool in_turn;
-    bool in_memory; /* its state, or it has none yet; else it is in the store only */
+    enum image_tier tier; /* of its state; IMAGE_IN_MEMORY if it has none yet */
     int n_snapshots;
     char *metadata; /* a JSON object, "{}" at least; the copy's own */
 };
@@ -215,8 +215,9 @@ void sessions_each_item(struct sessions *t, enum session_kind kind, session_item
                         void *context);
 
 struct session_counts {
-    int n_sessions, n_in_memory; /* known here; the others' states are in the store only */
-    int n_pending;               /* changes that wait for the journal */
+    int n_sessions;               /* known here; the states of those that are on neither are in */
+    int n_on_device, n_in_memory; /* the store only */
+    int n_pending;                /* changes that wait for the journal */
 };
 void sessions_count(struct sessions *t, struct session_counts *out);
 

@@ -64,6 +64,24 @@ static enum status open_slab(struct state *s, struct slab *slab, const struct st
     return STATUS_OK;
 }
 
+static enum status open_slots(struct state *s, struct error *err)
+{
+    const struct backend_ops *op = s->backend->ops;
+    s->max_saves = 1;
+    if (!op->slots_open)
+        return STATUS_OK;
+    const struct slab **slabs = calloc((size_t)s->n_entries + 1, sizeof(*slabs));
+    if (!slabs)
+        return fail(err, STATUS_NOMEM, "model state: out of memory for %d slabs", s->n_entries);
+    for (int i = 0; i < s->n_entries; i++)
+        slabs[i] = s->entries[i].slab;
+    enum status st = op->slots_open(s->backend, slabs, s->n_entries, &s->max_saves, err);
+    free(slabs);
+    if (s->max_saves > STATE_MAX_SAVES)
+        s->max_saves = STATE_MAX_SAVES;
+    return st;
+}
+
 static enum status add_entry(struct state *s, const struct model_config *c, int layer,
                              enum state_kind kind, struct error *err)
 {
@@ -83,6 +101,7 @@ static enum status add_entry(struct state *s, const struct model_config *c, int 
     e->kind = kind;
     e->slab = slab;
     s->n_entries++;
+    s->n_values += (size_t)t->n_values;
     return open_slab(s, slab, t, err);
 }
 
@@ -108,6 +127,8 @@ enum status state_open(struct state **out, const struct model_config *config,
     for (int l = 0; !st && l < s->n_layers; l++)
         for (int kind = 0; !st && kind < STATE_KINDS; kind++)
             st = add_entry(s, config, l, (enum state_kind)kind, err);
+    if (!st)
+        st = open_slots(s, err);
     if (st) {
         state_close(s);
         return st;
@@ -230,6 +251,109 @@ enum status state_write(struct state *s, int slot, int entry, const float *in, s
     enum status st = op->write(s->backend, slab->buffer, n * (size_t)slot, narrow, n, err);
     free(narrow);
     return st;
+}
+
+/* ---- whole slots ---- */
+
+/* Where the entry's row begins in a block that holds a slot; *at: where the one before ended. */
+static size_t place_row(const struct slab *slab, size_t *at)
+{
+    const size_t begin = (*at + SLOT_ROW_ALIGNMENT - 1) / SLOT_ROW_ALIGNMENT * SLOT_ROW_ALIGNMENT;
+    *at = begin + row_bytes(slab);
+    return begin;
+}
+
+static enum status load_beside(struct state *s, int slot, const float *values, struct error *err)
+{
+    const struct backend_ops *op = s->backend->ops;
+    unsigned char *block = NULL;
+    void *staged = NULL;
+    size_t at = 0;
+    enum status st = op->stage(s->backend, &staged, err);
+    if (st)
+        return st;
+    block = staged;
+    for (int i = 0; i < s->n_entries; i++) {
+        const struct slab *slab = s->entries[i].slab;
+        unsigned char *row = block + place_row(slab, &at);
+        if (slab->dtype == DTYPE_F32)
+            memcpy(row, values, row_bytes(slab));
+        else
+            dtype_from_f32(row, slab->dtype, values, (size_t)slab->row_values);
+        values += slab->row_values;
+    }
+    return op->put(s->backend, slot, err);
+}
+
+enum status state_load(struct state *s, int slot, const float *values, uint64_t position,
+                       struct error *err)
+{
+    CHECK(slot >= 0 && slot < s->n_slots);
+    enum status st = STATUS_OK;
+    if (s->backend->ops->stage)
+        st = load_beside(s, slot, values, err);
+    for (int i = 0; !s->backend->ops->stage && i < s->n_entries && !st; i++) {
+        st = state_write(s, slot, i, values, err);
+        values += s->entries[i].slab->row_values;
+    }
+    if (!st)
+        s->positions[slot] = position;
+    return st;
+}
+
+enum status state_begin_save(struct state *s, int slot, struct error *err)
+{
+    CHECK(slot >= 0 && slot < s->n_slots && s->n_saves < s->max_saves);
+    enum status st = s->backend->ops->fetch ? s->backend->ops->fetch(s->backend, slot, err)
+                                            : STATUS_OK; /* read when it is finished */
+    if (st)
+        return st;
+    s->saves[(s->oldest_save + s->n_saves++) % STATE_MAX_SAVES] =
+        (struct state_save){slot, s->positions[slot]};
+    return STATUS_OK;
+}
+
+/* The values of a slot out of a block that holds it. */
+static void unpack(const struct state *s, const unsigned char *block, uint64_t position,
+                   float *values)
+{
+    size_t at = 0;
+    for (int i = 0; i < s->n_entries; i++) {
+        const struct slab *slab = s->entries[i].slab;
+        const unsigned char *row = block + place_row(slab, &at);
+        if (slab->dtype == DTYPE_F32)
+            memcpy(values, row, row_bytes(slab));
+        else
+            dtype_to_f32(values, row, slab->dtype, (size_t)slab->row_values);
+        hide_unreached(&s->entries[i], position, values);
+        values += slab->row_values;
+    }
+}
+
+enum status state_finish_save(struct state *s, bool wait, float *values, bool *done,
+                              struct error *err)
+{
+    CHECK(s->n_saves > 0);
+    const struct state_save *save = &s->saves[s->oldest_save];
+    const void *block = NULL;
+    enum status st = STATUS_OK;
+    CHECK(s->positions[save->slot] == save->position);
+    if (s->backend->ops->fetched)
+        st = s->backend->ops->fetched(s->backend, wait, &block, err);
+    if (!st && block)
+        unpack(s, block, save->position, values);
+    for (int i = 0; !s->backend->ops->fetched && i < s->n_entries && !st; i++) {
+        st = state_read(s, save->slot, i, values, err);
+        values += s->entries[i].slab->row_values;
+    }
+    if (st)
+        return st;
+    *done = block || !s->backend->ops->fetched;
+    if (*done) {
+        s->oldest_save = (s->oldest_save + 1) % STATE_MAX_SAVES;
+        s->n_saves--;
+    }
+    return STATUS_OK;
 }
 
 enum status state_copy(struct state *s, int dst, int src, struct error *err)

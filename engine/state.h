@@ -47,6 +47,14 @@ struct state_entry {
     const struct slab *slab; /* borrowed from its layer */
 };
 
+enum { STATE_MAX_SAVES = 8 };
+
+/* A slot whose state is on its way out. */
+struct state_save {
+    int slot;
+    uint64_t position;
+};
+
 struct state {
     struct backend *backend; /* borrowed */
     int n_slots, n_layers;
@@ -55,6 +63,9 @@ struct state {
     struct layer_state *layers;  /* [n_layers], owned */
     struct state_entry *entries; /* [n_entries] in order of layer and kind, owned */
     int n_entries;
+    size_t n_values;                          /* f32 values of a slot, of all tensors */
+    struct state_save saves[STATE_MAX_SAVES]; /* a ring */
+    int oldest_save, n_saves, max_saves;
 };
 
 /* Take the slabs of n_slots sessions; all slots are reset. window_dtype is that of the rings. */
@@ -73,6 +84,20 @@ size_t state_bytes_of(const struct model_config *config, enum dtype window_dtype
  * stays unseen. */
 enum status state_read(const struct state *s, int slot, int entry, float *out, struct error *err);
 enum status state_write(struct state *s, int slot, int entry, const float *in, struct error *err);
+
+/* A whole slot: its tensors in order, [n_values] f32, as state_read and state_write each of them.
+ *
+ * On a device these copies run beside the steps. A load is done, for the steps submitted after it,
+ * when it returns; it may wait for one before. A save is begun, of what the steps submitted so far
+ * leave, and finished later: until then no step may have the slot, and nobody write to it. Saves
+ * are finished in the order in which they were begun, max_saves may be under way at once
+ * (asserted). finish: *done false, and nothing is written, where the oldest save is not over and
+ * was not to be waited for. */
+enum status state_load(struct state *s, int slot, const float *values, uint64_t position,
+                       struct error *err);
+enum status state_begin_save(struct state *s, int slot, struct error *err);
+enum status state_finish_save(struct state *s, bool wait, float *values, bool *done,
+                              struct error *err);
 
 /* Make dst a bit-equal copy of src, position included. */
 enum status state_copy(struct state *s, int dst, int src, struct error *err);

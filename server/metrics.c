@@ -408,10 +408,12 @@ static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
     write_value(out, "latte_sessions", "gauge", "Sessions there are.", c->n_sessions);
     write_value(out, "latte_responses", "gauge", "Responses that are stored.", s->n_responses);
     write_head(out, "latte_sessions_by_tier", "gauge",
-               "Sessions by where their state is: in memory, or in the store only.");
+               "Sessions by where their state is: in a slot of a GPU and in memory, in memory, or "
+               "in the store only.");
+    bytes_format(out, "latte_sessions_by_tier{tier=\"device\"} %d\n", c->n_on_device);
     bytes_format(out, "latte_sessions_by_tier{tier=\"host\"} %d\n", c->n_in_memory);
     bytes_format(out, "latte_sessions_by_tier{tier=\"store\"} %d\n",
-                 c->n_sessions - c->n_in_memory);
+                 c->n_sessions - c->n_on_device - c->n_in_memory);
     write_value(
         out, "latte_session_states", "gauge",
         "States of sessions, of the turns before, of snapshots, presets, stored responses and "

@@ -350,10 +350,11 @@ enum status routes_open(struct routes **out, const struct options *options, stru
 
 void routes_stop(struct routes *r)
 {
-    if (r)
-        workers_close(r->workers);
-    if (r)
-        r->workers = NULL;
+    if (!r)
+        return;
+    workers_close(r->workers);
+    r->workers = NULL;
+    storage_leave_engine(&r->storage);
 }
 
 void routes_close(struct routes *r)
@@ -418,6 +419,7 @@ enum status routes_publish(struct routes *r, const struct served_model *model, s
     engine_info(model->engine, &r->info);
     fill_context(r);
     struct storage_options storage = {.options = r->options,
+                                      .engine = model->engine,
                                       .model = &r->info,
                                       .server = r->server,
                                       .notify = notify,

@@ -23,7 +23,7 @@ struct served_model {
 };
 
 enum status routes_open(struct routes **out, const struct options *options, struct error *err);
-/* The server has stopped: end the workers, while the engine still runs. */
+/* The server has stopped: end the workers, while the engine still runs; nothing asks it later. */
 void routes_stop(struct routes *r);
 /* After the engine is closed: its jobs hold states that are the routes'. */
 void routes_close(struct routes *r);

@@ -80,6 +80,12 @@ static enum status read_metadata(const cJSON *tree, char **out, struct error *er
 
 /* ---- replies --------------------------------------------------------------------------------- */
 
+static const char *const tier_names[] = {
+    [IMAGE_ON_DEVICE] = "device",
+    [IMAGE_IN_MEMORY] = "host",
+    [IMAGE_IN_STORE] = "store",
+};
+
 static void write_session(struct bytes *out, const struct routes *r,
                           const struct session_info *info)
 {
@@ -95,7 +101,7 @@ static void write_session(struct bytes *out, const struct routes *r,
                  ",\"position\":%llu,\"version\":%llu,\"state_bytes\":%zu,\"tier\":\"%s\","
                  "\"in_turn\":%s,\"snapshots\":%d,\"metadata\":%s}",
                  (unsigned long long)info->position, (unsigned long long)info->version,
-                 image_file_bytes(&r->storage.images), info->in_memory ? "host" : "store",
+                 image_file_bytes(&r->storage.images), tier_names[info->tier],
                  info->in_turn ? "true" : "false", info->n_snapshots,
                  info->metadata ? info->metadata : "{}");
 }

@@ -148,12 +148,19 @@ static enum status open_prefixes(struct storage *s, const struct options *o, str
     return STATUS_OK;
 }
 
+static bool is_on_device(void *context, const struct image *image)
+{
+    return engine_state_is_resident(context, image);
+}
+
 enum status storage_open(struct storage *s, const struct storage_options *o, struct error *err)
 {
     *s = (struct storage){0};
     image_store_init(&s->images, o->model->fingerprint, o->model->n_state_values,
                      o->model->config->vocab_size, o->model->max_position,
                      (size_t)o->options->host_state_mb << 20);
+    s->images.is_on_device = is_on_device;
+    s->images.on_device_context = (void *)o->engine;
     s->is_open = true;
     bool repeats_bits = o->options->deterministic || strncmp(o->model->backend, "cuda", 4) != 0;
     if (o->options->store && repeats_bits)
@@ -200,6 +207,11 @@ void storage_on_tick(struct storage *s)
     log_event(is_away ? LOG_WARN : LOG_INFO, "store", "%s %s",
               redis_store_address(state_store_redis(s->store)),
               is_away ? "does not answer: requests about sessions get 503" : "answers again");
+}
+
+void storage_leave_engine(struct storage *s)
+{
+    s->images.is_on_device = NULL;
 }
 
 void storage_stop(struct storage *s)

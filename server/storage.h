@@ -29,6 +29,7 @@ struct storage {
 
 struct storage_options {
     const struct options *options;
+    const struct engine *engine; /* borrowed until storage_leave_engine */
     const struct engine_info *model;
     struct http_server *server;    /* whose keys own sessions; NULL: none */
     void (*notify)(void *context); /* sessions_reap is to be called; any thread */
@@ -44,6 +45,8 @@ bool storage_has_items(const struct storage *s);
 void storage_on_tick(struct storage *s);
 /* A shared store does not answer. Any thread. */
 bool storage_is_away(const struct storage *s);
+/* The engine is about to be closed: whatever its slots held is gone. */
+void storage_leave_engine(struct storage *s);
 /* What waits for the store is done or refused, and told to those who wait; nothing is written any
  * more. No worker may be under way. May be repeated. */
 void storage_stop(struct storage *s);

@@ -696,6 +696,28 @@ static void test_list_and_delete(void **state)
     done(&a);
 }
 
+/* On a CPU slots are host memory: a session is in no other tier, before its first turn and after,
+ * as long as there is no store. */
+static void test_tiers(void **state)
+{
+    (void)state;
+    struct id session = new_session();
+    struct ids prompt, all = {0};
+    make_prompt(&prompt, 0);
+    for (int i = 0; i < 2; i++) {
+        struct answer a = send_text(&server, "GET", path_of(&session, ""), NULL, NULL);
+        expect_code(&a, 200);
+        assert_string_equal(member(a.json, "tier")->valuestring, "host");
+        done(&a);
+        take_turn(&session, &prompt, ",\"max_tokens\":2", &all);
+    }
+    double n = server_metric(&server, "latte_sessions");
+    assert_true(n > 0);
+    assert_true(server_metric(&server, "latte_sessions_by_tier{tier=\"host\"}") == n);
+    assert_true(server_metric(&server, "latte_sessions_by_tier{tier=\"device\"}") == 0);
+    assert_true(server_metric(&server, "latte_sessions_by_tier{tier=\"store\"}") == 0);
+}
+
 /* ---- limits and owners ----------------------------------------------------------------------- */
 
 static void test_limits(void **state)
@@ -779,6 +801,7 @@ int main(void)
         cmocka_unit_test(test_if_match),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_list_and_delete),
+        cmocka_unit_test(test_tiers),
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_owners),
     };

@@ -197,6 +197,22 @@ static void test_positions(void **state)
     free(text);
 }
 
+/* Each session is in one tier. */
+static void test_tiers(void **state)
+{
+    (void)state;
+    const struct metrics_sessions sessions = {
+        .sessions = {.n_sessions = 12, .n_on_device = 3, .n_in_memory = 4}};
+    struct bytes b = {0};
+    metrics_write(&b, NULL, &sessions, NULL, 3);
+    assert_false(b.failed);
+    assert_true(sample(b.data, "latte_sessions") == 12);
+    assert_true(sample(b.data, "latte_sessions_by_tier{tier=\"device\"}") == 3);
+    assert_true(sample(b.data, "latte_sessions_by_tier{tier=\"host\"}") == 4);
+    assert_true(sample(b.data, "latte_sessions_by_tier{tier=\"store\"}") == 5);
+    bytes_free(&b);
+}
+
 /* Many routes and codes do not grow the table without end. */
 static void test_bounded(void **state)
 {
@@ -216,7 +232,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_format),    cmocka_unit_test(test_counters),
         cmocka_unit_test(test_histogram), cmocka_unit_test(test_threads),
-        cmocka_unit_test(test_positions), cmocka_unit_test(test_bounded),
+        cmocka_unit_test(test_positions), cmocka_unit_test(test_tiers),
+        cmocka_unit_test(test_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -62,6 +62,14 @@ static void assert_same_state(struct run *r, const char *what, int slot_a, int s
     free(b);
 }
 
+static bool has_device(void)
+{
+    for (const char *const *backend = run_backends(); *backend; backend++)
+        if (!strcmp(*backend, "cuda"))
+            return true;
+    return false;
+}
+
 /* Run a check on every golden model and backend. */
 static void for_all_models(void (*check)(struct run *r, const char *dir))
 {
@@ -334,6 +342,103 @@ static void poison(struct run *r, int slot)
         free(garbage);
     }
 }
+
+/* ---- whole slots ---- */
+
+static void begin_save(struct run *r, int slot)
+{
+    struct error err;
+    if (model_begin_save(r->model, slot, &err))
+        fail_msg("%s: %s", r->label, err.text);
+}
+
+/* The oldest save, polled or waited for; the caller frees the values [n]. */
+static float *finish_save(struct run *r, bool polls, size_t n)
+{
+    float *values = malloc(n * sizeof(*values));
+    struct error err;
+    bool done = false;
+    assert_non_null(values);
+    for (int i = 0; !done; i++) {
+        assert_true(i < 1000000 && (polls || !i));
+        if (model_finish_save(r->model, !polls, values, &done, &err))
+            fail_msg("%s: %s", r->label, err.text);
+    }
+    return values;
+}
+
+/* A state is the same whether a slot is read as a whole or tensor by tensor, and goes on bit for
+ * bit in another slot, into which it was loaded as a whole; steps of others go on meanwhile. */
+static void check_whole_slots(struct run *r, const char *dir)
+{
+    (void)dir;
+    enum { N = 30, LATER = 5, OTHER = N_SLOTS - 1 };
+    static const int lengths[OTHER] = {N, 1, 7, 0}; /* the last one's slot was another's */
+    int32_t tokens[N + LATER];
+    float *saved[OTHER], *a = new_logits(r, LATER), *b = new_logits(r, LATER);
+    size_t n;
+    struct error err;
+    fill_tokens(tokens, N + LATER, r->vocab_size);
+    run_feed(r, OTHER - 1, tokens, N, LOGITS_NONE, NULL);
+    model_reset(r->model, OTHER - 1);
+    for (int slot = 0; slot < OTHER; slot++)
+        if (lengths[slot])
+            run_feed(r, slot, tokens, lengths[slot], LOGITS_NONE, NULL);
+    const int most = model_max_saves(r->model);
+    assert_true(most >= 1);
+    free(run_state(r, 0, &n));
+    for (int slot = 0, next = 0; slot < OTHER; slot++) {
+        while (next < OTHER && next < slot + most)
+            begin_save(r, next++);
+        run_feed(r, OTHER, tokens + slot, 1, LOGITS_NONE, NULL);
+        saved[slot] = finish_save(r, slot % 2, n);
+    }
+    for (int slot = 0; slot < OTHER; slot++) {
+        float *expected = run_state(r, slot, &n);
+        assert_same_bits(r, "a slot as a whole", saved[slot], expected, n);
+        free(expected);
+    }
+    for (int slot = 0; slot < OTHER; slot++) {
+        const uint64_t position = model_position(r->model, slot);
+        assert_int_equal(position, lengths[slot]);
+        poison(r, OTHER);
+        if (model_load(r->model, OTHER, saved[slot], position, &err))
+            fail_msg("%s: %s", r->label, err.text);
+        begin_save(r, OTHER); /* without a step between */
+        float *again = finish_save(r, false, n);
+        assert_same_bits(r, "a slot that was loaded", again, saved[slot], n);
+        assert_int_equal(model_position(r->model, OTHER), position);
+        run_feed(r, slot, tokens + N, LATER, LOGITS_ALL, a);
+        run_feed(r, OTHER, tokens + N, LATER, LOGITS_ALL, b);
+        assert_same_bits(r, "logits after a load", a, b, LATER * (size_t)r->vocab_size);
+        assert_same_state(r, "the state after a load", slot, OTHER);
+        free(again);
+        free(saved[slot]);
+    }
+    free(a);
+    free(b);
+}
+
+static void test_whole_slots(void **state)
+{
+    (void)state;
+    static const enum dtype narrow[] = {DTYPE_BF16, DTYPE_F8_E4M3};
+    struct run_models models;
+    for_all_models(check_whole_slots);
+    run_list_models(&models);
+    for (int i = 0; i < 2 * models.n; i++) {
+        const struct run_form form = {.window_dtype = narrow[i % 2]};
+        const struct run_options options = {"cuda", 2, DTYPE_F32, N_SLOTS};
+        struct run r;
+        if (!has_device() || run_skips("cuda", models.dirs[i / 2]))
+            continue;
+        run_open_as(&r, models.dirs[i / 2], &options, &form);
+        check_whole_slots(&r, NULL);
+        run_close(&r);
+    }
+}
+
+/* ---- used slots ---- */
 
 /* -inf maxima, and zero for the rest. */
 static void check_initial(struct run *r, int slot)
@@ -692,6 +797,7 @@ int main(void)
         cmocka_unit_test(test_last_equals_all),
         cmocka_unit_test(test_neighbours_change_nothing),
         cmocka_unit_test(test_copy_forks),
+        cmocka_unit_test(test_whole_slots),
         cmocka_unit_test(test_reset_after_garbage),
         cmocka_unit_test(test_state_moves_between_models),
         cmocka_unit_test(test_state_tensors_of_macchiato),

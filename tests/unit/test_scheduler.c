@@ -22,7 +22,15 @@
 #include "engine/stepper.h"
 #include "tests/unit/fail_alloc.h"
 
-enum { V = 97, EOS = 5, MAX_SLOTS = 64, MAX_LOG = 4096, MAX_RESULTS = 2048, MAX_QUEUED = 3 };
+enum {
+    V = 97,
+    EOS = 5,
+    MAX_SLOTS = 64,
+    MAX_LOG = 4096,
+    MAX_RESULTS = 2048,
+    MAX_QUEUED = 3,
+    MAX_SAVED = 3
+};
 
 /* How steps go: how many the scheduler has on their way, and how many the model takes (0: the
  * host draws). */
@@ -51,6 +59,11 @@ struct fake_queued {
     int step;
 };
 
+/* A slot's state on its way out. */
+struct fake_save {
+    int slot, n_asked, n_steps; /* n_steps: before it was begun */
+};
+
 struct log_entry {
     int step, slot, n_rows;
     uint64_t position; /* before the rows */
@@ -69,6 +82,10 @@ static struct fake {
     int32_t drawn[MAX_SLOTS];
     struct fake_queued queued[MAX_QUEUED];
     int n_queued, n_collected;
+    struct fake_save saves[MAX_SAVED];
+    int n_begun, n_saved;
+    int fail_at_save; /* -1: none */
+    int n_beside;     /* steps queued while saves were under way */
 
     pthread_mutex_t lock; /* guards all that follows */
     pthread_cond_t changed;
@@ -116,6 +133,14 @@ static void pass_gate(void)
     fake.n_passed++;
 }
 
+static bool is_saved(int slot)
+{
+    for (int i = fake.n_saved; i < fake.n_begun; i++)
+        if (fake.saves[i % MAX_SAVED].slot == slot)
+            return true;
+    return false;
+}
+
 /* Rows into the slots' states, logits out of them. With the lock held; returns the step. */
 static int run_rows(const int32_t *tokens, const struct model_seq *seqs, int n_seqs)
 {
@@ -124,7 +149,7 @@ static int run_rows(const int32_t *tokens, const struct model_seq *seqs, int n_s
     for (int k = 0; k < n_seqs; k++) {
         const struct model_seq *seq = &seqs[k];
         struct fake_slot *slot = &fake.slots[seq->slot];
-        CHECK(!used[seq->slot] && seq->n_rows > 0);
+        CHECK(!used[seq->slot] && seq->n_rows > 0 && !is_saved(seq->slot));
         used[seq->slot] = true;
         if (fake.n_log < MAX_LOG)
             fake.log[fake.n_log++] =
@@ -149,6 +174,14 @@ static int run_rows(const int32_t *tokens, const struct model_seq *seqs, int n_s
     }
     CHECK(n_rows <= fake.max_rows);
     return step;
+}
+
+static int steps_done(void)
+{
+    pthread_mutex_lock(&fake.lock);
+    int n = fake.n_steps;
+    pthread_mutex_unlock(&fake.lock);
+    return n;
 }
 
 /* The functions of model.h that the scheduler and its stepper call; the archive's model.o is
@@ -238,6 +271,12 @@ void model_reset(struct model *m, int slot)
     fake.slots[slot] = (struct fake_slot){.hash = 99};
 }
 
+bool model_is_on_device(const struct model *m)
+{
+    (void)m;
+    return variant->model_depth > 0;
+}
+
 const struct model_config *model_config(const struct model *m)
 {
     (void)m;
@@ -273,19 +312,46 @@ static void write_hash(uint64_t hash, float *out)
         out[i] = (float)(hash >> 16 * i & 0xffff);
 }
 
-enum status model_state_read(struct model *m, int slot, int i, float *out, struct error *err)
+enum status model_load(struct model *m, int slot, const float *values, uint64_t position,
+                       struct error *err)
 {
-    (void)m, (void)i, (void)err;
-    write_hash(fake.slots[slot].hash, out);
+    (void)m, (void)err;
+    CHECK(!is_saved(slot));
+    fake.slots[slot] = (struct fake_slot){.position = position};
+    for (int k = 0; k < HASH_PIECES; k++)
+        fake.slots[slot].hash |= (uint64_t)values[k] << 16 * k;
     return STATUS_OK;
 }
 
-enum status model_state_write(struct model *m, int slot, int i, const float *in, struct error *err)
+int model_max_saves(const struct model *m)
 {
-    (void)m, (void)i, (void)err;
-    fake.slots[slot].hash = 0;
-    for (int k = 0; k < HASH_PIECES; k++)
-        fake.slots[slot].hash |= (uint64_t)in[k] << 16 * k;
+    (void)m;
+    return variant->model_depth ? MAX_SAVED : 1;
+}
+
+enum status model_begin_save(struct model *m, int slot, struct error *err)
+{
+    (void)m;
+    CHECK(fake.n_begun - fake.n_saved < model_max_saves(m));
+    if (fake.n_begun == fake.fail_at_save)
+        return fail(err, STATUS_DEVICE, "broken at save %d", fake.n_begun);
+    fake.saves[fake.n_begun++ % MAX_SAVED] = (struct fake_save){slot, 0, steps_done()};
+    return STATUS_OK;
+}
+
+/* A device is slow, unless it is waited for, and reads when it pleases: here as late as can be. */
+enum status model_finish_save(struct model *m, bool wait, float *values, bool *done,
+                              struct error *err)
+{
+    (void)m, (void)err;
+    CHECK(fake.n_saved < fake.n_begun);
+    struct fake_save *save = &fake.saves[fake.n_saved % MAX_SAVED];
+    *done = wait || !variant->model_depth || ++save->n_asked > 2;
+    if (!*done)
+        return STATUS_OK;
+    write_hash(fake.slots[save->slot].hash, values);
+    fake.n_beside += steps_done() - save->n_steps;
+    fake.n_saved++;
     return STATUS_OK;
 }
 
@@ -293,12 +359,6 @@ uint64_t model_position(const struct model *m, int slot)
 {
     (void)m;
     return fake.slots[slot].position;
-}
-
-void model_set_position(struct model *m, int slot, uint64_t position)
-{
-    (void)m;
-    fake.slots[slot].position = position;
 }
 
 /* ---- Running it ---- */
@@ -329,7 +389,7 @@ static struct scheduler *start_with(const struct scheduler_options *options, int
     fake.config = (struct model_config){.vocab_size = V, .n_eos = 1, .eos_token_id = {EOS}};
     fake.max_position = max_position;
     fake.n_allowed = n_allowed;
-    fake.fail_at = -1;
+    fake.fail_at = fake.fail_at_save = -1;
     pthread_mutex_init(&fake.lock, NULL);
     pthread_cond_init(&fake.changed, NULL);
     scheduler_limits(options, &fake.max_rows, &fake.max_logit_rows);
@@ -380,14 +440,6 @@ static void wait_at_gate(int n_before)
     while (fake.n_arrived <= n_before || fake.n_allowed != 0)
         pthread_cond_wait(&fake.changed, &fake.lock);
     pthread_mutex_unlock(&fake.lock);
-}
-
-static int steps_done(void)
-{
-    pthread_mutex_lock(&fake.lock);
-    int n = fake.n_steps;
-    pthread_mutex_unlock(&fake.lock);
-    return n;
 }
 
 static void pass_steps(int n)
@@ -712,11 +764,11 @@ static void take_images(struct image **images, int n, struct image_store *store)
         assert_int_equal(image_new(&images[i], store, NULL), STATUS_OK);
 }
 
-static void drop_images(struct image **images, int n, const struct image_store *store)
+static void drop_images(struct image **images, int n, struct image_store *store)
 {
     for (int i = 0; i < n; i++)
         image_release(images[i]);
-    assert_int_equal(store->n_images, 0);
+    image_store_free(store); /* asserts that none is left */
 }
 
 /* Ascending places, the last token's among them at times. */
@@ -788,7 +840,250 @@ static void test_marks(void **state)
     for (int i = 0; i < N; i++)
         for (int k = 0; k < specs[i].n_marks; k++)
             image_release(images[i][k]);
-    assert_int_equal(store.n_images, 0);
+    image_store_free(&store);
+}
+
+/* A turn: a job that leaves its state in an image, from another one or from nothing. */
+static struct job *make_turn(const struct spec *spec, struct image *from, struct image *into)
+{
+    int32_t prompt[100];
+    int n_pending = from ? from->n_pending : 0;
+    assert_true(n_pending + spec->n_prompt <= 100);
+    if (n_pending)
+        prompt[0] = from->pending[0];
+    for (int i = 0; i < spec->n_prompt; i++)
+        prompt[n_pending + i] = prompt_token(spec, i);
+    struct job_request request = {
+        .prompt = prompt,
+        .n_prompt = (size_t)(n_pending + spec->n_prompt),
+        .max_tokens = spec->max_tokens,
+        .prompt_logprobs = -1,
+        .from = from,
+        .into = into,
+    };
+    sampling_params_init(&request.sampling);
+    request.sampling.seed = spec->seed;
+    request.sampling.ignore_eos = !spec->stops;
+    struct job *job = NULL;
+    struct error err;
+    if (job_new(&job, &request, &err))
+        fail_msg("%s", err.text);
+    return job;
+}
+
+/* Read a turn to its end: its image holds what its tokens lead to, computed here from the state
+ * before. otherwise: how else it may end, then false. Releases the job. */
+static bool check_turn(struct job *job, const struct image *from, const struct image *into,
+                       enum job_finish otherwise)
+{
+    const struct job_request *request = job_request(job);
+    uint64_t hash = 99, position = from ? from->position : 0;
+    for (int i = HASH_PIECES - 1; from && i >= 0; i--)
+        hash = (i == HASH_PIECES - 1 ? 0 : hash << 16) | (uint64_t)from->values[i];
+    for (size_t i = 0; i < request->n_prompt; i++) {
+        size_t left = request->n_prompt - i;
+        if (i % 8 == 0)
+            hash = cut(hash, left < 8 ? (int)left : 8);
+        hash = feed(hash, request->prompt[i]);
+    }
+    position += request->n_prompt;
+    struct job_token token;
+    struct job_snapshot snapshot;
+    int n = 0;
+    int32_t last = -1;
+    do {
+        job_wait(job);
+        job_snapshot(job, &snapshot);
+        while (job_read(job, &token, 1)) {
+            if (n++)
+                hash = feed(hash, last);
+            last = token.token;
+        }
+    } while (snapshot.finish == FINISH_NONE);
+    if (otherwise != FINISH_NONE && snapshot.finish == otherwise) {
+        job_release(job);
+        return false;
+    }
+    assert_true(snapshot.finish == FINISH_LENGTH || snapshot.finish == FINISH_STOP);
+    position += n ? (uint64_t)n - 1 : 0;
+    if (n && !into->n_pending) { /* a step had fed the last one already */
+        hash = feed(hash, last);
+        position++;
+    }
+    if (into->n_pending)
+        assert_int_equal(into->pending[0], last);
+    float expected[HASH_PIECES];
+    write_hash(hash, expected);
+    assert_memory_equal(into->values, expected, sizeof(expected));
+    assert_int_equal(into->position, position);
+    job_release(job);
+    return true;
+}
+
+static void take_turn(struct scheduler *s, const struct spec *spec, struct image *from,
+                      struct image *into)
+{
+    check_turn(submitted(s, make_turn(spec, from, into)), from, into, FINISH_NONE);
+}
+
+/* States stay in the slots of a device until others need these: empty slots are taken first, then
+ * that of the state used longest ago. Slots of the host are host memory: no state is beside it. */
+static void test_residents(void **state)
+{
+    (void)state;
+    enum { N = 5, FIRST = 1 };
+    struct scheduler *s = start(-1); /* 4 slots */
+    const bool device = variant->model_depth > 0;
+    struct image *images[N], *next[2];
+    struct image_store store;
+    struct engine_stats stats;
+    init_store(&store);
+    take_images(images, N, &store);
+    take_images(next, 2, &store);
+    for (int i = 0; i < N; i++) {
+        struct spec spec = plain;
+        spec.seed = (uint64_t)i;
+        take_turn(s, &spec, NULL, images[i]);
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+    }
+    assert_false(scheduler_is_resident(s, images[0])); /* made way */
+    for (int i = FIRST; i < N; i++)
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+
+    take_turn(s, &plain, images[FIRST], next[0]); /* goes on where it is */
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_state_hits, 1);
+    assert_int_equal(stats.n_state_loads, 0);
+    assert_false(scheduler_is_resident(s, images[FIRST]));
+    assert_int_equal(scheduler_is_resident(s, next[0]), device);
+
+    struct job *other = submit(s, &plain); /* 2 was used longest ago */
+    check_output(other, &plain, 8, 0);
+    job_release(other);
+    assert_false(scheduler_is_resident(s, images[2]));
+    for (int i = 3; i < N; i++)
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+
+    take_turn(s, &plain, images[0], next[1]); /* comes back, into the slot that is empty now */
+    scheduler_stats(s, &stats);
+    assert_int_equal(stats.n_state_loads, 1);
+    for (int i = 3; i < N; i++)
+        assert_int_equal(scheduler_is_resident(s, images[i]), device);
+    stop(s);
+    for (int i = 0; i < N; i++)
+        image_release(images[i]);
+    drop_images(next, 2, &store);
+}
+
+static struct spec turn_spec(uint64_t random)
+{
+    struct spec spec = plain;
+    spec.seed = random;
+    spec.n_prompt = 1 + (int)(random >> 8 & 0xff) % 30;
+    spec.max_tokens = (int)(random >> 16 & 0xff) % 12;
+    spec.stops = random >> 24 & 1;
+    return spec;
+}
+
+/* Sessions of more turns than there are slots, all at once: many end in the same step, and some
+ * are cancelled, which a turn whose state is on its way out does not heed. A session goes on from
+ * its last good turn. Beside them a job that never pauses. */
+static void test_many_turns(void **state)
+{
+    (void)state;
+    enum { N = 12, ROUNDS = 30 };
+    struct scheduler *s = start(-1); /* 4 slots */
+    struct image *images[N] = {NULL}, *next[N];
+    struct job *jobs[N];
+    struct image_store store;
+    struct spec endless = plain;
+    int n_cut = 0;
+    init_store(&store);
+    endless.max_tokens = 1 << 30;
+    struct job *beside = submit(s, &endless);
+    for (int round = 0; round < ROUNDS; round++) {
+        take_images(next, N, &store);
+        for (int i = 0; i < N; i++) {
+            uint64_t random = mix((uint64_t)(round * N + i) + 5);
+            struct spec spec = turn_spec(random);
+            jobs[i] = submitted(s, make_turn(&spec, images[i], next[i]));
+            if (random >> 32 & 1 && i % 3 == 0)
+                job_cancel(jobs[i]);
+        }
+        for (int i = 0; i < N; i++) {
+            struct job_token tokens[32];
+            while (job_read(beside, tokens, 32))
+                ;
+            bool good = check_turn(jobs[i], images[i], next[i], FINISH_CANCELLED);
+            image_release(good ? images[i] : next[i]);
+            images[i] = good ? next[i] : images[i];
+            n_cut += !good;
+        }
+    }
+    assert_true(n_cut < N * ROUNDS / 3);
+    job_cancel(beside);
+    finish_of(beside, NULL);
+    job_release(beside);
+    stop(s);
+    if (variant->model_depth)
+        assert_true(fake.n_beside > 0); /* others' steps did not wait */
+    drop_images(images, N, &store);
+}
+
+/* A copy fails: that is the device's failure, for those whose state is on its way out, too. */
+static void test_save_fails(void **state)
+{
+    (void)state;
+    enum { N = 6 };
+    struct scheduler *s = start(0);
+    struct image *images[N];
+    struct image_store store;
+    struct job *jobs[N];
+    int n_good = 0;
+    init_store(&store);
+    take_images(images, N, &store);
+    for (int i = 0; i < N; i++)
+        jobs[i] = submitted(s, make_turn(&plain, NULL, images[i]));
+    fake.fail_at_save = 2;
+    allow(-1);
+    for (int i = 0; i < N; i++) {
+        enum status status = STATUS_OK;
+        bool good = finish_of(jobs[i], &status) == FINISH_LENGTH;
+        assert_int_equal(good ? STATUS_DEVICE : status, STATUS_DEVICE);
+        n_good += good;
+        job_release(jobs[i]);
+    }
+    assert_true(n_good <= 2);
+    stop(s);
+    drop_images(images, N, &store);
+}
+
+/* The server stops at any moment: turns end well or with SHUTDOWN, and their images are free. */
+static void test_close_in_turns(void **state)
+{
+    (void)state;
+    enum { N = 8, ROUNDS = 12 };
+    for (int round = 0; round < ROUNDS; round++) {
+        struct scheduler *s = start(round);
+        struct image *images[N];
+        struct image_store store;
+        struct job *jobs[N];
+        init_store(&store);
+        take_images(images, N, &store);
+        for (int i = 0; i < N; i++) {
+            struct spec spec = turn_spec(mix((uint64_t)(round * N + i)));
+            jobs[i] = submitted(s, make_turn(&spec, NULL, images[i]));
+        }
+        stop(s);
+        for (int i = 0; i < N; i++) {
+            struct job_snapshot snapshot;
+            job_snapshot(jobs[i], &snapshot);
+            if (snapshot.finish == FINISH_ERROR)
+                assert_int_equal(snapshot.error.status, STATUS_SHUTDOWN);
+            check_turn(jobs[i], NULL, images[i], FINISH_ERROR);
+        }
+        drop_images(images, N, &store);
+    }
 }
 
 /* Jobs that wait for a mark are in the queue, where others pass them, and begin there. */
@@ -1057,7 +1352,8 @@ static void test_turns(void **state)
     struct scheduler *s = start_with(&options, 0, 0);
     struct job *jobs[SLOTS + 1];
     struct spec spec = plain;
-    spec.max_tokens = 60;
+    spec.max_tokens = 100; /* nobody ends in the time that is looked at, also where the first job
+                            * was ahead of the others */
     spec.n_prompt = 30;
     for (int i = 0; i <= SLOTS; i++) {
         spec.seed = (uint64_t)i;
@@ -1640,6 +1936,10 @@ int main(void)
         IN_ALL(test_position_limit),
         IN_ALL(test_no_output),
         IN_ALL(test_marks),
+        IN_ALL(test_residents),
+        IN_ALL(test_many_turns),
+        IN_ALL(test_save_fails),
+        IN_ALL(test_close_in_turns),
         IN_ALL(test_forks),
         IN_ALL(test_lost_forks),
         IN_ALL(test_prompt_logprobs),

@@ -101,6 +101,11 @@ static void await_good(struct awaited *a, enum status st, const struct error *er
 
 /* ---- the server's side ---- */
 
+static bool is_on_device(void *context, const struct image *image)
+{
+    return engine_state_is_resident(context, image);
+}
+
 static void open_side(struct world *w)
 {
     struct side *side = w->at;
@@ -113,6 +118,8 @@ static void open_side(struct world *w)
                      info.max_position, 0);
     side->images.limit_bytes = N_IN_MEMORY * image_bytes(&side->images);
     side->images.max_replay = w->max_replay;
+    side->images.is_on_device = is_on_device;
+    side->images.on_device_context = w->engine;
     side->images.next_id += (uint64_t)(side - w->sides) << 40; /* one engine sees both sides' */
     struct journal_options journal = {.fingerprint = info.fingerprint, .mode = JOURNAL_NONE};
     struct state_store_options store = {.path = w->store_dir,
@@ -293,6 +300,9 @@ static void take_turn(struct world *w, struct member *m, bool commits)
         m->has_previous = true;
         m->now = after;
         assert_int_equal(a.info.version, m->version + 1);
+        /* The slot has the state still. */
+        assert_int_equal(a.info.tier,
+                         strcmp(w->device, "cuda") ? IMAGE_IN_MEMORY : IMAGE_ON_DEVICE);
         take_info(m, &a);
     } else {
         session_abandon(w->at->sessions, &turn);
@@ -629,6 +639,56 @@ static void test_items(void **state)
     test_dir_remove(dir);
 }
 
+/* ---- tiers ---- */
+
+static bool is_the_one(void *context, const struct image *image)
+{
+    return image == context;
+}
+
+/* A session is where its state is: on the device, in memory (one without a state, too), or in the
+ * store, whatever a slot holds. */
+static void test_tiers(void **state)
+{
+    (void)state;
+    enum { N = 4 };
+    static const enum image_tier expected[N] = {IMAGE_IN_MEMORY, IMAGE_IN_MEMORY, IMAGE_ON_DEVICE,
+                                                IMAGE_IN_STORE};
+    const struct session_options options = {.max_sessions = N};
+    struct image_store images;
+    struct image *held[N] = {NULL};
+    struct sessions *t = NULL;
+    struct session_counts counts;
+    struct session_info info;
+    struct error err;
+    image_store_init(&images, "00112233445566778899aabbccddeeff", 4, 10, 0, 1 << 20);
+    images.is_on_device = is_the_one;
+    assert_int_equal(sessions_open(&t, &options, &err), STATUS_OK);
+    for (int i = 1; i < 3; i++)
+        assert_int_equal(image_new(&held[i], &images, &err), STATUS_OK);
+    assert_int_equal(image_new_named(&held[3], &images, (const uint8_t[IMAGE_NAME_BYTES]){7}, &err),
+                     STATUS_OK);
+    for (int i = 0; i < N; i++) {
+        const struct session_request request = {.owner = OWNER, .from = held[i]};
+        struct awaited a = {0};
+        images.on_device_context = i < 3 ? held[2] : held[3];
+        assert_int_equal(session_create(t, &request, on_done, &a, &err), STATUS_OK);
+        assert_int_equal(session_show(t, a.info.id, OWNER, &info, &err), STATUS_OK);
+        assert_int_equal(info.tier, expected[i]);
+        session_info_free(&info);
+    }
+    images.on_device_context = held[2];
+    sessions_count(t, &counts);
+    assert_int_equal(counts.n_sessions, N);
+    assert_int_equal(counts.n_on_device, 1);
+    assert_int_equal(counts.n_in_memory, 2);
+    sessions_close(t);
+    image_release(held[1]);
+    image_release(held[2]);
+    image_drop(held[3]);
+    image_store_free(&images);
+}
+
 static void test_in_a_directory(void **state)
 {
     (void)state;
@@ -654,6 +714,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_in_a_directory),
         cmocka_unit_test(test_in_redis),
         cmocka_unit_test(test_items),
+        cmocka_unit_test(test_tiers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

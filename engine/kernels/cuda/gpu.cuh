@@ -1,5 +1,5 @@
-/* gpu.cuh - the CUDA backend as its own three files see it: backend_cuda.cu opens and closes it,
- * memory.cu has buffers and weights, steps.cu steps and graphs.
+/* gpu.cuh - the CUDA backend as its own four files see it: backend_cuda.cu opens and closes it,
+ * memory.cu has buffers and weights, steps.cu steps and graphs, slots.cu slots that come and go.
  *
  * Threads: as backend.h. Memory: see each field. Errors: the device's first failure is kept in
  * cuda.queue.error and stays; device_status words it.
@@ -46,18 +46,21 @@ struct linear_block {
     int n_left; /* linears still to come */
 };
 
+struct gpu_slots; /* slots.cu's own */
+
 struct gpu {
     struct cuda cuda;     /* first: a struct backend, too */
     unsigned char *block; /* device, [block_bytes] the step's arrays */
     size_t block_bytes;
     struct place places[DEPTH];
-    int n_submitted, n_waited; /* steps; place = count % DEPTH */
-    struct recorded *recorded; /* [MAX_GRAPHS] */
+    int64_t n_submitted, n_waited; /* steps; place = count % DEPTH */
+    struct recorded *recorded;     /* [MAX_GRAPHS] */
     int n_recorded;
     struct recorded *current; /* of the step being queued */
     bool capturing, replaying;
     struct linear_block group;
-    float *mapped; /* host, what map returns */
+    struct gpu_slots *slots; /* NULL until slots_open */
+    float *mapped;           /* host, what map returns */
     size_t mapped_bytes;
     size_t weight_bytes, buffer_bytes, workspace_bytes;
     char name[128];
@@ -104,6 +107,17 @@ enum status gpu_linear_group(struct backend *b, int n, size_t n_bytes, size_t n_
 enum status gpu_linear_open(struct backend *b, struct linear *out, const void *src,
                             enum dtype src_dtype, struct error *err);
 void gpu_linear_close(struct backend *b, struct linear *l);
+
+/* ---- slots.cu ---- */
+
+enum status gpu_slots_open(struct backend *b, const struct slab *const *slabs, int n_slabs,
+                           int *most, struct error *err);
+void gpu_slots_close(struct gpu *g); /* accepts one that was not opened, or half */
+void gpu_slots_step(struct gpu *g, const struct step *step); /* the step that is begun has these */
+enum status gpu_fetch(struct backend *b, int slot, struct error *err);
+enum status gpu_fetched(struct backend *b, bool wait, const void **block, struct error *err);
+enum status gpu_stage(struct backend *b, void **block, struct error *err);
+enum status gpu_put(struct backend *b, int slot, struct error *err);
 
 /* ---- steps.cu ---- */
 

@@ -72,8 +72,8 @@ static enum status move(struct gpu *g, void *dst, const void *src, size_t n_byte
     if (gpu_ready(g))
         gpu_note(g, cudaMemcpyAsync(dst, src, n_bytes, kind, g->cuda.queue.stream),
                  "cudaMemcpyAsync");
-    if (gpu_ready(g) && kind != cudaMemcpyDeviceToDevice)
-        gpu_note(g, cudaStreamSynchronize(g->cuda.queue.stream), "a copy between host and device");
+    if (gpu_ready(g)) /* between buffers, too: slots go to the host on a stream of their own */
+        gpu_note(g, cudaStreamSynchronize(g->cuda.queue.stream), "a copy of memory");
     return gpu_status(g, err);
 }
 

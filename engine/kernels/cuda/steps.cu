@@ -170,11 +170,12 @@ bool gpu_begin(struct backend *b, const struct step *step)
     const struct form form = form_of(g, step);
     const struct layout layout = layout_of(&form);
     CHECK(layout.n_bytes <= g->block_bytes);
-    const int place = g->n_submitted % DEPTH;
+    const int place = (int)(g->n_submitted % DEPTH);
     point_step(g, &form, &layout);
     if (!gpu_ready(g))
         return true;
 
+    gpu_slots_step(g, step);
     fill_block(g->places[place].staging, &layout, step);
     gpu_note(g,
              cudaMemcpyAsync(g->block, g->places[place].staging, layout.n_bytes,
@@ -205,7 +206,7 @@ static void end_capture(struct gpu *g)
 enum status gpu_submit(struct backend *b, struct error *err)
 {
     struct gpu *g = gpu_of(b);
-    const int place = g->n_submitted % DEPTH;
+    const int place = (int)(g->n_submitted % DEPTH);
     if (g->capturing) {
         end_capture(g);
         g->replaying = true;
@@ -229,7 +230,7 @@ enum status gpu_wait(struct backend *b, const struct sampled **results, struct e
     if (!gpu_ready(g))
         return gpu_status(g, err);
     CHECK(g->n_waited < g->n_submitted);
-    const int place = g->n_waited % DEPTH;
+    const int place = (int)(g->n_waited % DEPTH);
     gpu_note(g, cudaEventSynchronize(g->places[place].done), "a step");
     if (!gpu_ready(g))
         return gpu_status(g, err);
