@@ -12,7 +12,8 @@
  *
  * A job whose state is wanted ends when that is in its image: the copy is begun when its last rows
  * are back, goes on beside the steps of others, and is looked after from one step to the next. So
- * it is with marks. The slot rests meanwhile. A cancellation or a deadline is too late for it.
+ * it is with marks. The slot rests meanwhile. Neither a cancellation nor a deadline
+ * ends the job before it is over.
  *
  * Threads: open, drain and close by one thread; submit, take_ready, stats and is_resident by
  *          any. The engine thread, started by open, drives the stepper.
