@@ -253,18 +253,23 @@ void engine_close(struct engine *e)
 
 /* ---- Serving ---- */
 
+/* Jobs that a device has, in halves: the one whose slot holds the new job's state wins a tie. */
+static int load_of(struct scheduler *s, const struct image *from)
+{
+    struct engine_stats stats;
+    scheduler_stats(s, &stats);
+    return 2 * (stats.n_running + stats.n_waiting) - (from && scheduler_is_resident(s, from));
+}
+
 /* Among those that are left; ties go to the lower index. */
-static int least_loaded(const struct engine *e, const bool *tried)
+static int least_loaded(const struct engine *e, const struct image *from, const bool *tried)
 {
     int best = -1, least = 0;
     for (int i = 0; i < e->n_units; i++) {
-        struct engine_stats stats;
-        if (tried[i])
-            continue;
-        scheduler_stats(e->units[i].scheduler, &stats);
-        if (best < 0 || stats.n_running + stats.n_waiting < least) {
+        int load = tried[i] ? 0 : load_of(e->units[i].scheduler, from);
+        if (!tried[i] && (best < 0 || load < least)) {
             best = i;
-            least = stats.n_running + stats.n_waiting;
+            least = load;
         }
     }
     return best;
@@ -280,7 +285,7 @@ enum status engine_submit(struct engine *e, struct job *job, struct error *err)
         return scheduler_submit(e->units[job_unit(after)].scheduler, job, err);
     }
     for (int k = 0; k < e->n_units; k++) {
-        int i = least_loaded(e, tried);
+        int i = least_loaded(e, job_request(job)->from, tried);
         tried[i] = true;
         job_set_unit(job, i);
         st = scheduler_submit(e->units[i].scheduler, job, err);

@@ -2,7 +2,8 @@
  *
  * engine_open loads a model directory, sizes all memory and starts an engine thread for each
  * device, which alone runs that device's steps. Jobs are submitted from any thread; each goes to
- * the bounded queue of the device with the least to do, and stays there.
+ * the bounded queue of the device with the least to do, at a tie where the state is that it goes
+ * on from, and stays there.
  *
  * Threads: open, drain and close by one thread; submit, stats, take_ready and is_resident by any.
  * Memory:  sized in engine_open; afterwards the engine allocates nothing.

@@ -21,6 +21,7 @@ static struct fake_gpu {
     atomic_bool held;   /* steps wait */
     atomic_bool broken; /* and fail */
     atomic_int n_begun; /* sequences that began here */
+    atomic_int n_rows;  /* of all steps */
     struct backend_options opened;
     struct backend *backend; /* borrowed while it is open */
     struct backend_ops ops;
@@ -43,6 +44,7 @@ static bool fake_begin(struct backend *b, const struct step *step)
     struct fake_gpu *gpu = fake_of(b);
     for (int i = 0; i < step->n_seqs; i++)
         gpu->n_begun += step->positions[step->seq_start[i]] == 0;
+    gpu->n_rows += step->n_rows;
     return gpu->ref->begin(b, step);
 }
 
@@ -77,6 +79,7 @@ enum status backend_cuda_open(struct backend **out, const struct backend_options
     gpu->ref = (*out)->ops;
     gpu->ops = *gpu->ref;
     gpu->ops.name = "cuda";
+    gpu->ops.is_device = true;
     gpu->ops.begin = fake_begin;
     gpu->ops.wait = fake_wait;
     gpu->ops.memory = fake_memory;

@@ -250,11 +250,14 @@ static struct engine *open_engine(const char *device, int n_slots)
     return e;
 }
 
-static struct job *submit(struct engine *e, int seed, enum status expected)
+static struct job *submit_between(struct engine *e, struct image *from, struct image *into,
+                                  int seed, enum status expected)
 {
     const int32_t prompt[] = {1, 2, 3};
     struct job_request request = {
         .prompt = prompt, .n_prompt = 3, .max_tokens = 12, .prompt_logprobs = -1};
+    request.from = from;
+    request.into = into;
     struct job *job = NULL;
     struct error err = {0};
     sampling_params_init(&request.sampling);
@@ -264,6 +267,11 @@ static struct job *submit(struct engine *e, int seed, enum status expected)
     if (engine_submit(e, job, &err) != expected)
         fail_msg("expected %d: %s", (int)expected, err.text);
     return job;
+}
+
+static struct job *submit(struct engine *e, int seed, enum status expected)
+{
+    return submit_between(e, NULL, NULL, seed, expected);
 }
 
 static enum job_finish finish(struct job *job, int32_t *tokens)
@@ -349,6 +357,38 @@ static void test_load_is_shared(void **state)
 }
 
 /* A device that fails ends its own jobs; the others go on and get the new ones. */
+/* With as much to do on either, a state goes on where it is. */
+static void test_state_draws_its_jobs(void **state)
+{
+    (void)state;
+    struct engine *e = open_engine("cuda:0,cuda:1", 2);
+    struct engine_info info;
+    struct image_store store;
+    struct image *image = NULL;
+    int32_t tokens[12];
+    engine_info(e, &info);
+    image_store_init(&store, info.fingerprint, info.n_state_values, info.config->vocab_size, 0,
+                     1 << 20);
+    assert_int_equal(image_new(&image, &store, NULL), STATUS_OK);
+
+    hold_gpus(true);
+    struct job *first = submit(e, 0, STATUS_OK);
+    struct job *second = submit_between(e, NULL, image, 1, STATUS_OK);
+    hold_gpus(false);
+    finish(first, tokens);
+    finish(second, tokens);
+    assert_true(engine_state_is_resident(e, image));
+
+    int before = fake_gpus[0].n_rows;
+    finish(submit_between(e, image, NULL, 2, STATUS_OK), tokens);
+    assert_int_equal(fake_gpus[0].n_rows, before); /* though ties go to the first */
+    assert_false(engine_state_is_resident(e, image));
+
+    engine_close(e);
+    image_release(image);
+    image_store_free(&store);
+}
+
 static void test_one_of_two_fails(void **state)
 {
     (void)state;
@@ -396,6 +436,7 @@ int main(void)
         cmocka_unit_test(test_dtypes),
         cmocka_unit_test(test_as_many_slots_as_fit),
         cmocka_unit_test(test_load_is_shared),
+        cmocka_unit_test(test_state_draws_its_jobs),
         cmocka_unit_test(test_one_of_two_fails),
         cmocka_unit_test(test_auto_is_the_first_gpu),
     };
