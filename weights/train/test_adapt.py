@@ -105,12 +105,15 @@ def test_run_stops_resumes_and_learns(tmp_path, monkeypatch, options):
     assert second.elapsed >= second.total and second.step > first.step
     assert float(second.losses_of(second.valid["text"])["kl"]) < before
 
-    adapter = tmp_path / "run" / "adapter.safetensors"
+    adapter, frozen = tmp_path / "run" / "adapter.safetensors", load(tmp_path / "fresh").state_dict()
     third = adapt.Run(arguments(tmp_path, monkeypatch, "--plan", plan, "--out", str(tmp_path / "other"), "--init", str(adapter), *options))
     assert (third.step, third.elapsed) == (second.step, 0)
     with safe_open(adapter, framework="pt") as opened:
         assert set(opened.keys()) == set(third.student.trained)
-    frozen = load(tmp_path / "fresh").state_dict()
+    with_norms = adapt.Run(arguments(tmp_path, monkeypatch, "--norms", "--init", str(adapter), "--out", str(tmp_path / "more")))
+    for name, parameter in with_norms.student.trained.items():
+        expected = frozen[name] if not norms and not adapt.is_trained(name) else third.student.trained[name]
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
     for name, parameter in second.student.model.state_dict().items():
         if not adapt.is_trained(name, norms):
             torch.testing.assert_close(parameter.float(), frozen[name], rtol=0, atol=0)
