@@ -259,6 +259,14 @@ void image_free(struct image *image)
     free(image);
 }
 
+static void leave_parent(struct image *parent)
+{
+    if (!parent)
+        return;
+    parent->n_keeps--;
+    parent->n_children--;
+}
+
 /* Nobody refers to it. Returns the image it comes from, with the reference it had. */
 static struct image *bury(struct image *image)
 {
@@ -275,6 +283,15 @@ static struct image *bury(struct image *image)
     return parent;
 }
 
+/* Whether it can be had without its values, as exactly as it must. One that nobody but its children
+ * needs would only be computed on the way to one of them, after a crash: then its origin does. */
+static bool is_somewhere_else(const struct image *image)
+{
+    bool is_on_the_way = image->n_keeps == image->n_children;
+    return image->has_file ||
+           (image->has_origin && (is_on_the_way || image->n_replayed <= image->store->max_replay));
+}
+
 static struct image_list *place_of(struct image *image)
 {
     struct image_store *store = image->store;
@@ -282,7 +299,7 @@ static struct image_list *place_of(struct image *image)
         return &store->wanted;
     if (image->n_holds || image->n_pins || image->is_busy || !image->values)
         return NULL;
-    if (image->has_file || (image->has_origin && image->n_replayed <= store->max_replay))
+    if (is_somewhere_else(image))
         return &store->clean;
     return store->has_files && !image->stays ? &store->dirty : NULL;
 }
@@ -291,8 +308,7 @@ void image_settle(struct image *image)
 {
     while (image && !image->n_holds && !image->n_keeps) {
         image = bury(image);
-        if (image)
-            image->n_keeps--;
+        leave_parent(image);
     }
     if (image)
         enlist(place_of(image), image);
@@ -509,6 +525,9 @@ enum status image_set_origin(struct image *image, struct image *parent, const in
     image->origin = (struct image_origin){parent, copy, n_chunked, n_single};
     image->has_origin = true;
     image->n_replayed = n + (parent && !parent->has_file ? parent->n_replayed : 0);
+    if (parent)
+        parent->n_children++;
+    image_settle(parent);
     pthread_mutex_unlock(&image->store->lock);
     return STATUS_OK;
 }
@@ -523,10 +542,8 @@ void image_set_file(struct image *image)
     image->has_file = true;
     image->n_replayed = 0;
     image_settle(image);
-    if (parent) {
-        parent->n_keeps--;
-        image_settle(parent);
-    }
+    leave_parent(parent);
+    image_settle(parent);
     pthread_cond_broadcast(&store->changed);
     pthread_mutex_unlock(&store->lock);
 }

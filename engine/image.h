@@ -118,7 +118,8 @@ struct image {
 
     /* Under the store's lock. */
     int n_holds, n_keeps;
-    int n_pins; /* of those who keep it, that would not find it in the store */
+    int n_children; /* those of n_keeps that are images which come from it */
+    int n_pins;     /* of those who keep it, that would not find it in the store */
     bool has_file, has_origin, wants_file;
     bool stays;                 /* the store would not take it: no session needs it */
     bool is_busy;               /* the state store reads or writes it */

@@ -432,6 +432,37 @@ static void test_memory_is_bounded(void **state)
     image_store_free(&store);
 }
 
+/* Where no state may be computed again, one that a session has stays in memory until it is written.
+ * When the session has gone on and it is only what the next one comes from, it makes room. */
+static void test_ancestors_make_room(void **state)
+{
+    (void)state;
+    const int32_t tokens[3] = {1, 2, 3};
+    struct image_store store;
+    struct image *first = NULL, *second = NULL, *third = NULL;
+    struct error err;
+    image_store_init(&store, "00112233445566778899aabbccddeeff", 100, 50, 0, 0);
+    store.limit_bytes = 2 * image_bytes(&store);
+    store.has_files = true;
+    assert_int_equal(image_new(&first, &store, &err), STATUS_OK);
+    assert_int_equal(image_set_origin(first, NULL, tokens, 3, 0, &err), STATUS_OK);
+    assert_int_equal(image_new(&second, &store, &err), STATUS_OK);
+    assert_int_equal(image_set_origin(second, first, tokens, 3, 0, &err), STATUS_OK);
+    image_keep(first);
+    image_keep(second);
+    image_release(first);
+    image_release(second);
+    assert_int_equal(image_new(&third, &store, &err), STATUS_BUSY);
+    assert_true(first->is_here && second->is_here);
+    image_drop(first);
+    assert_int_equal(image_new(&third, &store, &err), STATUS_OK);
+    assert_true(!first->is_here && second->is_here);
+    image_release(third);
+    image_drop(second);
+    assert_int_equal(store.used_bytes, 0);
+    image_store_free(&store); /* asserts that none is left */
+}
+
 /* Files that a checksum cannot tell from good ones. */
 static void test_numbers_are_checked(void **state)
 {
@@ -480,7 +511,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random_operations),   cmocka_unit_test(test_marks),
         cmocka_unit_test(test_other_backends),      cmocka_unit_test(test_memory_is_bounded),
-        cmocka_unit_test(test_numbers_are_checked),
+        cmocka_unit_test(test_ancestors_make_room), cmocka_unit_test(test_numbers_are_checked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
