@@ -66,3 +66,10 @@ bool interrupt_happened(void)
     pthread_mutex_unlock(&current.lock);
     return interrupted;
 }
+
+void interrupt_forget(void)
+{
+    pthread_mutex_lock(&current.lock);
+    current.interrupted = false;
+    pthread_mutex_unlock(&current.lock);
+}

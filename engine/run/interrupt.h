@@ -20,5 +20,6 @@ enum { INTERRUPTED_EXIT = 130 }; /* as shells have it */
 enum status interrupt_catch(struct error *err);
 void interrupt_set_job(struct job *job); /* what a signal cancels; NULL for nothing */
 bool interrupt_happened(void);           /* a job was cancelled by a signal */
+void interrupt_forget(void);             /* as if none had been: the program goes on */
 
 #endif
