@@ -16,6 +16,8 @@ static enum status run(struct run *r, struct error *err)
     enum status st = interrupt_catch(err);
     if (!st && r->options.perplexity_file)
         st = perplexity(r, err);
+    else if (!st && r->options.explain_file)
+        st = explain(r, err);
     else if (!st && r->options.chat && !r->options.prompt && !r->options.prompt_file)
         st = chat(r, err);
     else if (!st)

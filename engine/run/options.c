@@ -48,6 +48,8 @@ static const struct option_row rows[] = {
         "with --perplexity: also that of the first N tokens, of documents that have more"),
     ROW("slots", 0, "N", VALUE_INT, slots, "with --perplexity: documents at a time (default 4)"),
     ROW("json", 0, NULL, VALUE_FLAG, json, "with --perplexity: print an object"),
+    ROW("explain", 0, "FILE", VALUE_TEXT, explain_file,
+        "do not answer: write to FILE (CSV) how much each head looks at each latent"),
     ROW("threads", 0, "N", VALUE_INT, threads, "0 (default): one per core"),
     ROW("device", 0, "NAME", VALUE_TEXT, device, "auto, cpu, ref, cuda or cuda:N"),
     ROW("weight-dtype", 0, "NAME", VALUE_TEXT, weight_dtype, "auto, f32, bf16; on a GPU int8"),
@@ -145,6 +147,8 @@ static enum status check_options(const struct run_options *o, struct error *err)
         return fail(err, STATUS_INVALID,
                     "give one of -p TEXT, -f FILE, --chat and --perplexity FILE%s",
                     n_texts ? ", not several" : "");
+    if (o->explain_file && (o->chat || o->perplexity_file))
+        return fail(err, STATUS_INVALID, "--explain reads -p TEXT or -f FILE as it is, alone");
     if (o->system && !o->chat)
         return fail(err, STATUS_INVALID, "--system is for --chat");
     if ((o->json || o->n_lengths || o->slots) && !o->perplexity_file)

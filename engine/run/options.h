@@ -16,7 +16,7 @@ enum { RUN_MAX_LENGTHS = 16, RUN_MAX_SLOTS = 1024, RUN_DEFAULT_SLOTS = 4 };
 
 /* What the command line says nothing about is NULL, false, NAN, or INT64_MIN. */
 struct run_options {
-    const char *model_dir, *prompt, *prompt_file, *perplexity_file, *system;
+    const char *model_dir, *prompt, *prompt_file, *perplexity_file, *explain_file, *system;
     const char *device, *weight_dtype, *window_dtype; /* as in engine.h */
     double temperature, top_p, min_p, typical_p, repetition_penalty;
     int64_t top_k, max_tokens;               /* within int32 */

@@ -51,5 +51,6 @@ double run_rate(double n, int64_t from_ns, int64_t to_ns);
 enum status complete(struct run *r, struct error *err);   /* complete.c */
 enum status chat(struct run *r, struct error *err);       /* chat.c */
 enum status perplexity(struct run *r, struct error *err); /* perplexity.c */
+enum status explain(struct run *r, struct error *err);    /* explain.c */
 
 #endif

@@ -108,6 +108,9 @@ static void test_refusals(void **state)
         {{"-m", "DIR", "--perplexity", "/nowhere"}, "/nowhere"},
         {{"-m", "DIR", "--chat", "--perplexity", "-", "-p", "x"}, "not several"},
         {{"-m", "DIR", "-p", "x", "--json"}, "--perplexity"},
+        {{"-m", "DIR", "--chat", "--explain", "x.csv"}, "--explain reads -p"},
+        {{"-m", "SHORT", "-p", "x", "--explain", "x.csv"}, "no layer with latents"},
+        {{"-m", "DIR", "-p", "x", "--explain", "/nowhere/x.csv"}, "/nowhere/x.csv"},
         {{"-m", "DIR", "--perplexity", "-", "--slots", "2000"}, "--slots is 2000"},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,"}, "--lengths: \"8,\""},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,8"}, "--lengths: \"8,8\""},
@@ -424,6 +427,45 @@ static void test_perplexity_of_documents(void **state)
     free(text);
 }
 
+/* tests/golden/models/latents.py says what is expected. */
+static void test_explain(void **state)
+{
+    (void)state;
+    static struct result r;
+    char csv[120];
+    size_t n;
+    char *text = test_file_read("tests/golden/models/bundled/latents.json", &n);
+    cJSON *golden = cJSON_Parse(text);
+    assert_non_null(golden);
+    snprintf(csv, sizeof(csv), "%s/latents.csv", dir);
+    run(&r, NULL, false,
+        ARGS("-m", bundled_dir, "--explain", csv, "-p",
+             cJSON_GetObjectItem(golden, "prompt")->valuestring));
+    assert_true(r.code == 0 && !r.out[0]);
+    char *table = test_file_read(csv, &n), *rest = table;
+    assert_string_equal(strsep(&rest, "\n"), "layer,head,latent,p,head_entropy");
+    int n_rows = 0;
+    for (char *line; (line = strsep(&rest, "\n")) && line[0]; n_rows++) {
+        int layer, head, latent;
+        double p, entropy;
+        assert_int_equal(sscanf(line, "%d,%d,%d,%lf,%lf", &layer, &head, &latent, &p, &entropy), 5);
+        const cJSON *expected = cJSON_GetArrayItem(
+            cJSON_GetArrayItem(cJSON_GetArrayItem(cJSON_GetObjectItem(golden, "p"), layer), head),
+            latent);
+        assert_non_null(expected);
+        const cJSON *expected_entropy = cJSON_GetArrayItem(
+            cJSON_GetArrayItem(cJSON_GetObjectItem(golden, "entropy"), layer), head);
+        if (fabs(p - expected->valuedouble) > 1e-4 ||
+            fabs(entropy - expected_entropy->valuedouble) > 1e-3)
+            fail_msg("\"%s\": expected %g and %g", line, expected->valuedouble,
+                     expected_entropy->valuedouble);
+    }
+    assert_int_equal(n_rows, 7 * 5 * 17);
+    free(table);
+    free(text);
+    cJSON_Delete(golden);
+}
+
 static void test_context_limit(void **state)
 {
     (void)state;
@@ -480,6 +522,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_context_limit),  cmocka_unit_test(test_chat_turns),
         cmocka_unit_test(test_chat_commands),  cmocka_unit_test(test_chat_refusals),
         cmocka_unit_test(test_chat_interrupt), cmocka_unit_test(test_perplexity_of_documents),
+        cmocka_unit_test(test_explain),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');

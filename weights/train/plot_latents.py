@@ -1,0 +1,62 @@
+"""Draws what `latte-run --explain` wrote: a picture of all heads, as in the paper's figure 7.
+
+    latte-run -m MODEL -f text.txt --explain latents.csv
+    python plot_latents.py latents.csv latents.png
+
+Left: the mean of p(l|t) of each latent, a row for each head of each layer, sorted by size within the
+row. A head that has collapsed shows one bright cell and darkness behind it. Right: p(0|t), the share
+of the window, and how many latents a head uses: exp of its mean entropy.
+"""
+import argparse
+import csv
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def read(path):
+    """{(layer, head): (p(0|t), [p(l|t)], entropy)}"""
+    heads = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            head = heads.setdefault((int(row["layer"]), int(row["head"])), [0.0, [], 0.0])
+            if row["latent"] == "0":
+                head[0] = float(row["p"])
+            else:
+                head[1].append(float(row["p"]))
+            head[2] = float(row["head_entropy"])
+    return heads
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("png", type=Path)
+    args = parser.parse_args()
+    heads = read(args.csv)
+    names = sorted(heads)
+    latents = np.array([sorted(heads[name][1], reverse=True) for name in names])
+    window = np.array([heads[name][0] for name in names])
+    used = np.array([math.exp(heads[name][2]) for name in names])
+    layers = sorted({layer for layer, _ in names})
+    per_layer = len(names) // len(layers)
+    at = [i * per_layer + (per_layer - 1) / 2 for i in range(len(layers))]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2 + 0.06 * len(names)), sharey=True,
+                                                 width_ratios=(3, 1, 1), layout="constrained")
+    image = left.imshow(latents, aspect="auto", cmap="magma", interpolation="nearest")
+    figure.colorbar(image, ax=left, label="mean p(l|t)")
+    left.set(xlabel="latent, by size", ylabel="layer (a row a head)", yticks=at, yticklabels=layers)
+    middle.barh(range(len(names)), window, height=1)
+    middle.set(xlabel="p(0|t): the window", xlim=(0, 1))
+    right.barh(range(len(names)), used, height=1, color="tab:green")
+    right.set(xlabel="choices used, exp(entropy)", xlim=(1, latents.shape[1] + 1))
+    figure.savefig(args.png, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
