@@ -3,9 +3,10 @@
     latte-run -m MODEL -f text.txt --explain latents.csv
     python plot_latents.py latents.csv latents.png
 
-Left: the mean of p(l|t) of each latent, a row for each head of each layer, sorted by size within the
-row. A head that has collapsed shows one bright cell and darkness behind it. Right: p(0|t), the share
-of the window, and how many latents a head uses: exp of its mean entropy.
+Left: how what a head gives to its latents is shared among them (mean p(l|t), the row's sum made 1), a
+row for each head of each layer, sorted by size within the row. A head that has collapsed shows one bright
+cell and darkness behind it. Middle: p(0|t), the share of the window. Right: how many choices, latents and
+window together, a head uses: exp of its mean entropy.
 """
 import argparse
 import csv
@@ -41,20 +42,21 @@ def main():
     heads = read(args.csv)
     names = sorted(heads)
     latents = np.array([sorted(heads[name][1], reverse=True) for name in names])
+    latents /= latents.sum(1, keepdims=True)
     window = np.array([heads[name][0] for name in names])
     used = np.array([math.exp(heads[name][2]) for name in names])
     layers = sorted({layer for layer, _ in names})
     per_layer = len(names) // len(layers)
     at = [i * per_layer + (per_layer - 1) / 2 for i in range(len(layers))]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2 + 0.06 * len(names)), sharey=True,
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2 + 0.04 * len(names)), sharey=True,
                                                  width_ratios=(3, 1, 1), layout="constrained")
-    image = left.imshow(latents, aspect="auto", cmap="magma", interpolation="nearest")
-    figure.colorbar(image, ax=left, label="mean p(l|t)")
+    image = left.imshow(latents, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=left, location="top", shrink=0.6, label="share among the latents")
     left.set(xlabel="latent, by size", ylabel="layer (a row a head)", yticks=at, yticklabels=layers)
     middle.barh(range(len(names)), window, height=1)
     middle.set(xlabel="p(0|t): the window", xlim=(0, 1))
     right.barh(range(len(names)), used, height=1, color="tab:green")
-    right.set(xlabel="choices used, exp(entropy)", xlim=(1, latents.shape[1] + 1))
+    right.set(xlabel="choices: exp(entropy)", xlim=(1, latents.shape[1] + 1))
     figure.savefig(args.png, dpi=110)
 
 
