@@ -24,7 +24,7 @@ static const char help_text[] =
     "/load FILE  go on from such a state, or from one that the server exported\n"
     "/help       this\n"
     "/quit       end; so does the end of the input\n"
-    "Ctrl-C stops an answer, and ends the program where there is none.\n";
+    "Ctrl-C stops an answer.\n";
 
 struct chat {
     struct run *r;
@@ -298,6 +298,7 @@ enum status chat(struct run *r, struct error *err)
                      r->info.config->vocab_size, r->info.max_position, SIZE_MAX);
     if (c.is_terminal && !r->options.quiet)
         fputs("/help lists the commands.\n", stderr);
+    interrupt_in_chat(c.is_terminal);
     st = converse(&c, err);
     image_release(c.image);
     engine_close(r->engine); /* before the store: it holds images, too */
