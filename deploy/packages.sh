@@ -1,5 +1,5 @@
 #!/bin/sh
-# packages.sh build|test - install the Debian or Ubuntu packages that are missing.
+# packages.sh build|test|model - install the Debian or Ubuntu packages that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -9,6 +9,7 @@ set -eu
 build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
        libxxhash-dev libhiredis-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
+model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
 cuda_home=${CUDA_HOME:-/usr/local/cuda}
@@ -19,8 +20,9 @@ fi
 case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
+model) wanted=$model ;;
 *)
-    echo "usage: deploy/packages.sh build|test" >&2
+    echo "usage: deploy/packages.sh build|test|model" >&2
     exit 2
     ;;
 esac
@@ -31,7 +33,7 @@ is_installed() {
 
 give_up() {
     echo "packages: $1" >&2
-    echo "packages: going on; the build will tell what it misses" >&2
+    echo "packages: going on; what misses them will tell" >&2
     exit 0
 }
 

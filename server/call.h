@@ -118,13 +118,6 @@ struct call {
     bool is_woken;
 };
 
-/* What an image's tail says of the turn before. */
-enum call_tail {
-    CALL_TAIL_NONE,   /* nothing of a chat is open */
-    CALL_TAIL_OPEN,   /* an assistant's message, without the template's end */
-    CALL_TAIL_CLOSED, /* the template's end of a message is the session's last token */
-};
-
 /* The state that the prompts continue, NULL for that before any token. Its values need not be in
  * memory. */
 struct image *call_from(const struct call *c);

@@ -143,49 +143,6 @@ static enum status prepare_completion(struct call *c)
     return st;
 }
 
-/* Cannot be part of a template, and is no message that anybody sends. */
-static const char answer_before[] = "74c1aa2e-answer-before";
-
-/* What follows the answer before in a conversation that goes on with these messages: the end of
- * its message, if the session has not seen it, and then what is new. So nothing that a
- * template writes at the beginning comes again. */
-static enum status render_turn(struct call *c, unsigned flags, struct bytes *text)
-{
-    const struct codec_request *q = &c->request;
-    size_t n = q->n_messages + 2;
-    struct chat_message *all = calloc(n, sizeof(*all));
-    struct bytes whole = {0};
-    if (!all)
-        return fail(&c->error, STATUS_NOMEM, "out of memory for the messages of a request");
-    all[0] = (struct chat_message){CHAT_ROLE_USER, "?", 1};
-    all[1] = (struct chat_message){CHAT_ROLE_ASSISTANT, answer_before, strlen(answer_before)};
-    memcpy(all + 2, q->messages, q->n_messages * sizeof(*all));
-    enum status st =
-        chat_template_render(c->model->chat_template, all, n, flags, &whole, &c->error);
-    free(all);
-    const char *at = !st && !whole.failed ? strstr(whole.data, answer_before) : NULL;
-    if (at) {
-        const char *stops[4];
-        at += strlen(answer_before);
-        bool ended = call_from(c)->tail != CALL_TAIL_OPEN;
-        int n_stops = ended ? chat_template_stops(c->model->chat_template, stops) : 0;
-        for (int i = 0; i < n_stops; i++) {
-            size_t length = strlen(stops[i]);
-            if (strncmp(at, stops[i], length) || stops[i][0] == '\n')
-                continue;
-            at += length;
-            break;
-        }
-        bytes_text(text, at);
-    } else if (!st) {
-        st = whole.failed ? fail(&c->error, STATUS_NOMEM, "out of memory for a conversation")
-                          : fail(&c->error, STATUS_INVALID,
-                                 "The model's chat template does not let a session go on.");
-    }
-    bytes_free(&whole);
-    return st;
-}
-
 /* Render the messages and tokenize the text. What the template refuses is the request's
  * fault, and so is chat with a model that has no template. */
 static enum status encode_chat(struct call *c, struct token_list *list)
@@ -194,10 +151,12 @@ static enum status encode_chat(struct call *c, struct token_list *list)
     unsigned flags = (q->add_generation_prompt ? CHAT_ADD_GENERATION_PROMPT : 0) |
                      (q->continue_final_message ? CHAT_CONTINUE_FINAL_MESSAGE : 0);
     struct bytes text = {0};
-    enum status st = image_length(call_from(c))
-                         ? render_turn(c, flags, &text)
-                         : chat_template_render(c->model->chat_template, q->messages, q->n_messages,
-                                                flags, &text, &c->error);
+    enum status st =
+        image_length(call_from(c))
+            ? chat_template_render_turn(c->model->chat_template, (enum chat_tail)call_from(c)->tail,
+                                        q->messages, q->n_messages, flags, &text, &c->error)
+            : chat_template_render(c->model->chat_template, q->messages, q->n_messages, flags,
+                                   &text, &c->error);
     if (st == STATUS_UNSUPPORTED || st == STATUS_INVALID) {
         snprintf(c->error.field, sizeof(c->error.field), "%s", input_field(c));
         st = c->error.status = STATUS_INVALID;

@@ -158,12 +158,12 @@ static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
 {
     const char *texts[4];
     if (c->api == CODEC_COMPLETIONS)
-        return CALL_TAIL_NONE;
+        return CHAT_TAIL_NONE;
     int n = by_token ? chat_template_stops(c->model->chat_template, texts) : 0;
     for (int i = 0; i < n; i++)
         if (tokenizer_find(c->model->tokenizer, texts[i], strlen(texts[i])) == last)
-            return CALL_TAIL_CLOSED;
-    return CALL_TAIL_OPEN;
+            return CHAT_TAIL_CLOSED;
+    return CHAT_TAIL_OPEN;
 }
 
 static void on_committed(void *context, const struct session_outcome *outcome)

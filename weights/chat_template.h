@@ -52,6 +52,21 @@ enum status chat_template_render(const struct chat_template *t, const struct cha
                                  size_t n_messages, unsigned flags, struct bytes *out,
                                  struct error *err);
 
+/* How a session's text ends, for what comes next. Stored with a session: values stay. */
+enum chat_tail {
+    CHAT_TAIL_NONE = 0,   /* nothing of a chat is open */
+    CHAT_TAIL_OPEN = 1,   /* an assistant's message, without the template's end */
+    CHAT_TAIL_CLOSED = 2, /* the template's end of a message is the session's last token */
+};
+
+/* Append what these messages add to a session that ends with an assistant's answer: the end of
+ * that answer, if the session has not seen it, and then what is new. So nothing that a template
+ * writes at the beginning comes again. As above; INVALID also for a template that does not show
+ * the answers before. */
+enum status chat_template_render_turn(const struct chat_template *t, enum chat_tail tail,
+                                      const struct chat_message *messages, size_t n_messages,
+                                      unsigned flags, struct bytes *out, struct error *err);
+
 /* The texts that end an assistant's turn in this template ("<|im_end|>"), for stop rules;
  * returns the count (0..4) and sets texts[i], borrowed. */
 int chat_template_stops(const struct chat_template *t, const char *texts[4]);

@@ -11,16 +11,35 @@ static struct {
     pthread_mutex_t lock; /* guards all that follows */
     struct job *job;      /* borrowed; NULL before and between jobs */
     bool interrupted;
+    bool in_chat, is_typed;
 } current = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* The handler may run on any thread, also one that a library started before main and whose
  * signal mask is its own; all it does is post. */
 static sem_t signals;
+static volatile sig_atomic_t terminated;
 
 static void post_signal(int number)
 {
-    (void)number;
+    if (number == SIGTERM)
+        terminated = 1;
     sem_post(&signals);
+}
+
+/* With the lock held: what a signal does. */
+static void act(void)
+{
+    static const char hint[] = "\n/quit or Ctrl-D ends the chat\n> ";
+    bool ends = current.in_chat ? terminated || (!current.job && !current.is_typed)
+                                : current.interrupted || !current.job;
+    if (ends)
+        _exit(INTERRUPTED_EXIT);
+    if (current.job) {
+        current.interrupted = true;
+        job_cancel(current.job);
+    } else if (write(STDERR_FILENO, hint, sizeof(hint) - 1) < 0) {
+        _exit(INTERRUPTED_EXIT); /* nobody is there */
+    }
 }
 
 static void *wait_for_signals(void *context)
@@ -29,10 +48,7 @@ static void *wait_for_signals(void *context)
         if (sem_wait(&signals)) /* EINTR: the handler ran on this thread */
             continue;
         pthread_mutex_lock(&current.lock);
-        if (current.interrupted || !current.job)
-            _exit(INTERRUPTED_EXIT);
-        current.interrupted = true;
-        job_cancel(current.job);
+        act();
         pthread_mutex_unlock(&current.lock);
     }
     return context;
@@ -59,10 +75,25 @@ void interrupt_set_job(struct job *job)
     pthread_mutex_unlock(&current.lock);
 }
 
+void interrupt_in_chat(bool is_typed)
+{
+    pthread_mutex_lock(&current.lock);
+    current.in_chat = true;
+    current.is_typed = is_typed;
+    pthread_mutex_unlock(&current.lock);
+}
+
 bool interrupt_happened(void)
 {
     pthread_mutex_lock(&current.lock);
     bool interrupted = current.interrupted;
     pthread_mutex_unlock(&current.lock);
     return interrupted;
+}
+
+void interrupt_forget(void)
+{
+    pthread_mutex_lock(&current.lock);
+    current.interrupted = false;
+    pthread_mutex_unlock(&current.lock);
 }

@@ -1,4 +1,4 @@
-/* main.c - latte-run: one prompt on the terminal, or the perplexity of a text.
+/* main.c - latte-run: one prompt on the terminal, a chat, or the perplexity of a text.
  *
  * The completion goes to stdout as it comes, everything else to stderr. Exit code 0; 1 with one
  * sentence on any error; 130 after Ctrl-C, which ends the generation and still reports.
@@ -14,10 +14,14 @@
 static enum status run(struct run *r, struct error *err)
 {
     enum status st = interrupt_catch(err);
-    if (!st)
-        st = run_load(r, err);
-    if (!st)
-        st = r->options.perplexity_file ? perplexity(r, err) : complete(r, err);
+    if (!st && r->options.perplexity_file)
+        st = perplexity(r, err);
+    else if (!st && r->options.explain_file)
+        st = explain(r, err);
+    else if (!st && r->options.chat && !r->options.prompt && !r->options.prompt_file)
+        st = chat(r, err);
+    else if (!st)
+        st = complete(r, err);
     run_close(r);
     return st;
 }

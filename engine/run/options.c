@@ -9,7 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum value_kind { VALUE_FLAG, VALUE_TEXT, VALUE_NUMBER, VALUE_INT, VALUE_SEED };
+enum value_kind { VALUE_FLAG, VALUE_TEXT, VALUE_NUMBER, VALUE_INT, VALUE_SEED, VALUE_LENGTHS };
 
 struct option_row {
     const char *name;
@@ -28,7 +28,8 @@ static const struct option_row rows[] = {
     ROW("model", 'm', "DIR", VALUE_TEXT, model_dir, "model directory"),
     ROW("prompt", 'p', "TEXT", VALUE_TEXT, prompt, "text to complete"),
     ROW("file", 'f', "FILE", VALUE_TEXT, prompt_file, "read the prompt from FILE, - for stdin"),
-    ROW("chat", 'c', NULL, VALUE_FLAG, chat, "answer the prompt through the model's chat template"),
+    ROW("chat", 'c', NULL, VALUE_FLAG, chat,
+        "answer the prompt through the model's chat template; without -p and -f, line by line"),
     ROW("system", 0, "TEXT", VALUE_TEXT, system, "with --chat: the system message"),
     ROW("max-tokens", 'n', "N", VALUE_INT, max_tokens,
         "tokens at most (default: the model's, else 256)"),
@@ -43,6 +44,12 @@ static const struct option_row rows[] = {
     ROW("echo", 0, NULL, VALUE_FLAG, echo, "print the prompt first"),
     ROW("perplexity", 0, "FILE", VALUE_TEXT, perplexity_file,
         "print perplexity and bits per byte of FILE instead, - for stdin"),
+    ROW("lengths", 0, "N,N,...", VALUE_LENGTHS, lengths,
+        "with --perplexity: also that of the first N tokens, of documents that have more"),
+    ROW("slots", 0, "N", VALUE_INT, slots, "with --perplexity: documents at a time (default 4)"),
+    ROW("json", 0, NULL, VALUE_FLAG, json, "with --perplexity: print an object"),
+    ROW("explain", 0, "FILE", VALUE_TEXT, explain_file,
+        "do not answer: write to FILE (CSV) how much each head looks at each latent"),
     ROW("threads", 0, "N", VALUE_INT, threads, "0 (default): one per core"),
     ROW("device", 0, "NAME", VALUE_TEXT, device, "auto, cpu, ref, cuda or cuda:N"),
     ROW("weight-dtype", 0, "NAME", VALUE_TEXT, weight_dtype, "auto, f32, bf16; on a GPU int8"),
@@ -59,9 +66,10 @@ enum { N_ROWS = sizeof(rows) / sizeof(rows[0]) };
 void run_options_help(void)
 {
     printf(
-        "Usage: latte-run -m DIR -p TEXT [options]\n\n"
-        "Complete a prompt with a Latte model. Sampling options that are not given are those of\n"
-        "the model's generation_config.json.\n\n");
+        "Usage: latte-run -m DIR -p TEXT [options]           complete a prompt\n"
+        "       latte-run -m DIR --chat [options]            talk\n"
+        "       latte-run -m DIR --perplexity FILE [options] score a text\n\n"
+        "Sampling options that are not given are those of the model's generation_config.json.\n\n");
     for (int i = 0; i < N_ROWS; i++) {
         char name[40];
         snprintf(name, sizeof(name), "--%s%s%s", rows[i].name, rows[i].argument ? " " : "",
@@ -70,6 +78,26 @@ void run_options_help(void)
             printf("  -%c, %-24s %s\n", rows[i].letter, name, rows[i].help);
         else
             printf("      %-24s %s\n", name, rows[i].help);
+    }
+}
+
+/* Ascending numbers with commas between them; false for anything else. */
+static bool read_lengths(struct run_options *o, const char *text)
+{
+    o->n_lengths = 0;
+    for (const char *at = text;; at++) {
+        char *end;
+        errno = 0;
+        long n = strtol(at, &end, 10);
+        int least = o->n_lengths ? o->lengths[o->n_lengths - 1] + 1 : 1;
+        if (end == at || errno || n < least || n >= INT32_MAX || o->n_lengths == RUN_MAX_LENGTHS)
+            return false;
+        o->lengths[o->n_lengths++] = (int)n;
+        at = end;
+        if (!*at)
+            return true;
+        if (*at != ',')
+            return false;
     }
 }
 
@@ -100,6 +128,10 @@ static enum status set_option(struct run_options *o, const struct option_row *ro
         in_range = !errno;
         o->has_seed = true;
         break;
+    case VALUE_LENGTHS:
+        in_range = read_lengths(o, text);
+        end = in_range ? "" : text;
+        break;
     }
     if (end == text || *end || !in_range)
         return fail(err, STATUS_INVALID, "--%s: \"%s\" is not a number it takes", row->name, text);
@@ -111,11 +143,19 @@ static enum status check_options(const struct run_options *o, struct error *err)
     int n_texts = (o->prompt != NULL) + (o->prompt_file != NULL) + (o->perplexity_file != NULL);
     if (!o->model_dir)
         return fail(err, STATUS_INVALID, "no model: give its directory with -m DIR");
-    if (n_texts != 1)
-        return fail(err, STATUS_INVALID, "give one of -p TEXT, -f FILE and --perplexity FILE%s",
+    if (n_texts != 1 && (n_texts || !o->chat))
+        return fail(err, STATUS_INVALID,
+                    "give one of -p TEXT, -f FILE, --chat and --perplexity FILE%s",
                     n_texts ? ", not several" : "");
+    if (o->explain_file && (o->chat || o->perplexity_file))
+        return fail(err, STATUS_INVALID, "--explain reads -p TEXT or -f FILE as it is, alone");
     if (o->system && !o->chat)
         return fail(err, STATUS_INVALID, "--system is for --chat");
+    if ((o->json || o->n_lengths || o->slots) && !o->perplexity_file)
+        return fail(err, STATUS_INVALID, "--json, --lengths and --slots are for --perplexity");
+    if (o->slots < 0 || o->slots > RUN_MAX_SLOTS)
+        return fail(err, STATUS_INVALID, "--slots is %" PRId64 "; it must be 1 to %d", o->slots,
+                    RUN_MAX_SLOTS);
     if (o->max_tokens != INT64_MIN && o->max_tokens < 0)
         return fail(err, STATUS_INVALID, "--max-tokens is %" PRId64 "; it must be 0 or more",
                     o->max_tokens);

@@ -12,19 +12,23 @@
 
 #include "engine/base/error.h"
 
+enum { RUN_MAX_LENGTHS = 16, RUN_MAX_SLOTS = 1024, RUN_DEFAULT_SLOTS = 4 };
+
 /* What the command line says nothing about is NULL, false, NAN, or INT64_MIN. */
 struct run_options {
-    const char *model_dir, *prompt, *prompt_file, *perplexity_file, *system;
+    const char *model_dir, *prompt, *prompt_file, *perplexity_file, *explain_file, *system;
     const char *device, *weight_dtype, *window_dtype; /* as in engine.h */
     double temperature, top_p, min_p, typical_p, repetition_penalty;
-    int64_t top_k, max_tokens; /* within int32 */
-    int64_t threads;           /* 0: one per core */
+    int64_t top_k, max_tokens;               /* within int32 */
+    int64_t threads;                         /* 0: one per core */
+    int64_t slots;                           /* documents scored at a time; 0: RUN_DEFAULT_SLOTS */
+    int lengths[RUN_MAX_LENGTHS], n_lengths; /* ascending */
     uint64_t seed;
-    bool has_seed, ignore_eos, echo, chat, deterministic, verbose, quiet, help, version;
+    bool has_seed, ignore_eos, echo, chat, deterministic, json, verbose, quiet, help, version;
 };
 
 /* With help or version given nothing else is asked for; otherwise there is a model and exactly
- * one text. argv is permuted. */
+ * one text, or a chat without one. argv is permuted. */
 enum status run_options_parse(struct run_options *out, int argc, char **argv, struct error *err);
 
 void run_options_help(void); /* to stdout */

@@ -46,7 +46,13 @@ static enum status open_text_parts(struct run *r, struct error *err)
     return st;
 }
 
-static enum status open_engine(struct run *r, struct error *err)
+static void post_ready(void *context)
+{
+    struct run *r = context;
+    sem_post(&r->ready);
+}
+
+static enum status open_engine(struct run *r, int n_slots, struct error *err)
 {
     const struct run_options *o = &r->options;
     struct engine_options options;
@@ -57,8 +63,10 @@ static enum status open_engine(struct run *r, struct error *err)
     options.window_dtype = o->window_dtype;
     options.deterministic = o->deterministic;
     options.n_threads = (int)o->threads;
-    options.n_slots = 1;
-    options.max_queue = 1;
+    options.n_slots = n_slots;
+    options.max_queue = n_slots;
+    options.wake = post_ready;
+    options.wake_context = r;
     options.progress = show_loading;
     options.progress_context = r;
     enum status st = engine_open(&r->engine, &options, err);
@@ -82,14 +90,15 @@ static void show_memory(const struct run *r)
     }
 }
 
-enum status run_load(struct run *r, struct error *err)
+enum status run_load(struct run *r, int n_slots, struct error *err)
 {
     int64_t start_ns = job_clock_ns();
     r->shows_progress = isatty(STDERR_FILENO) && !r->options.quiet;
     r->shown_percent = -1;
+    sem_init(&r->ready, 0, 0);
     enum status st = open_text_parts(r, err);
     if (!st)
-        st = open_engine(r, err);
+        st = open_engine(r, n_slots, err);
     if (!st && !r->options.quiet && !r->shows_progress)
         fprintf(stderr, "loaded %s: %.1fM parameters, %s, %s, %d threads, %.2f s\n",
                 r->options.model_dir, (double)r->info.n_parameters * 1e-6, r->info.weight_dtype,

@@ -1,4 +1,4 @@
-/* run.h - what latte-run has loaded, and the one job it runs at a time.
+/* run.h - what latte-run has loaded, and the jobs it runs.
  *
  * Threads: main only.
  * Memory:  run_close releases what run_load took; a job is the caller's between run_start and
@@ -8,6 +8,7 @@
 #ifndef LATTE_RUN_RUN_H
 #define LATTE_RUN_RUN_H
 
+#include <semaphore.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -25,14 +26,15 @@ struct run {
     struct chat_template *template; /* with --chat only */
     struct engine *engine;
     struct engine_info info;
+    sem_t ready; /* posted when the engine has ready jobs; with the engine */
 };
 
-/* Open the model directory that the options name; says so on stderr. r holds the options and is
- * otherwise zero; run_close is due whatever is returned. */
-enum status run_load(struct run *r, struct error *err);
+/* Open the model directory that the options name, for so many jobs at a time; says so on stderr.
+ * r holds the options and is otherwise zero; run_close is due whatever is returned. */
+enum status run_load(struct run *r, int n_slots, struct error *err);
 void run_close(struct run *r);
 
-/* Submit a job, which Ctrl-C then cancels. */
+/* Submit a job, which Ctrl-C then cancels if it is the last one that was. */
 enum status run_start(struct run *r, const struct job_request *request, struct job **out,
                       struct error *err);
 /* Release a job that has finished, or that nobody reads any more. The error of one that failed. */
@@ -47,6 +49,8 @@ double run_rate(double n, int64_t from_ns, int64_t to_ns);
 
 /* What latte-run does with what it has loaded. */
 enum status complete(struct run *r, struct error *err);   /* complete.c */
+enum status chat(struct run *r, struct error *err);       /* chat.c */
 enum status perplexity(struct run *r, struct error *err); /* perplexity.c */
+enum status explain(struct run *r, struct error *err);    /* explain.c */
 
 #endif

@@ -4,6 +4,7 @@
 #include "tests/unit/unit.h"
 
 #include <cjson/cJSON.h>
+#include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -140,6 +141,84 @@ static void test_renders_as_transformers(void **state)
         index++;
     }
     assert_true(n_texts > 2000);
+}
+
+/* ---- going on ---- */
+
+static void check_end(const char *whole, const struct bytes *turn, const char *what)
+{
+    size_t n = strlen(whole);
+    if (turn->n > n || strcmp(whole + n - turn->n, turn->data) != 0)
+        fail_msg("%s: \"%s\" is not the end of \"%s\"", what, turn->data, whole);
+}
+
+/* A turn is the end of what transformers makes of the whole conversation; what is before it ends
+ * with the answer before (tail open), or with the template's end of it (closed). */
+static void check_turn(const struct chat_template *t, const struct chat_message *messages, size_t n,
+                       size_t n_before, const char *whole)
+{
+    const struct chat_message *answer = &messages[n_before - 1];
+    const char *stops[4];
+    struct error err;
+    struct bytes open = {0}, closed = {0};
+    if (chat_template_render_turn(t, CHAT_TAIL_OPEN, messages + n_before, n - n_before,
+                                  CHAT_ADD_GENERATION_PROMPT, &open, &err) ||
+        chat_template_render_turn(t, CHAT_TAIL_CLOSED, messages + n_before, n - n_before,
+                                  CHAT_ADD_GENERATION_PROMPT, &closed, &err))
+        fail_msg("%s", err.text);
+    check_end(whole, &open, "open");
+    check_end(whole, &closed, "closed");
+    const char *before = whole + strlen(whole) - open.n - answer->n;
+    assert_true(before >= whole);
+    assert_memory_equal(before, answer->content, answer->n);
+    int n_stops = chat_template_stops(t, stops);
+    if (n_stops && stops[0][0] != '\n') {
+        assert_int_equal(open.n - closed.n, strlen(stops[0]));
+        assert_memory_equal(open.data, stops[0], strlen(stops[0]));
+    } else {
+        assert_string_equal(open.data, closed.data);
+    }
+    bytes_free(&open);
+    bytes_free(&closed);
+}
+
+/* The last answer after which the conversation goes on with a user's message: what is before
+ * it, 0 for none. Space at its ends is not looked at here: templates trim it. */
+static size_t find_answer(const struct chat_message *messages, size_t n)
+{
+    for (size_t i = n - 1; i > 0; i--) {
+        const struct chat_message *m = &messages[i - 1];
+        if (m->role == CHAT_ROLE_ASSISTANT && messages[i].role == CHAT_ROLE_USER && m->n &&
+            isgraph((unsigned char)m->content[0]) && isgraph((unsigned char)m->content[m->n - 1]))
+            return i;
+    }
+    return 0;
+}
+
+static void test_turns(void **state)
+{
+    (void)state;
+    const cJSON *chats = cJSON_GetObjectItem(golden, "chats"), *entry, *chat;
+    int n_turns = 0;
+    cJSON_ArrayForEach(entry, cJSON_GetObjectItem(golden, "known"))
+    {
+        const char *source = cJSON_GetObjectItem(entry, "template")->valuestring;
+        const cJSON *text = cJSON_GetObjectItem(entry, "texts")->child;
+        struct chat_template *t = open_with(source, strlen(source));
+        cJSON_ArrayForEach(chat, chats)
+        {
+            struct chat_message messages[MAX_MESSAGES];
+            size_t n = read_chat(chat, messages), n_before = n ? find_answer(messages, n) : 0;
+            const cJSON *whole = text->next; /* CHAT_ADD_GENERATION_PROMPT */
+            if (n_before && cJSON_IsString(whole)) {
+                check_turn(t, messages, n, n_before, whole->valuestring);
+                n_turns++;
+            }
+            text = text->next->next->next;
+        }
+        chat_template_close(t);
+    }
+    assert_true(n_turns > 40);
 }
 
 /* ---- recognising ---- */
@@ -334,6 +413,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_renders_as_transformers),
+        cmocka_unit_test(test_turns),
         cmocka_unit_test(test_changed_templates),
         cmocka_unit_test(test_unknown_templates),
         cmocka_unit_test(test_files),

@@ -1,8 +1,10 @@
-/* test_run.c - latte-run as a user runs it: what it prints and refuses, seeds, Ctrl-C, and its
- * perplexity against a sum of log softmaxes in double. The program is ../../latte-run of this
- * test; the model has random weights behind the bundled model's tokenizer. */
+/* test_run.c - latte-run as a user runs it: what it prints and refuses, seeds, Ctrl-C, chats, and
+ * its perplexity against a sum of log softmaxes in double, and against PyTorch. The program is
+ * ../../latte-run of this test; the model has random weights behind the bundled model's tokenizer.
+ */
 #include "tests/unit/unit.h"
 
+#include <cjson/cJSON.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -19,6 +21,7 @@
 enum { MAX_ARGUMENTS = 24, MAX_OUTPUT = 65536 };
 
 static const char tokenizer_path[] = "weights/latte-12m/tokenizer.json";
+static const char bundled_dir[] = "weights/latte-12m";
 static char program[4096], dir[100], short_dir[100]; /* the second has a context of 32 */
 
 struct result {
@@ -103,12 +106,24 @@ static void test_refusals(void **state)
         {{"-m", "/nowhere", "-p", "x"}, "/nowhere"},
         {{"-m", "DIR", "-f", "/nowhere"}, "/nowhere"},
         {{"-m", "DIR", "--perplexity", "/nowhere"}, "/nowhere"},
+        {{"-m", "DIR", "--chat", "--perplexity", "-", "-p", "x"}, "not several"},
+        {{"-m", "DIR", "-p", "x", "--json"}, "--perplexity"},
+        {{"-m", "DIR", "--chat", "--explain", "x.csv"}, "--explain reads -p"},
+        {{"-m", "SHORT", "-p", "x", "--explain", "x.csv"}, "no layer with latents"},
+        {{"-m", "DIR", "-p", "x", "--explain", "/nowhere/x.csv"}, "/nowhere/x.csv"},
+        {{"-m", "DIR", "--perplexity", "-", "--slots", "2000"}, "--slots is 2000"},
+        {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,"}, "--lengths: \"8,\""},
+        {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,8"}, "--lengths: \"8,8\""},
+        {{"-m", "DIR", "--perplexity", "-", "--lengths", "8"}, "no document has more"},
+        {{"-m", "SHORT", "--perplexity", "-", "--lengths", "32"}, "reads 32 tokens at most"},
     };
     for (size_t c = 0; c < COUNT_OF(cases); c++) {
         const char *arguments[9] = {NULL};
         static struct result r;
         for (int i = 0; cases[c].arguments[i]; i++)
-            arguments[i] = strcmp(cases[c].arguments[i], "DIR") ? cases[c].arguments[i] : dir;
+            arguments[i] = !strcmp(cases[c].arguments[i], "DIR")     ? dir
+                           : !strcmp(cases[c].arguments[i], "SHORT") ? short_dir
+                                                                     : cases[c].arguments[i];
         run(&r, NULL, false, arguments);
         const char *line = strstr(r.err, "latte-run: ");
         if (r.code != 1 || !line || !strstr(line, cases[c].words) || r.out[0])
@@ -172,6 +187,108 @@ static void test_chat(void **state)
     assert_true(strlen(a.out) > 2);
     run(&a, NULL, false, ARGS("-m", short_dir, "-c", "-p", "Hello"));
     assert_true(a.code == 1 && strstr(a.err, "template"));
+}
+
+/* A greedy turn of the bundled model, whose answers are text that is tokenized as it was drawn. */
+#define TALK(...)                                                                                  \
+    ARGS("-m", bundled_dir, "--chat", "-t", "0", "--repetition-penalty", "1", "-n", "8",           \
+         __VA_ARGS__)
+
+/* Turns on one state are the completion of the whole conversation as the template writes it. */
+static void test_chat_turns(void **state)
+{
+    (void)state;
+    static struct result talk, whole;
+    char rendered[MAX_OUTPUT + 1000], *second;
+    run(&talk, "I have a dog.\nWhat do I have?\n", false, TALK("--system", "Be brief.", "-q"));
+    assert_int_equal(talk.code, 0);
+    second = strchr(talk.out, '\n');
+    assert_non_null(second);
+    *second++ = 0;
+    snprintf(rendered, sizeof(rendered),
+             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nI have a dog.<|im_end|>\n"
+             "<|im_start|>assistant\n%s<|im_end|>\n<|im_start|>user\nWhat do I have?<|im_end|>\n"
+             "<|im_start|>assistant\n",
+             talk.out);
+    run(&whole, NULL, false,
+        ARGS("-m", bundled_dir, "-t", "0", "--repetition-penalty", "1", "-n", "8", "-q", "-p",
+             rendered));
+    assert_string_equal(second, whole.out);
+    assert_true(strlen(second) > 2);
+}
+
+/* The last line of a text that ends with a newline. */
+static const char *last_line(char *text)
+{
+    text[strlen(text) - 1] = 0;
+    const char *newline = strrchr(text, '\n');
+    return newline ? newline + 1 : text;
+}
+
+static void test_chat_commands(void **state)
+{
+    (void)state;
+    static struct result a, b;
+    char input[400];
+    /* after /reset a line is the first one */
+    run(&a, "The sea is calm.\n", false, TALK("-q"));
+    run(&b, "I am Tom.\n\n/reset\nThe sea is calm.\n/quit\nnever\n", false, TALK("-q"));
+    assert_true(a.code == 0 && b.code == 0);
+    assert_string_equal(last_line(a.out), last_line(b.out));
+
+    /* a conversation goes on in another process as it does in its own */
+    snprintf(input, sizeof(input), "I am Tom.\n/save %s/talk\nThe sea is calm.\n", dir);
+    run(&a, input, false, TALK("-q"));
+    snprintf(input, sizeof(input), "/load %s/talk\nThe sea is calm.\n", dir);
+    run(&b, input, false, TALK("-q"));
+    assert_true(a.code == 0 && b.code == 0);
+    assert_string_equal(last_line(a.out), last_line(b.out));
+}
+
+static void test_chat_refusals(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *input, *words;
+    } cases[] = {
+        {"/what now\n", "/what now: /save FILE"},    {"/save\n", "/save: /save FILE"},
+        {"/save /tmp/x\n", "nothing has been said"}, {"/load /nowhere\n", "/nowhere"},
+        {"/load README.md\n", "README.md"},          {"a\xFF\n", "UTF-8"},
+    };
+    static struct result r;
+    for (size_t c = 0; c < COUNT_OF(cases); c++) {
+        run(&r, cases[c].input, false, ARGS("-m", dir, "--chat"));
+        const char *line = strstr(r.err, "latte-run: ");
+        if (r.code != 1 || !line || !strstr(line, cases[c].words))
+            fail_msg("\"%s\": code %d, \"%s\"", cases[c].input, r.code, r.err);
+    }
+    run(&r, "Hello\n", false, ARGS("-m", short_dir, "--chat"));
+    assert_true(r.code == 1 && strstr(r.err, "template") && !r.out[0]);
+}
+
+/* Ctrl-C stops the answer; the conversation has it as far as it came, and goes on. */
+static void test_chat_interrupt(void **state)
+{
+    (void)state;
+    static struct result r;
+    char input[200], name[120];
+    size_t n = 0;
+    snprintf(name, sizeof(name), "%s/stopped", dir);
+    snprintf(input, sizeof(input), "Hello\n/save %s\n", name);
+    run(&r, input, true, ARGS("-m", dir, "--chat", "-n", "2000000000", "--ignore-eos", "-v"));
+    assert_int_equal(r.code, 0);
+    const char *output = strstr(r.err, "output ");
+    assert_true(output && strstr(output, "interrupted"));
+    /* image.h: the position is 8 bytes at 32, the tail 4 at 12, pending tokens 4 at 48 */
+    unsigned char *image = (unsigned char *)test_file_read(name, &n);
+    assert_true(image && n > 56);
+    uint64_t position;
+    memcpy(&position, image + 32, sizeof(position));
+    size_t n_prompt = strtoul(strstr(r.err, "prompt ") + 7, NULL, 10);
+    size_t n_output = strtoul(output + 7, NULL, 10);
+    assert_int_equal(position + image[48], n_prompt + n_output);
+    assert_int_equal(image[12], 1); /* the answer is open */
+    free(image);
 }
 
 static void test_interrupt(void **state)
@@ -253,6 +370,102 @@ static void test_perplexity(void **state)
     assert_true(r.code == 0 && strstr(r.out, "nothing to score"));
 }
 
+static double golden_number(const cJSON *object, const char *name)
+{
+    const cJSON *item = cJSON_GetObjectItem(object, name);
+    if (!cJSON_IsNumber(item))
+        fail_msg("no number \"%s\"", name);
+    return item->valuedouble;
+}
+
+static void check_near(const char *what, double found, double expected)
+{
+    if (fabs(found / expected - 1) > 1e-4)
+        fail_msg("%s is %.8g, expected %.8g", what, found, expected);
+}
+
+/* tests/golden/models/perplexity.py says what is expected. */
+static void test_perplexity_of_documents(void **state)
+{
+    (void)state;
+    static const char file[] = "tests/golden/models/bundled/documents.txt";
+    static struct result r;
+    size_t n;
+    char *text = test_file_read("tests/golden/models/bundled/perplexity.json", &n);
+    cJSON *golden = cJSON_Parse(text);
+    assert_non_null(golden);
+    const char *const slots[] = {"1", "2", "16"};
+    for (size_t i = 0; i < COUNT_OF(slots); i++) {
+        run(&r, NULL, false,
+            ARGS("-m", bundled_dir, "--perplexity", file, "--weight-dtype", "f32", "--json",
+                 "--slots", slots[i]));
+        cJSON *found = cJSON_Parse(r.out);
+        assert_true(r.code == 0 && found);
+        static const char *const names[] = {"documents", "tokens", "perplexity", "bits_per_byte"};
+        for (size_t k = 0; k < COUNT_OF(names); k++)
+            check_near(names[k], golden_number(found, names[k]), golden_number(golden, names[k]));
+        assert_true(cJSON_IsTrue(cJSON_GetObjectItem(found, "complete")));
+        cJSON_Delete(found);
+    }
+    run(&r, NULL, false,
+        ARGS("-m", bundled_dir, "--perplexity", file, "--weight-dtype", "f32", "--json",
+             "--lengths", "8,20,40"));
+    cJSON *found = cJSON_Parse(r.out);
+    assert_true(r.code == 0 && found);
+    check_near("documents", golden_number(found, "documents"),
+               golden_number(golden, "long_documents"));
+    const cJSON *length;
+    cJSON_ArrayForEach(length, cJSON_GetObjectItem(found, "lengths"))
+    {
+        char name[20];
+        snprintf(name, sizeof(name), "%d", (int)golden_number(length, "tokens"));
+        check_near(name, golden_number(length, "perplexity"),
+                   golden_number(cJSON_GetObjectItem(golden, "first"), name));
+    }
+    cJSON_Delete(found);
+    cJSON_Delete(golden);
+    free(text);
+}
+
+/* tests/golden/models/latents.py says what is expected. */
+static void test_explain(void **state)
+{
+    (void)state;
+    static struct result r;
+    char csv[120];
+    size_t n;
+    char *text = test_file_read("tests/golden/models/bundled/latents.json", &n);
+    cJSON *golden = cJSON_Parse(text);
+    assert_non_null(golden);
+    snprintf(csv, sizeof(csv), "%s/latents.csv", dir);
+    run(&r, NULL, false,
+        ARGS("-m", bundled_dir, "--explain", csv, "-p",
+             cJSON_GetObjectItem(golden, "prompt")->valuestring));
+    assert_true(r.code == 0 && !r.out[0]);
+    char *table = test_file_read(csv, &n), *rest = table;
+    assert_string_equal(strsep(&rest, "\n"), "layer,head,latent,p,head_entropy");
+    int n_rows = 0;
+    for (char *line; (line = strsep(&rest, "\n")) && line[0]; n_rows++) {
+        int layer, head, latent;
+        double p, entropy;
+        assert_int_equal(sscanf(line, "%d,%d,%d,%lf,%lf", &layer, &head, &latent, &p, &entropy), 5);
+        const cJSON *expected = cJSON_GetArrayItem(
+            cJSON_GetArrayItem(cJSON_GetArrayItem(cJSON_GetObjectItem(golden, "p"), layer), head),
+            latent);
+        assert_non_null(expected);
+        const cJSON *expected_entropy = cJSON_GetArrayItem(
+            cJSON_GetArrayItem(cJSON_GetObjectItem(golden, "entropy"), layer), head);
+        if (fabs(p - expected->valuedouble) > 1e-4 ||
+            fabs(entropy - expected_entropy->valuedouble) > 1e-3)
+            fail_msg("\"%s\": expected %g and %g", line, expected->valuedouble,
+                     expected_entropy->valuedouble);
+    }
+    assert_int_equal(n_rows, 7 * 5 * 17);
+    free(table);
+    free(text);
+    cJSON_Delete(golden);
+}
+
 static void test_context_limit(void **state)
 {
     (void)state;
@@ -303,10 +516,13 @@ static int remove_models(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refusals),      cmocka_unit_test(test_help_and_version),
-        cmocka_unit_test(test_completions),   cmocka_unit_test(test_chat),
-        cmocka_unit_test(test_interrupt),     cmocka_unit_test(test_perplexity),
-        cmocka_unit_test(test_context_limit),
+        cmocka_unit_test(test_refusals),       cmocka_unit_test(test_help_and_version),
+        cmocka_unit_test(test_completions),    cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_interrupt),      cmocka_unit_test(test_perplexity),
+        cmocka_unit_test(test_context_limit),  cmocka_unit_test(test_chat_turns),
+        cmocka_unit_test(test_chat_commands),  cmocka_unit_test(test_chat_refusals),
+        cmocka_unit_test(test_chat_interrupt), cmocka_unit_test(test_perplexity_of_documents),
+        cmocka_unit_test(test_explain),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');
