@@ -99,8 +99,8 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
               $(wildcard tests/golden/tokenizer/*.json)
 FUZZ_SECONDS ?= 20
 
-.PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests cuda-tests \
-        gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
+.PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests \
+        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets

@@ -41,24 +41,28 @@ def arguments():
     parser.add_argument("--latent-input", choices=("none", "conv", "rglru"), default="rglru")
     parser.add_argument("--rglru-blocks", type=int, help="default: blocks of 64")
     parser.add_argument("--window-bias", type=float, default=20.0, help="logit of p(0|t) in the fresh model")
-    parser.add_argument("--adapter", type=Path, help="trained Latte tensors (safetensors), in place of fresh ones")
+    parser.add_argument("--adapter", type=Path, help="trained Latte tensors, and norms, in place of fresh ones and the base's")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def latent_tensors(args, config):
+def latent_tensors(args, config, base):
+    """Fresh, or an adapter's: all that Latte adds, and those of the base's norms (`base` {name: tensor}) that were trained."""
     if not args.adapter:
         return fresh_tensors(config, args.window_bias, args.seed)
     from hf_source import Tensors
     from safetensors import safe_open
     with safe_open(args.adapter, framework="np") as opened:
-        names = list(opened.keys())
-    expected = {name: value.shape for name, value in fresh_tensors(config, 0.0)}
-    if set(names) != set(expected):
-        raise Unsupported(f"{args.adapter}: its tensors are not those of this Macchiato: "
-                          f"{sorted(set(names) ^ set(expected))[:3]}")
-    read_tensor = Tensors({name: args.adapter for name in names})
-    return ((name, read_tensor(name)) for name in names)
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    needed = {name: value.shape for name, value in fresh_tensors(config, 0.0)}
+    norms = {name: value.shape for name, value in base.items() if name.endswith((".norm1.weight", ".norm2.weight"))}
+    wrong = sorted(name for name in set(needed) | set(shapes)
+                   if shapes.get(name, norms.get(name)) != {**norms, **needed}.get(name))
+    if wrong:
+        raise Unsupported(f"{args.adapter}: {wrong[0]}: expected {({**norms, **needed}).get(wrong[0], 'no such tensor')}, "
+                          f"found {shapes.get(wrong[0], 'none')}")
+    read_tensor = Tensors({name: args.adapter for name in shapes})
+    return ((name, read_tensor(name)) for name in shapes)
 
 
 def convert(args):
@@ -71,7 +75,7 @@ def convert(args):
         latents = args.latents or 16 * config["num_attention_heads"]
         blocks = args.rglru_blocks or max(1, config["hidden_size"] // 64)
         config = macchiato_config(config, latents, args.window, blocks, args.latent_input)
-        tensors.update(latent_tensors(args, config))
+        tensors.update(latent_tensors(args, config, tensors))
     write_model(args.out, source, config, tensors, args.dtype)
     n = sum(int(np.prod(value.shape)) for value in tensors.values())
     print(f"{args.out}: {len(tensors)} tensors, {n / 1e6:.1f} million parameters, {args.dtype}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -101,6 +102,31 @@ def test_what_cannot_be_expressed_is_named(name, tmp_path):
     file.write_text(json.dumps({**values, **changes}))
     with pytest.raises(Unsupported, match=word):
         convert.convert(arguments(tmp_path / "source", tmp_path / "out"))
+
+
+def test_an_adapter_may_bring_norms_and_must_fit(tmp_path):
+    random_model(CASES["llama"]).save_pretrained(tmp_path / "source")
+    adapter, made = tmp_path / "adapter.safetensors", tmp_path / "out" / "model.safetensors"
+
+    def convert_with(tensors):
+        safetensors.numpy.save_file(tensors, adapter)
+        convert.convert(arguments(tmp_path / "source", tmp_path / "out", macchiato=True, adapter=adapter))
+        return safetensors.numpy.load_file(made)
+
+    convert.convert(arguments(tmp_path / "source", tmp_path / "out", macchiato=True))
+    fresh = safetensors.numpy.load_file(made)
+    trained = {name: value + 1 for name, value in fresh.items() if ".latent_" in name or ".rglru" in name}
+    norm, other = "model.layers.2.norm1.weight", "model.layers.0.mlp.up_proj.weight"
+    for more in ({}, {norm: fresh[norm] * 2}):
+        got = convert_with({**trained, **more})
+        for name, value in fresh.items():
+            np.testing.assert_array_equal(got[name], {**trained, **more}.get(name, value))
+    for bad in ({norm: fresh[norm][:-1]}, {other: fresh[other]}, {"model.layers.9.norm1.weight": fresh[norm]}):
+        with pytest.raises(Unsupported, match=next(iter(bad)).replace(".", r"\.")):
+            convert_with({**trained, **bad})
+    missing = sorted(trained)[3]
+    with pytest.raises(Unsupported, match=f"{missing}.*none"):
+        convert_with({name: value for name, value in trained.items() if name != missing})
 
 
 def test_bf16_rounds_to_nearest_even(tmp_path):

@@ -142,7 +142,7 @@ convert() {
 
 make_smollm2() {
     adapter=$here/adapter.safetensors
-    [ -r "$adapter" ] || fail "$adapter: no such file; the repository has it"
+    [ -r "$adapter" ] || fail "$adapter: no such file; until it is published, train one (weights/train/README.md)"
     convert smollm2 --macchiato --adapter "$adapter"
 }
 
