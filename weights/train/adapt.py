@@ -10,7 +10,7 @@ logits plus cross entropy; past --teacher-length, where the teacher is lost, cro
 RATE is the learning rate of that stage, --lr where there is none.
 
 RUN holds adapter.safetensors (bf16, written every --save-seconds and at the end), adapt.pt (float32
-weights and the optimisers' state) and loss.csv. The run stops after --seconds; the same command goes
+weights and the optimiser's state) and loss.csv. The run stops after --seconds; the same command goes
 on where it stopped, from adapt.pt. Where only an adapter is left, --init ADAPTER --begin SECONDS
 starts with its weights at that place of the plan.
 """
@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from adapt_data import Texts
 from distill import HeadLoss
 from model import load
-from optim import Muon
 from teacher import Teacher
 
 TRAINED = (".latent_q.", ".latent_k.", ".rglru.", ".rglru_norm.", ".conv.")
@@ -114,7 +113,9 @@ class Student:
             parameter.requires_grad_(is_trained(name, args.norms))
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.dtype)
+        torch.set_float32_matmul_precision("high")      # for the latents' logits, which bf16 would round too coarsely
         for layer in self.model.model.layers:   # p(0|t) starts where it can still be learnt
+            layer.mix.float_logits = True
             bias = layer.mix.latent_q.bias.data.view(self.model.config.num_attention_heads, -1)
             bias[:, 0] = args.start_bias
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -162,26 +163,20 @@ class Student:
                             kl, ce)
 
 
-def optimisers_of(student, args):
-    """AdamW, and Muon for the matrices of latent_q and latent_k with --muon. `scale` is what a group's
-    learning rate is, times the stage's; biases move faster: a logit's offset has one weight where its
-    slope has hundreds. The base's norms move slowly: every other weight of their layer rests on them."""
-    named = list(student.trained.items())
-    matrices = [p for name, p in named if args.muon and name.endswith(("latent_q.weight", "latent_k.weight"))]
-    taken = {id(p) for p in matrices}
-    rest = [(name, p) for name, p in named if id(p) not in taken]
-    norms = [p for name, p in rest if not is_trained(name)]
-    fast = [p for name, p in rest if name.endswith(FAST)]
-    slow = [p for name, p in rest if is_trained(name) and not name.endswith(FAST)]
-    groups = [{"params": params, "scale": scale}
-              for params, scale in ((slow, 1.0), (fast, args.bias_rate), (norms, args.norm_rate)) if params]
-    made = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-12, weight_decay=0.0,
-                              fused=student.device.type == "cuda")]
-    if matrices:
-        made.append(Muon(matrices, weight_decay=args.decay))
-        for group in made[-1].param_groups:
-            group["scale"] = args.muon
-    return made
+def optimiser_of(student, args):
+    """AdamW; `scale` is what a group's learning rate is, times the stage's. Biases move faster: a logit's offset has one
+    weight where its slope has hundreds. The base's norms move slowly: every other weight of their layer rests on them.
+    latent_k alone decays: what is the same for all tokens in a latent's logits changes nothing, so no gradient
+    holds it, and noise carries it away."""
+    kinds = {"slow": [], "fast": [], "norm": [], "latent_k": []}
+    for name, parameter in student.trained.items():
+        kind = ("norm" if not is_trained(name) else "latent_k" if ".latent_k." in name
+                else "fast" if name.endswith(FAST) else "slow")
+        kinds[kind].append(parameter)
+    scale = {"slow": 1.0, "fast": args.bias_rate, "norm": args.norm_rate, "latent_k": 1.0}
+    groups = [{"params": params, "scale": scale[kind], "weight_decay": args.decay if kind == "latent_k" else 0.0}
+              for kind, params in kinds.items() if params]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-12, fused=student.device.type == "cuda")
 
 
 class Run:
@@ -198,7 +193,7 @@ class Run:
         self.step = self.tokens = self.stage_step = 0
         self.elapsed, self.stage = args.begin, -1
         self.brake, self.best, self.usual = 1.0, None, None
-        self.optimisers = optimisers_of(self.student, args)
+        self.optimiser = optimiser_of(self.student, args)
         args.out.mkdir(parents=True, exist_ok=True)
         self.leads = self.group.rank == 0       # the one that writes and prints
         self.resume()
@@ -215,8 +210,7 @@ class Run:
         if file.exists():
             saved = torch.load(file, map_location=self.student.device, weights_only=True)
             self.put(saved["weights"])
-            for optimiser, state in zip(self.optimisers, saved["optimisers"]):
-                optimiser.load_state_dict(state)
+            self.optimiser.load_state_dict(saved["optimiser"])
             self.step, self.tokens, self.elapsed, self.brake = (
                 saved[name] for name in ("step", "tokens", "elapsed", "brake"))
         elif self.args.init:
@@ -242,8 +236,8 @@ class Run:
             return
         out = self.args.out
         weights = {name: p.detach().clone() for name, p in self.student.trained.items()}
-        torch.save({"weights": weights, "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-                    "step": self.step, "tokens": self.tokens, "elapsed": self.elapsed, "brake": self.brake}, out / "adapt.tmp")
+        torch.save({"weights": weights, "optimiser": self.optimiser.state_dict(), "step": self.step,
+                    "tokens": self.tokens, "elapsed": self.elapsed, "brake": self.brake}, out / "adapt.tmp")
         (out / "adapt.tmp").rename(out / "adapt.pt")
         about = {"step": self.step, "tokens": self.tokens, "elapsed": f"{self.elapsed:.1f}"}
         save_file({name: p.to("cpu", torch.bfloat16) for name, p in weights.items()}, out / "adapter.tmp",
@@ -263,17 +257,16 @@ class Run:
         parameters = [p for p in self.student.trained.values() if p.grad is not None]   # all of them, or a layer's mix
         self.group.average_gradients(parameters)
         self.clip(parameters)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["scale"] * self.rate()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["scale"] * self.rate()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         self.stage_step += 1
 
     def clip(self, parameters):
         """Gradients much longer than those before are shortened to `--clip` times their usual length: the
-        optimisers' steps have a length of their own, so it is one gradient's share of the momentum that matters."""
+        steps have a length of their own, so it is one gradient's share of the momentum that matters."""
         length = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.usual is None:
             self.usual = length
@@ -313,7 +306,7 @@ class Run:
             self.best = kl, {name: p.detach().clone() for name, p in self.student.trained.items()}
         elif not kl <= self.best[0] + self.args.worse:          # not a number is worse, too
             self.put(self.best[1])
-            self.optimisers = optimisers_of(self.student, self.args)
+            self.optimiser = optimiser_of(self.student, self.args)
             self.brake, self.stage_step, self.usual = self.brake / 2, 0, None
             self.say(f"back to the weights of kl {self.best[0]:.4f}, rate times {self.brake:g}")
 
@@ -408,9 +401,7 @@ def arguments():
     parser.add_argument("--ce", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=7e-4, help="of stages that name none")
     parser.add_argument("--bias-rate", type=float, default=2.0, help="times the rate for biases, lambda and norms")
-    parser.add_argument("--muon", type=float, default=0.0,
-                        help="times the rate for latent_q and latent_k, which Muon then trains; 0: AdamW trains all")
-    parser.add_argument("--decay", type=float, default=0.1, help="of the weights that Muon trains, times their rate")
+    parser.add_argument("--decay", type=float, default=1.0, help="of latent_k, times its rate")
     parser.add_argument("--norm-rate", type=float, default=0.25, help="times the rate for the base's norms")
     parser.add_argument("--norms", action="store_true", help="train the base's norms as well, which the teacher keeps")
     parser.add_argument("--start-bias", type=float, default=4.0, help="logit of p(0|t) at the start")

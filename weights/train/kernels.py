@@ -6,8 +6,9 @@ row: `segment` numbers the sessions of a row, and the state carried in belongs t
 
 Letters: B rows, T tokens, D hidden size, H heads, M latents per head, d head width, w window.
 
-The latent kernels keep sums of exp(theta) without a running maximum: theta is clamped to +-30,
-where float32 sums of any length are safe. evaluate.py uses the exact form of ops.py instead.
+The latent kernels keep sums of exp(theta) without a running maximum: theta is clamped to +-60, where
+float32 and bf16 hold them, sums of any length too, as well as the gradients, which divide by them once.
+evaluate.py uses the exact form of ops.py instead.
 """
 import os
 
@@ -15,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-THETA_LIMIT = 30.0
+THETA_LIMIT = 60.0
 # What the matrix units multiply; Triton's interpreter has no bf16 products.
 OPERAND = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 

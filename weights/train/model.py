@@ -156,6 +156,7 @@ class Mix(nn.Module):
         self.M = 0 if full else config.latents_per_head
         self.input = "none" if full else config.latent_input
         self.scale = (config.query_pre_attn_scalar or d) ** -0.5
+        self.float_logits = False               # the latents' logits in float32, whatever h is
 
         def linear(outputs, inputs=D, bias=config.bias):
             return nn.Linear(inputs, outputs, bias=bias)
@@ -220,7 +221,8 @@ class Mix(nn.Module):
             z, new["z"] = scan(h, got["recurrence"], got["gate"], self.rglru.decay(), state["z"], place["start"])
             u = self.rglru_norm(z.to(h.dtype))
         if self.input != "none":
-            got.update(products(u, {name: (job.weight, job.bias) for name, job in from_u.items()}))
+            got.update(products(u.float() if self.float_logits else u,
+                                {name: (job.weight, job.bias) for name, job in from_u.items()}))
 
         v = got["v"].view(B, T, KV, d)
         if self.window:

@@ -257,10 +257,15 @@ def compare_kernels(device="cpu", B=2, T=128, H=2, M=16, d=64, w=64, seed=0):
                             [leaf(B, T, D), leaf(B, T, D), leaf(B, T, D), decay])}
     m0, alpha0 = torch.zeros(B, H, M, device=device), torch.rand(B, H, M, device=device) * 20
     s0 = torch.randn(B, H, M, d, device=device) * alpha0[..., None]
+    empty, zero, zero_s = torch.full_like(m0, -torch.inf), torch.zeros_like(alpha0), torch.zeros_like(s0)
     p = torch.softmax(torch.randn(B, T, H, M, device=device), -1).to(dtype).requires_grad_()
     errors["latent"] = both(lambda th, p, v: kernels.latent(th, p, v, segment, alpha0, s0)[0],
                             lambda th, p, v: ops.latent(th, p, v, segment, (m0, alpha0, s0))[0],
                             [leaf(B, T, H, M, scale=2.0), p, leaf(B, T, H, d)])
+    far = torch.linspace(-40, 40, M, device=device)          # a latent's maximum may lie anywhere
+    errors["latent, far from 0"] = both(lambda th, p, v: kernels.latent(th + far, p, v, segment, zero, zero_s)[0],
+                                        lambda th, p, v: ops.latent(th + far, p, v, segment, (empty, zero, zero_s))[0],
+                                        [leaf(B, T, H, M, scale=4.0).float().detach().requires_grad_(), p, leaf(B, T, H, d)])
     last = kernels.latent(leaf(B, T, H, M), p, leaf(B, T, H, d), segment, alpha0, s0)
     assert torch.isfinite(last[1]).all() and torch.isfinite(last[2]).all()
     past_k, past_v = torch.randn(2, B, w, H, d, device=device).to(dtype)
