@@ -78,8 +78,8 @@ enum status engine_submit(struct engine *e, struct job *job, struct error *err);
  * The caller gets the list's reference and releases it. */
 struct job *engine_take_ready(struct engine *e);
 
-/* Whether a slot of a device holds the state of a complete image: a turn from there copies
- * nothing. False on a CPU, whose slots are host memory like the image. Takes no lock. */
+/* Whether a slot of a device holds the state of a complete image: a turn that goes on there
+ * copies nothing. False on a CPU, whose slots are host memory like the image. Takes no lock. */
 bool engine_state_is_resident(const struct engine *e, const struct image *image);
 
 /* Refuse new jobs from now on; those queued or running go on. */

@@ -29,7 +29,8 @@
  * Threads: loading and saving by the engine thread of the model; references by any; the
  *          values of a complete image may be read by any that holds it.
  * Memory:  the values of all images of a store together are bounded by its limit. Where there is
- *          a state store, values that nobody holds and that have a file make room for new ones.
+ *          a state store, values that nobody holds make room for new ones if they have a file,
+ *          if few tokens give them again, or if only later images come from them.
  * Errors:  BUSY when the store is full; INVALID naming what of a file does not fit, with what
  *          was expected and found; DEVICE from the model.
  */
@@ -87,7 +88,7 @@ struct image_store {
     void *spare;            /* memory of values that were dropped, for the next ones: a list */
     int n_images, n_in_memory;
     uint64_t next_id, n_passes;
-    struct image_list clean;  /* not held, with a file: may be dropped, the least used first */
+    struct image_list clean;  /* not held, and to be had otherwise: dropped, the least used first */
     struct image_list dirty;  /* not held, without a file: to be written when memory is short */
     struct image_list wanted; /* to be written now */
     struct image_list dead;   /* not kept either: their files are to be removed, unless shared */

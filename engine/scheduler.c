@@ -166,6 +166,8 @@ static void fail_device(struct scheduler *s, const struct error *cause)
     fail(&err, STATUS_DEVICE, "the device failed: %.300s", cause->text);
     inbox_fail(&s->inbox, &err);
     s->n_queued = s->n_saves = 0;
+    for (int i = 0; i < s->options.n_slots; i++)
+        set_resident(s, i, 0);
     end_all(s, &err);
 }
 

@@ -384,6 +384,18 @@ static void test_state_draws_its_jobs(void **state)
     assert_int_equal(fake_gpus[0].n_rows, before); /* though ties go to the first */
     assert_false(engine_state_is_resident(e, image));
 
+    struct image *lost = NULL; /* what a device had that failed is nowhere on it */
+    assert_int_equal(image_new(&lost, &store, NULL), STATUS_OK);
+    finish(submit_between(e, NULL, lost, 3, STATUS_OK), tokens);
+    assert_true(engine_state_is_resident(e, lost));
+    for (int i = 0; i < FAKE_GPUS; i++)
+        fake_gpus[i].broken = true;
+    assert_int_equal(finish(submit(e, 4, STATUS_OK), tokens), FINISH_ERROR);
+    for (int i = 0; i < FAKE_GPUS; i++)
+        fake_gpus[i].broken = false;
+    assert_false(engine_state_is_resident(e, lost));
+    image_release(lost);
+
     engine_close(e);
     image_release(image);
     image_store_free(&store);

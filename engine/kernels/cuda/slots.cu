@@ -125,9 +125,15 @@ static enum status open_lanes(struct gpu *g, struct lanes *lanes, struct error *
         const cudaError_t error = cudaMallocHost((void **)&lanes->list[i].block, s->block_bytes);
         if (error == cudaErrorMemoryAllocation) {
             (void)cudaGetLastError(); /* running out is no failure of the device */
-            return fail(err, STATUS_NOMEM,
-                        "%s: out of pinned memory for %d slots on their way, %zu bytes each",
-                        g->name, 2 * lanes->n, s->block_bytes);
+            if (i > 0) {
+                lanes->n = i; /* fewer do as well */
+                break;
+            }
+            return fail(
+                err, STATUS_NOMEM,
+                "%s: out of pinned host memory for a slot on its way to or from the device, %zu "
+                "bytes; a container may limit it (ulimit -l)",
+                g->name, s->block_bytes);
         }
         gpu_note(g, error, "cudaMallocHost");
         if (gpu_ready(g))
@@ -251,8 +257,10 @@ enum status gpu_fetched(struct backend *b, bool wait, const void **block, struct
     const struct lane *lane = lane_of(&s->out, s->out.n_over);
     const cudaError_t error = wait ? cudaEventSynchronize(lane->done) : cudaEventQuery(lane->done);
     *block = NULL;
-    if (error == cudaErrorNotReady)
+    if (error == cudaErrorNotReady) {
+        (void)cudaGetLastError(); /* else the next failure would be taken for this */
         return STATUS_OK;
+    }
     gpu_note(g, error, "a slot's copy to the host");
     if (!gpu_ready(g))
         return gpu_status(g, err);
