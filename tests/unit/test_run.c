@@ -427,6 +427,42 @@ static void test_perplexity_of_documents(void **state)
     free(text);
 }
 
+/* However the separating lines are written, the documents are these two: the first form is that of
+ * the golden text above, and all score alike. */
+static void test_separators(void **state)
+{
+    (void)state;
+    static const char end[] = "<|endoftext|>";
+    static const char *const forms[] = {
+        "A red fox.\n%s\nB\nlue sky.",         /* between documents */
+        "%s\nA red fox.\n%s\nB\nlue sky.",     /* the first line */
+        "A red fox.\n%s\nB\nlue sky.\n%s",     /* the last, which has no newline */
+        "A red fox.\n%s\nB\nlue sky.\n%s\n",   /* the last */
+        "A red fox.\n%s\n%s\n%s\nB\nlue sky.", /* one after the other */
+        "%s\n%s\nA red fox.\n%s\n \n\n%s\nB\nlue sky.\n%s\n%s",
+        "%s\r\nA red fox.\r\n%s\r\n%s\r\nB\nlue sky.\r\n%s\r\n", /* CR LF */
+    };
+    double perplexity = 0;
+    for (size_t i = 0; i < COUNT_OF(forms); i++) {
+        static struct result r;
+        char text[200];
+        snprintf(text, sizeof(text), forms[i], end, end, end, end, end, end);
+        run(&r, text, false, ARGS("-m", dir, "--perplexity", "-", "--json", "--slots", "1"));
+        cJSON *found = cJSON_Parse(r.out);
+        if (r.code || !found || golden_number(found, "documents") != 2 ||
+            golden_number(found, "bytes") != strlen("A red fox.") + strlen("B\nlue sky."))
+            fail_msg("form %zu: code %d, %s", i, r.code, r.out);
+        perplexity = i ? perplexity : golden_number(found, "perplexity");
+        check_near("perplexity", golden_number(found, "perplexity"), perplexity);
+        cJSON_Delete(found);
+    }
+    /* a line that has more than the separator is text */
+    static struct result r;
+    run(&r, "A red fox.\n<|endoftext|> \nx<|endoftext|>\nBlue.", false,
+        ARGS("-m", dir, "--perplexity", "-", "--json"));
+    assert_non_null(strstr(r.out, "\"documents\":1,"));
+}
+
 /* tests/golden/models/latents.py says what is expected. */
 static void test_explain(void **state)
 {
@@ -522,7 +558,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_context_limit),  cmocka_unit_test(test_chat_turns),
         cmocka_unit_test(test_chat_commands),  cmocka_unit_test(test_chat_refusals),
         cmocka_unit_test(test_chat_interrupt), cmocka_unit_test(test_perplexity_of_documents),
-        cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_separators),     cmocka_unit_test(test_explain),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');
