@@ -6,6 +6,8 @@
 
 #include <cjson/cJSON.h>
 #include <math.h>
+#include <poll.h>
+#include <pty.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -75,6 +77,84 @@ static void run(struct result *r, const char *input, bool interrupt, const char 
     r->code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
     read_back(err, r->err);
     fclose(in);
+}
+
+/* The program at a terminal that neither echoes nor cuts long lines. */
+struct terminal {
+    pid_t pid;
+    int fd;
+    size_t n;
+    char text[MAX_OUTPUT]; /* what it has written and nobody has waited for; of much, the end */
+};
+
+static void terminal_start(struct terminal *t, const char *const *arguments)
+{
+    char *argv[MAX_ARGUMENTS] = {program};
+    struct termios raw = {0};
+    for (int i = 0; arguments[i]; i++)
+        argv[i + 1] = (char *)arguments[i];
+    cfmakeraw(&raw);
+    cfsetspeed(&raw, B38400);
+    t->n = 0;
+    t->pid = forkpty(&t->fd, NULL, &raw, NULL);
+    if (t->pid == 0) {
+        execv(program, argv);
+        _exit(126);
+    }
+    assert_true(t->pid > 0);
+}
+
+/* Take what comes within 10 ms; false once the program has ended. */
+static bool terminal_read(struct terminal *t)
+{
+    enum { KEPT = 1000 };
+    struct pollfd ready = {.fd = t->fd, .events = POLLIN};
+    if (t->n > MAX_OUTPUT / 2) {
+        memmove(t->text, t->text + t->n - KEPT, KEPT);
+        t->n = KEPT;
+    }
+    ssize_t got = 0;
+    if (poll(&ready, 1, 10) > 0 && (got = read(t->fd, t->text + t->n, MAX_OUTPUT / 2 - 1)) <= 0)
+        return false;
+    t->n += (size_t)got;
+    t->text[t->n] = 0;
+    return true;
+}
+
+/* Wait for these words, and leave what follows them; Ctrl-C every 10 ms meanwhile, or never. */
+static void terminal_await(struct terminal *t, const char *words, bool interrupt)
+{
+    const char *found = NULL;
+    t->text[t->n] = 0;
+    for (int i = 0; i < 3000 && !(found = strstr(t->text, words)); i++) {
+        if (interrupt)
+            kill(t->pid, SIGINT);
+        if (!terminal_read(t))
+            fail_msg("it ended without \"%s\": \"%s\"", words, t->text);
+    }
+    if (!found)
+        fail_msg("no \"%s\" came: \"%s\"", words, t->text);
+    t->n -= (size_t)(found - t->text) + strlen(words);
+    memmove(t->text, found + strlen(words), t->n + 1);
+}
+
+static void terminal_type(struct terminal *t, const char *line)
+{
+    size_t n = strlen(line);
+    for (ssize_t done; n; line += done, n -= (size_t)done)
+        if ((done = write(t->fd, line, n)) < 0)
+            fail_msg("it reads no more: \"%s\"", t->text);
+}
+
+/* Its exit code, or -signal, with its last words in text. */
+static int terminal_end(struct terminal *t)
+{
+    int status;
+    while (terminal_read(t))
+        ;
+    close(t->fd);
+    assert_int_equal(waitpid(t->pid, &status, 0), t->pid);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
 #define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
@@ -291,6 +371,69 @@ static void test_chat_interrupt(void **state)
     free(image);
 }
 
+/* A line that takes a while to read. */
+static char *long_line(void)
+{
+    struct bytes line = {0};
+    for (int i = 0; i < 40000; i++)
+        bytes_format(&line, "The %d cats sat. ", i);
+    bytes_text(&line, "\n");
+    assert_false(line.failed);
+    return line.data;
+}
+
+/* Ctrl-C before there is an answer to keep, or before it is kept: the conversation is as it was,
+ * and says so. */
+static void test_chat_interrupt_forgets(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    char *line = long_line();
+    terminal_start(&t, ARGS("-m", dir, "--chat", "-n", "2000000000", "--ignore-eos"));
+    terminal_await(&t, "> ", false);
+    terminal_type(&t, line);
+    terminal_await(&t, "stopped before the answer began; the last line is forgotten", true);
+    terminal_await(&t, "> ", false);
+    terminal_type(&t, "/save /nowhere/talk\n");
+    terminal_await(&t, "nothing has been said yet", false);
+
+    terminal_await(&t, "> ", false);
+    while (t.n) { /* hints of the last Ctrl-C */
+        t.n = 0;
+        terminal_read(&t);
+    }
+    terminal_type(&t, line);
+    for (int i = 0; i < 3000 && !t.n; i++)
+        assert_true(terminal_read(&t));
+    terminal_await(&t, "stopped before the answer was kept; the last line is forgotten", true);
+    terminal_await(&t, "> ", false);
+    terminal_type(&t, "/save /nowhere/talk\n");
+    terminal_await(&t, "nothing has been said yet", false);
+    terminal_type(&t, "/quit\n");
+    assert_int_equal(terminal_end(&t), 0);
+    free(line);
+}
+
+/* Between answers Ctrl-C says how to end; the prompt is not for --quiet. */
+static void test_chat_hint(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    terminal_start(&t, ARGS("-m", dir, "--chat"));
+    terminal_await(&t, "> ", false);
+    terminal_await(&t, "\n/quit or Ctrl-D ends the chat\n> ", true);
+    terminal_type(&t, "/quit\n");
+    assert_int_equal(terminal_end(&t), 0);
+
+    terminal_start(&t, ARGS("-m", dir, "--chat", "-q", "-n", "0"));
+    terminal_type(&t, "Hello\n");
+    terminal_await(&t, "\n", false); /* before there is a chat, a signal would end it */
+    terminal_await(&t, "\n/quit or Ctrl-D ends the chat\n", true);
+    terminal_type(&t, "/quit\n");
+    assert_int_equal(terminal_end(&t), 0);
+    assert_null(strstr(t.text, "> "));
+}
+
 static void test_interrupt(void **state)
 {
     (void)state;
@@ -427,6 +570,32 @@ static void test_perplexity_of_documents(void **state)
     free(text);
 }
 
+/* Ctrl-C ends the scoring with a report of what there is. */
+static void test_perplexity_interrupt(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    static const char *const slots[] = {"1", "4"};
+    struct bytes text = {0};
+    char path[120];
+    size_t n_tokens;
+    for (int i = 0; i < 100000; i++)
+        bytes_text(&text, "The cat sat.\n<|endoftext|>\n");
+    snprintf(path, sizeof(path), "%s/documents", dir);
+    assert_true(!text.failed && !test_file_write(dir, "documents", text.data, text.n));
+    for (size_t i = 0; i < COUNT_OF(slots); i++) {
+        terminal_start(&t, ARGS("-m", dir, "--perplexity", path, "--slots", slots[i]));
+        terminal_await(&t, "scoring [", false);
+        kill(t.pid, SIGINT);
+        assert_int_equal(terminal_end(&t), 130);
+        const char *report = strstr(t.text, "perplexity ");
+        if (!report || sscanf(report, "perplexity %*f a token; %zu tokens", &n_tokens) != 1 ||
+            !strstr(report, " (interrupted)\n"))
+            fail_msg("it prints \"%s\"", t.text);
+    }
+    bytes_free(&text);
+}
+
 /* However the separating lines are written, the documents are these two: the first form is that of
  * the golden text above, and all score alike. */
 static void test_separators(void **state)
@@ -552,13 +721,23 @@ static int remove_models(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refusals),       cmocka_unit_test(test_help_and_version),
-        cmocka_unit_test(test_completions),    cmocka_unit_test(test_chat),
-        cmocka_unit_test(test_interrupt),      cmocka_unit_test(test_perplexity),
-        cmocka_unit_test(test_context_limit),  cmocka_unit_test(test_chat_turns),
-        cmocka_unit_test(test_chat_commands),  cmocka_unit_test(test_chat_refusals),
-        cmocka_unit_test(test_chat_interrupt), cmocka_unit_test(test_perplexity_of_documents),
-        cmocka_unit_test(test_separators),     cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_help_and_version),
+        cmocka_unit_test(test_completions),
+        cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_interrupt),
+        cmocka_unit_test(test_perplexity),
+        cmocka_unit_test(test_context_limit),
+        cmocka_unit_test(test_chat_turns),
+        cmocka_unit_test(test_chat_commands),
+        cmocka_unit_test(test_chat_refusals),
+        cmocka_unit_test(test_chat_interrupt),
+        cmocka_unit_test(test_perplexity_of_documents),
+        cmocka_unit_test(test_separators),
+        cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_chat_interrupt_forgets),
+        cmocka_unit_test(test_chat_hint),
+        cmocka_unit_test(test_perplexity_interrupt),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');
