@@ -3,7 +3,6 @@
  * A turn feeds what is new and leaves an image, from which the next one goes on: nothing is
  * rendered, tokenized or fed twice, however long the conversation. Images are those of the server
  * (image.h), so a session exported there goes on here, and the other way round. */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -184,17 +183,6 @@ static enum status answer_line(struct chat *c, const char *line, struct error *e
 
 /* ---- Commands ---- */
 
-static enum status write_file(const char *path, const struct bytes *data, struct error *err)
-{
-    FILE *f = fopen(path, "wb");
-    if (!f)
-        return fail(err, STATUS_IO, "%s: %s", path, strerror(errno));
-    bool written = fwrite(data->data, 1, data->n, f) == data->n;
-    if (fclose(f) || !written)
-        return fail(err, STATUS_IO, "%s cannot be written: %s", path, strerror(errno));
-    return STATUS_OK;
-}
-
 static enum status save(struct chat *c, const char *path, struct error *err)
 {
     struct bytes data = {0};
@@ -202,7 +190,7 @@ static enum status save(struct chat *c, const char *path, struct error *err)
         return fail(err, STATUS_INVALID, "/save: nothing has been said yet");
     image_write(c->image, &data);
     enum status st = data.failed ? fail(err, STATUS_NOMEM, "/save: out of memory")
-                                 : write_file(path, &data, err);
+                                 : file_write(path, data.data, data.n, err);
     bytes_free(&data);
     return st;
 }

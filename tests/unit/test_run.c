@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -323,6 +324,40 @@ static void test_chat_commands(void **state)
     run(&b, input, false, TALK("-q"));
     assert_true(a.code == 0 && b.code == 0);
     assert_string_equal(last_line(a.out), last_line(b.out));
+}
+
+/* A state that cannot be saved leaves the one that was there. */
+static void test_chat_save(void **state)
+{
+    (void)state;
+    static struct result r;
+    char input[400], path[120], new_path[130];
+    size_t n_first, n;
+    snprintf(path, sizeof(path), "%s/kept", dir);
+    snprintf(new_path, sizeof(new_path), "%s.new", path);
+    snprintf(input, sizeof(input), "One.\n/save %s\n", path);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    char *first = test_file_read(path, &n_first);
+    assert_true(r.code == 0 && first && access(new_path, F_OK) != 0);
+
+    assert_int_equal(mkdir(new_path, 0700), 0); /* nothing can be written there */
+    snprintf(input, sizeof(input), "Two and three.\n/save %s\n", path);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    assert_true(r.code == 1 && strstr(r.err, new_path));
+    char *second = test_file_read(path, &n);
+    assert_true(second && n == n_first && !memcmp(first, second, n));
+    free(second);
+
+    assert_int_equal(rmdir(new_path), 0);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    second = test_file_read(path, &n);
+    assert_true(r.code == 0 && second && memcmp(first, second, n));
+    free(first);
+    free(second);
+
+    snprintf(input, sizeof(input), "One.\n/save %s\n", dir);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    assert_true(r.code == 1 && strstr(r.err, "is not a regular file"));
 }
 
 static void test_chat_refusals(void **state)
@@ -737,6 +772,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_explain),
         cmocka_unit_test(test_chat_interrupt_forgets),
         cmocka_unit_test(test_chat_hint),
+        cmocka_unit_test(test_chat_save),
         cmocka_unit_test(test_perplexity_interrupt),
     };
     (void)argc;
