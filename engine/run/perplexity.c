@@ -278,7 +278,7 @@ static enum status cut_to_lengths(struct scoring *s, struct error *err)
 static enum status load_and_score(struct scoring *s, struct error *err)
 {
     struct run *r = s->r;
-    int64_t n_slots = r->options.slots ? r->options.slots : RUN_DEFAULT_SLOTS;
+    int64_t n_slots = r->options.slots;
     s->n_lanes = (int)((size_t)n_slots < s->documents.n ? (size_t)n_slots : s->documents.n);
     s->n_lanes = s->n_lanes ? s->n_lanes : 1;
     enum status st = run_load(r, s->n_lanes, err);

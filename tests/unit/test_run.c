@@ -164,7 +164,7 @@ static void test_refusals(void **state)
 {
     (void)state;
     static const struct {
-        const char *arguments[8], *words;
+        const char *arguments[9], *words;
     } cases[] = {
         {{NULL}, "no model"},
         {{"-m", "DIR"}, "-p TEXT"},
@@ -193,13 +193,21 @@ static void test_refusals(void **state)
         {{"-m", "SHORT", "-p", "x", "--explain", "x.csv"}, "no layer with latents"},
         {{"-m", "DIR", "-p", "x", "--explain", "/nowhere/x.csv"}, "/nowhere/x.csv"},
         {{"-m", "DIR", "--perplexity", "-", "--slots", "2000"}, "--slots is 2000"},
+        {{"-m", "DIR", "--perplexity", "-", "--slots", "0"}, "--slots is 0"},
+        {{"-m", "DIR", "--perplexity", "-", "--chat"}, "--chat is not for --perplexity"},
+        {{"-m", "DIR", "--perplexity", "-", "-t", "1"}, "--temperature is not for --perplexity"},
+        {{"-m", "DIR", "--chat", "--slots", "4"}, "--slots is for --perplexity"},
+        {{"-m", "DIR", "--chat", "--echo"}, "--echo is not for --chat"},
+        {{"-m", "DIR", "-p", "x", "--explain", "x", "--device", "cpu"},
+         "--device is not for --explain"},
+        {{"-m", "DIR", "-p", "x", "--explain", "x", "-n", "8"}, "--max-tokens is not for"},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,"}, "--lengths: \"8,\""},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,8"}, "--lengths: \"8,8\""},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8"}, "no document has more"},
         {{"-m", "SHORT", "--perplexity", "-", "--lengths", "32"}, "reads 32 tokens at most"},
     };
     for (size_t c = 0; c < COUNT_OF(cases); c++) {
-        const char *arguments[9] = {NULL};
+        const char *arguments[10] = {NULL};
         static struct result r;
         for (int i = 0; cases[c].arguments[i]; i++)
             arguments[i] = !strcmp(cases[c].arguments[i], "DIR")     ? dir
@@ -706,6 +714,21 @@ static void test_explain(void **state)
     cJSON_Delete(golden);
 }
 
+/* At a terminal it shows how far it is, and takes that away again. */
+static void test_explain_progress(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    char csv[120];
+    snprintf(csv, sizeof(csv), "%s/latents.csv", dir);
+    terminal_start(&t, ARGS("-m", bundled_dir, "--explain", csv, "-p", "A red fox."));
+    terminal_await(&t, "reading [", false);
+    terminal_await(&t, "\r\033[K", false);
+    assert_int_equal(terminal_end(&t), 0);
+    terminal_start(&t, ARGS("-m", bundled_dir, "--explain", csv, "-p", "A red fox.", "-q"));
+    assert_true(terminal_end(&t) == 0 && t.n == 0);
+}
+
 static void test_context_limit(void **state)
 {
     (void)state;
@@ -773,6 +796,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_chat_interrupt_forgets),
         cmocka_unit_test(test_chat_hint),
         cmocka_unit_test(test_chat_save),
+        cmocka_unit_test(test_explain_progress),
         cmocka_unit_test(test_perplexity_interrupt),
     };
     (void)argc;
