@@ -16,9 +16,10 @@ OPT    ?= -O3
 MODEL  ?= weights/latte-12m
 ARGS   ?=
 
-# smollm2 and smollm2-teacher are made where they are asked for by these names.
+# smollm2 and smollm2-teacher are made where they are asked for by these names, in build/ or
+# SMOLLM2_BUILD.
 MADE_MODELS := smollm2 smollm2-teacher
-MODEL_DIR := $(if $(filter $(MADE_MODELS),$(MODEL)),build/$(MODEL),$(MODEL))
+MODEL_DIR := $(if $(filter $(MADE_MODELS),$(MODEL)),$(or $(SMOLLM2_BUILD),build)/$(MODEL),$(MODEL))
 
 NVCC_ON_PATH := $(shell command -v nvcc)
 CUDA_HOME ?= $(or $(NVCC_ON_PATH:%/bin/nvcc=%),/usr/local/cuda)

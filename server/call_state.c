@@ -153,7 +153,7 @@ static void after_commit(struct call *c)
 
 /* ---- the state after ---- */
 
-/* How an assistant's turn ended, for the rendering of the next one (call_prepare.c). */
+/* How an assistant's turn ended, for the rendering of the next one (weights/chat_turn.c). */
 static uint32_t tail_of(const struct call *c, int32_t last, bool by_token)
 {
     const char *texts[4];

@@ -42,12 +42,13 @@ enum status chat_template_render_turn(const struct chat_template *t, enum chat_t
 {
     struct bytes whole = {.limit = out->limit};
     enum status st = render_whole(t, messages, n_messages, flags, &whole, err);
-    const char *at = st ? NULL : strstr(whole.data, answer_before);
+    const char *at =
+        st || !whole.n ? NULL : memmem(whole.data, whole.n, answer_before, strlen(answer_before));
     if (at) {
         at += strlen(answer_before);
         if (tail != CHAT_TAIL_OPEN)
             at += end_bytes(t, at);
-        bytes_text(out, at);
+        bytes_append(out, at, (size_t)(whole.data + whole.n - at)); /* may have zero bytes */
         if (out->failed)
             st = fail(err, STATUS_NOMEM, "chat template: out of memory, or over the limit");
     } else if (!st) {

@@ -89,6 +89,52 @@ enum status file_read(struct bytes *out, const char *path, size_t max_bytes, str
     return st;
 }
 
+static enum status write_all(int fd, const char *path, const char *data, size_t n,
+                             struct error *err)
+{
+    for (ssize_t done; n; data += done, n -= (size_t)done) {
+        done = write(fd, data, n);
+        if (done < 0 && errno == EINTR)
+            done = 0;
+        if (done < 0)
+            return fail_errno(err, "write", path);
+    }
+    return fsync(fd) ? fail_errno(err, "write", path) : STATUS_OK; /* before the name is there */
+}
+
+/* What is at path may be replaced by a file. */
+static enum status check_replaceable(const char *path, struct error *err)
+{
+    struct stat info;
+    if (!stat(path, &info))
+        return S_ISREG(info.st_mode) ? STATUS_OK
+                                     : fail(err, STATUS_INVALID, "%s is not a regular file", path);
+    return errno == ENOENT ? STATUS_OK : fail_errno(err, "examine", path);
+}
+
+enum status file_write(const char *path, const void *data, size_t n, struct error *err)
+{
+    char new_path[FILE_PATH_BYTES];
+    int length = snprintf(new_path, sizeof(new_path), "%s.new", path);
+    if (length < 0 || length >= FILE_PATH_BYTES)
+        return fail(err, STATUS_INVALID, "the path %.40s... has more than %d bytes", path,
+                    FILE_PATH_BYTES - 5);
+    enum status st = check_replaceable(path, err);
+    if (st)
+        return st;
+    int fd = open(new_path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0)
+        return fail_errno(err, "make", new_path);
+    st = write_all(fd, new_path, data, n, err);
+    if (close(fd) && !st)
+        st = fail_errno(err, "write", new_path);
+    if (!st && rename(new_path, path))
+        st = fail_errno(err, "replace", path);
+    if (st)
+        unlink(new_path);
+    return st;
+}
+
 enum status file_map(struct file_map *out, const char *path, struct error *err)
 {
     int fd = -1;

@@ -1,10 +1,10 @@
-/* file.h - reading whole files, and mapping large ones.
+/* file.h - reading and writing whole files, and mapping large ones.
  *
  * Only regular files are taken: a FIFO or a device in a model directory is refused instead of
  * waited for. A mapped file must not shrink while it is mapped: touching what was cut off
  * raises SIGBUS, as for every mapping.
  *
- * Threads: no shared state.
+ * Threads: no shared state; two writers of one path at a time are not meant.
  * Memory:  file_read fills the caller's buffer; a mapping lives until file_unmap.
  * Errors:  NOT_FOUND (no such file), IO, INVALID (not a regular file, path too long),
  *          TOO_LARGE, NOMEM; texts name the path.
@@ -25,6 +25,10 @@ enum status file_path(char out[FILE_PATH_BYTES], const char *dir, const char *na
 
 /* Append the whole file, which holds at most max_bytes. On failure out is left as it was. */
 enum status file_read(struct bytes *out, const char *path, size_t max_bytes, struct error *err);
+
+/* Write a file whole: to PATH.new, which then takes its place. What was at path is still there if
+ * that fails, or if the process is killed; only a regular file is replaced. */
+enum status file_write(const char *path, const void *data, size_t n, struct error *err);
 
 struct file_map {
     const unsigned char *data; /* [n], read-only; NULL when n is 0 */

@@ -3,7 +3,6 @@
  * A turn feeds what is new and leaves an image, from which the next one goes on: nothing is
  * rendered, tokenized or fed twice, however long the conversation. Images are those of the server
  * (image.h), so a session exported there goes on here, and the other way round. */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,13 +17,15 @@
 
 enum { MAX_LINE_BYTES = 1 << 20 };
 
+#define PROMPT "> " /* before each line that is typed */
+
 static const char help_text[] =
     "/reset      forget the conversation\n"
     "/save FILE  write its state to FILE\n"
     "/load FILE  go on from such a state, or from one that the server exported\n"
     "/help       this\n"
     "/quit       end; so does the end of the input\n"
-    "Ctrl-C stops an answer.\n";
+    "Ctrl-C stops an answer, which is kept as far as it came.\n";
 
 struct chat {
     struct run *r;
@@ -112,15 +113,28 @@ static enum status run_turn(struct chat *c, struct turn *t, int64_t max_tokens, 
     return st ? st : ended;
 }
 
+static void say_forgotten(const char *why)
+{
+    fprintf(stderr, "latte-run: %s; the last line is forgotten\n", why);
+}
+
 /* An answer that was stopped is part of the conversation as far as it came: a job that was
- * cancelled leaves no state, so what the user has seen is fed once more. */
+ * cancelled leaves no state, so what the user has seen is fed once more. Where there is nothing
+ * to see, or that is stopped as well, the conversation goes on without this turn. */
 static enum status apply_stopped(struct chat *c, struct turn *t, struct error *err)
 {
     interrupt_forget();
+    if (t->n_prompt == count(&t->tokens)) {
+        say_forgotten("stopped before the answer began");
+        return STATUS_OK;
+    }
     image_release(t->into);
     t->into = NULL;
     t->n_prompt = count(&t->tokens);
-    return run_turn(c, t, 0, err);
+    enum status st = run_turn(c, t, 0, err);
+    if (!st && t->end.finish == FINISH_CANCELLED)
+        say_forgotten("stopped before the answer was kept");
+    return st;
 }
 
 /* How the answer ended, for the rendering of the next turn. */
@@ -169,17 +183,6 @@ static enum status answer_line(struct chat *c, const char *line, struct error *e
 
 /* ---- Commands ---- */
 
-static enum status write_file(const char *path, const struct bytes *data, struct error *err)
-{
-    FILE *f = fopen(path, "wb");
-    if (!f)
-        return fail(err, STATUS_IO, "%s: %s", path, strerror(errno));
-    bool written = fwrite(data->data, 1, data->n, f) == data->n;
-    if (fclose(f) || !written)
-        return fail(err, STATUS_IO, "%s cannot be written: %s", path, strerror(errno));
-    return STATUS_OK;
-}
-
 static enum status save(struct chat *c, const char *path, struct error *err)
 {
     struct bytes data = {0};
@@ -187,7 +190,7 @@ static enum status save(struct chat *c, const char *path, struct error *err)
         return fail(err, STATUS_INVALID, "/save: nothing has been said yet");
     image_write(c->image, &data);
     enum status st = data.failed ? fail(err, STATUS_NOMEM, "/save: out of memory")
-                                 : write_file(path, &data, err);
+                                 : file_write(path, data.data, data.n, err);
     bytes_free(&data);
     return st;
 }
@@ -240,7 +243,7 @@ static enum status run_command(struct chat *c, const char *line, struct error *e
 static bool read_line(const struct chat *c, char **line, size_t *cap)
 {
     if (c->is_terminal && !c->r->options.quiet)
-        fputs("> ", stderr);
+        fputs(PROMPT, stderr);
     ssize_t n = getline(line, cap, stdin);
     while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
         (*line)[--n] = 0;
@@ -298,7 +301,9 @@ enum status chat(struct run *r, struct error *err)
                      r->info.config->vocab_size, r->info.max_position, SIZE_MAX);
     if (c.is_terminal && !r->options.quiet)
         fputs("/help lists the commands.\n", stderr);
-    interrupt_in_chat(c.is_terminal);
+    interrupt_in_chat(!c.is_terminal     ? NULL
+                      : r->options.quiet ? "\n/quit or Ctrl-D ends the chat\n"
+                                         : "\n/quit or Ctrl-D ends the chat\n" PROMPT);
     st = converse(&c, err);
     image_release(c.image);
     engine_close(r->engine); /* before the store: it holds images, too */

@@ -6,7 +6,7 @@
 
 #include "engine/run/text.h"
 
-static const char separator[] = "\n<|endoftext|>\n";
+static const char separator[] = "<|endoftext|>";
 
 static bool is_blank(const char *text, size_t n)
 {
@@ -31,17 +31,40 @@ static enum status add(struct documents *d, size_t begin, size_t n_bytes, struct
     return STATUS_OK;
 }
 
+/* Whether a line, which is given without its newline, ends a document. */
+static bool is_separator(const char *line, size_t n)
+{
+    if (n && line[n - 1] == '\r')
+        n--;
+    return n == sizeof(separator) - 1 && !memcmp(line, separator, n);
+}
+
+/* Where the text from begin to end ends without the newline that may be its last. */
+static size_t before_newline(const char *text, size_t begin, size_t end)
+{
+    if (end > begin && text[end - 1] == '\n')
+        end--;
+    if (end > begin && text[end - 1] == '\r')
+        end--;
+    return end;
+}
+
 static enum status split(struct documents *d, struct error *err)
 {
-    size_t begin = 0, n_separator = sizeof(separator) - 1;
+    const char *text = d->text.data;
+    size_t begin = 0, next;
     enum status st = STATUS_OK;
-    while (!st && begin < d->text.n) {
-        const char *from = d->text.data + begin;
-        const char *at = memmem(from, d->text.n - begin, separator, n_separator);
-        size_t n = at ? (size_t)(at - from) : d->text.n - begin;
-        st = add(d, begin, n, err);
-        begin += n + n_separator;
+    for (size_t line = 0; !st && line < d->text.n; line = next) {
+        const char *newline = memchr(text + line, '\n', d->text.n - line);
+        size_t end = newline ? (size_t)(newline - text) : d->text.n;
+        next = newline ? end + 1 : end;
+        if (!is_separator(text + line, end - line))
+            continue;
+        st = add(d, begin, before_newline(text, begin, line) - begin, err);
+        begin = next;
     }
+    if (!st && begin < d->text.n)
+        st = add(d, begin, d->text.n - begin, err);
     return st;
 }
 

@@ -1,8 +1,8 @@
 /* documents.h - a text as the documents it is made of, in tokens.
  *
- * Documents are separated by a line <|endoftext|>, as in the files that models here are trained
- * on; the lines and the newlines around them belong to none. Those of white space alone are left
- * out. A text without such a line is one document.
+ * A line <|endoftext|> ends a document, as in the files that models here are trained on. That line
+ * and the newline before it belong to none; lines may end with CR LF. Documents of white space
+ * alone are left out. A text without such a line is one document.
  *
  * Threads: main only. Memory: documents_free. Errors: those of text.h and the tokenizer.
  */

@@ -14,7 +14,6 @@
 #include "engine/cores.h"
 #include "engine/host_memory.h"
 #include "engine/model.h"
-#include "engine/run/interrupt.h"
 #include "engine/run/run.h"
 #include "engine/run/text.h"
 #include "weights/checkpoint.h"
@@ -224,6 +223,7 @@ enum status explain(struct run *r, struct error *err)
     struct token_list tokens = {0};
     struct checkpoint *c = NULL;
     struct model *m = NULL;
+    run_begin_bar(r);
     enum status st = read_tokens(r, &tokens, err);
     if (!st)
         st = checkpoint_open(&c, r->options.model_dir, NULL, NULL, err);

@@ -10,8 +10,9 @@
 static struct {
     pthread_mutex_t lock; /* guards all that follows */
     struct job *job;      /* borrowed; NULL before and between jobs */
-    bool interrupted;
-    bool in_chat, is_typed;
+    bool interrupted, is_awaited;
+    bool in_chat;
+    const char *hint; /* in a chat that is typed, else NULL */
 } current = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* The handler may run on any thread, also one that a library started before main and whose
@@ -29,17 +30,16 @@ static void post_signal(int number)
 /* With the lock held: what a signal does. */
 static void act(void)
 {
-    static const char hint[] = "\n/quit or Ctrl-D ends the chat\n> ";
-    bool ends = current.in_chat ? terminated || (!current.job && !current.is_typed)
-                                : current.interrupted || !current.job;
+    bool ends = current.in_chat ? terminated || (!current.job && !current.hint)
+                                : current.interrupted || !(current.job || current.is_awaited);
     if (ends)
         _exit(INTERRUPTED_EXIT);
-    if (current.job) {
+    if (current.job || current.is_awaited)
         current.interrupted = true;
-        job_cancel(current.job);
-    } else if (write(STDERR_FILENO, hint, sizeof(hint) - 1) < 0) {
+    else if (write(STDERR_FILENO, current.hint, strlen(current.hint)) < 0)
         _exit(INTERRUPTED_EXIT); /* nobody is there */
-    }
+    if (current.job)
+        job_cancel(current.job);
 }
 
 static void *wait_for_signals(void *context)
@@ -75,11 +75,18 @@ void interrupt_set_job(struct job *job)
     pthread_mutex_unlock(&current.lock);
 }
 
-void interrupt_in_chat(bool is_typed)
+void interrupt_await(void)
+{
+    pthread_mutex_lock(&current.lock);
+    current.is_awaited = true;
+    pthread_mutex_unlock(&current.lock);
+}
+
+void interrupt_in_chat(const char *hint)
 {
     pthread_mutex_lock(&current.lock);
     current.in_chat = true;
-    current.is_typed = is_typed;
+    current.hint = hint;
     pthread_mutex_unlock(&current.lock);
 }
 

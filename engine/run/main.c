@@ -11,17 +11,26 @@
 #include "engine/run/interrupt.h"
 #include "engine/run/run.h"
 
+static enum status act(struct run *r, struct error *err)
+{
+    switch (r->options.mode) {
+    case RUN_PERPLEXITY:
+        return perplexity(r, err);
+    case RUN_EXPLAIN:
+        return explain(r, err);
+    case RUN_CHAT:
+        return chat(r, err);
+    case RUN_COMPLETE:
+        break;
+    }
+    return complete(r, err);
+}
+
 static enum status run(struct run *r, struct error *err)
 {
     enum status st = interrupt_catch(err);
-    if (!st && r->options.perplexity_file)
-        st = perplexity(r, err);
-    else if (!st && r->options.explain_file)
-        st = explain(r, err);
-    else if (!st && r->options.chat && !r->options.prompt && !r->options.prompt_file)
-        st = chat(r, err);
-    else if (!st)
-        st = complete(r, err);
+    if (!st)
+        st = act(r, err);
     run_close(r);
     return st;
 }

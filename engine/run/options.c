@@ -15,51 +15,61 @@ struct option_row {
     const char *name;
     char letter; /* 0 for none */
     const char *argument, *help;
+    unsigned modes; /* that take it */
     enum value_kind kind;
     size_t offset; /* in struct run_options */
 };
 
-#define ROW(name, letter, argument, kind, field, help)                                             \
+#define ROW(name, letter, argument, modes, kind, field, help)                                      \
     {                                                                                              \
-        name, letter, argument, help, kind, offsetof(struct run_options, field)                    \
+        name, letter, argument, help, modes, kind, offsetof(struct run_options, field)             \
     }
+#define ANSWER (RUN_COMPLETE | RUN_CHAT)
+#define ENGINE (ANSWER | RUN_PERPLEXITY) /* --explain has a model of its own on the CPU */
+#define ANY (ENGINE | RUN_EXPLAIN)
 
 static const struct option_row rows[] = {
-    ROW("model", 'm', "DIR", VALUE_TEXT, model_dir, "model directory"),
-    ROW("prompt", 'p', "TEXT", VALUE_TEXT, prompt, "text to complete"),
-    ROW("file", 'f', "FILE", VALUE_TEXT, prompt_file, "read the prompt from FILE, - for stdin"),
-    ROW("chat", 'c', NULL, VALUE_FLAG, chat,
+    ROW("model", 'm', "DIR", ANY, VALUE_TEXT, model_dir, "model directory"),
+    ROW("prompt", 'p', "TEXT", ANY, VALUE_TEXT, prompt, "text to complete"),
+    ROW("file", 'f', "FILE", ANY, VALUE_TEXT, prompt_file,
+        "read the prompt from FILE, - for stdin"),
+    ROW("chat", 'c', NULL, ANSWER, VALUE_FLAG, chat,
         "answer the prompt through the model's chat template; without -p and -f, line by line"),
-    ROW("system", 0, "TEXT", VALUE_TEXT, system, "with --chat: the system message"),
-    ROW("max-tokens", 'n', "N", VALUE_INT, max_tokens,
+    ROW("system", 0, "TEXT", ANSWER, VALUE_TEXT, system, "with --chat: the system message"),
+    ROW("max-tokens", 'n', "N", ANSWER, VALUE_INT, max_tokens,
         "tokens at most (default: the model's, else 256)"),
-    ROW("temperature", 't', "X", VALUE_NUMBER, temperature, "0 is greedy"),
-    ROW("top-k", 0, "N", VALUE_INT, top_k, "keep the N likeliest tokens, 0 for all"),
-    ROW("top-p", 0, "X", VALUE_NUMBER, top_p, "keep the likeliest tokens that sum to X"),
-    ROW("min-p", 0, "X", VALUE_NUMBER, min_p, "keep tokens X times as likely as the likeliest"),
-    ROW("typical-p", 0, "X", VALUE_NUMBER, typical_p, "keep the most typical tokens that sum to X"),
-    ROW("repetition-penalty", 0, "X", VALUE_NUMBER, repetition_penalty, "1 is none"),
-    ROW("seed", 's', "N", VALUE_SEED, seed, "the same seed gives the same text"),
-    ROW("ignore-eos", 0, NULL, VALUE_FLAG, ignore_eos, "go on after the end of the text"),
-    ROW("echo", 0, NULL, VALUE_FLAG, echo, "print the prompt first"),
-    ROW("perplexity", 0, "FILE", VALUE_TEXT, perplexity_file,
+    ROW("temperature", 't', "X", ANSWER, VALUE_NUMBER, temperature, "0 is greedy"),
+    ROW("top-k", 0, "N", ANSWER, VALUE_INT, top_k, "keep the N likeliest tokens, 0 for all"),
+    ROW("top-p", 0, "X", ANSWER, VALUE_NUMBER, top_p, "keep the likeliest tokens that sum to X"),
+    ROW("min-p", 0, "X", ANSWER, VALUE_NUMBER, min_p,
+        "keep tokens X times as likely as the likeliest"),
+    ROW("typical-p", 0, "X", ANSWER, VALUE_NUMBER, typical_p,
+        "keep the most typical tokens that sum to X"),
+    ROW("repetition-penalty", 0, "X", ANSWER, VALUE_NUMBER, repetition_penalty, "1 is none"),
+    ROW("seed", 's', "N", ANSWER, VALUE_SEED, seed, "the same seed gives the same text"),
+    ROW("ignore-eos", 0, NULL, ANSWER, VALUE_FLAG, ignore_eos, "go on after the end of the text"),
+    ROW("echo", 0, NULL, RUN_COMPLETE, VALUE_FLAG, echo, "print the prompt first"),
+    ROW("perplexity", 0, "FILE", ANY, VALUE_TEXT, perplexity_file,
         "print perplexity and bits per byte of FILE instead, - for stdin"),
-    ROW("lengths", 0, "N,N,...", VALUE_LENGTHS, lengths,
+    ROW("lengths", 0, "N,N,...", RUN_PERPLEXITY, VALUE_LENGTHS, lengths,
         "with --perplexity: also that of the first N tokens, of documents that have more"),
-    ROW("slots", 0, "N", VALUE_INT, slots, "with --perplexity: documents at a time (default 4)"),
-    ROW("json", 0, NULL, VALUE_FLAG, json, "with --perplexity: print an object"),
-    ROW("explain", 0, "FILE", VALUE_TEXT, explain_file,
-        "do not answer: write to FILE (CSV) how much each head looks at each latent"),
-    ROW("threads", 0, "N", VALUE_INT, threads, "0 (default): one per core"),
-    ROW("device", 0, "NAME", VALUE_TEXT, device, "auto, cpu, ref, cuda or cuda:N"),
-    ROW("weight-dtype", 0, "NAME", VALUE_TEXT, weight_dtype, "auto, f32, bf16; on a GPU int8"),
-    ROW("window-dtype", 0, "NAME", VALUE_TEXT, window_dtype, "auto, f32; on a GPU bf16, f8"),
-    ROW("deterministic", 0, NULL, VALUE_FLAG, deterministic,
+    ROW("slots", 0, "N", RUN_PERPLEXITY, VALUE_INT, slots,
+        "with --perplexity: documents at a time (default 4)"),
+    ROW("json", 0, NULL, RUN_PERPLEXITY, VALUE_FLAG, json, "with --perplexity: print an object"),
+    ROW("explain", 0, "FILE", ANY, VALUE_TEXT, explain_file,
+        "do not answer: write to FILE (CSV) how much each head looks at each latent; on the CPU"),
+    ROW("threads", 0, "N", ANY, VALUE_INT, threads, "0 (default): one per core"),
+    ROW("device", 0, "NAME", ENGINE, VALUE_TEXT, device, "auto, cpu, ref, cuda or cuda:N"),
+    ROW("weight-dtype", 0, "NAME", ENGINE, VALUE_TEXT, weight_dtype,
+        "auto, f32, bf16; on a GPU int8"),
+    ROW("window-dtype", 0, "NAME", ENGINE, VALUE_TEXT, window_dtype,
+        "auto, f32; on a GPU bf16, f8"),
+    ROW("deterministic", 0, NULL, ENGINE, VALUE_FLAG, deterministic,
         "on a GPU: the same bits in a batch of any size"),
-    ROW("verbose", 'v', NULL, VALUE_FLAG, verbose, "say where memory goes"),
-    ROW("quiet", 'q', NULL, VALUE_FLAG, quiet, "nothing but the text"),
-    ROW("help", 'h', NULL, VALUE_FLAG, help, "print this"),
-    ROW("version", 0, NULL, VALUE_FLAG, version, "print the version"),
+    ROW("verbose", 'v', NULL, ENGINE, VALUE_FLAG, verbose, "say where memory goes"),
+    ROW("quiet", 'q', NULL, ANY, VALUE_FLAG, quiet, "nothing but the text"),
+    ROW("help", 'h', NULL, ANY, VALUE_FLAG, help, "print this"),
+    ROW("version", 0, NULL, ANY, VALUE_FLAG, version, "print the version"),
 };
 enum { N_ROWS = sizeof(rows) / sizeof(rows[0]) };
 
@@ -151,14 +161,41 @@ static enum status check_options(const struct run_options *o, struct error *err)
         return fail(err, STATUS_INVALID, "--explain reads -p TEXT or -f FILE as it is, alone");
     if (o->system && !o->chat)
         return fail(err, STATUS_INVALID, "--system is for --chat");
-    if ((o->json || o->n_lengths || o->slots) && !o->perplexity_file)
-        return fail(err, STATUS_INVALID, "--json, --lengths and --slots are for --perplexity");
-    if (o->slots < 0 || o->slots > RUN_MAX_SLOTS)
+    if (o->slots < 1 || o->slots > RUN_MAX_SLOTS)
         return fail(err, STATUS_INVALID, "--slots is %" PRId64 "; it must be 1 to %d", o->slots,
                     RUN_MAX_SLOTS);
     if (o->max_tokens != INT64_MIN && o->max_tokens < 0)
         return fail(err, STATUS_INVALID, "--max-tokens is %" PRId64 "; it must be 0 or more",
                     o->max_tokens);
+    return STATUS_OK;
+}
+
+static enum run_mode mode_of(const struct run_options *o)
+{
+    if (o->perplexity_file)
+        return RUN_PERPLEXITY;
+    if (o->explain_file)
+        return RUN_EXPLAIN;
+    return o->prompt || o->prompt_file ? RUN_COMPLETE : RUN_CHAT;
+}
+
+/* An option that would be without effect is a mistake. given [N_ROWS]: those of the command line.
+ */
+static enum status check_given(const struct run_options *o, const bool *given, struct error *err)
+{
+    static const char *const names[] = {
+        [RUN_COMPLETE] = "a completion",
+        [RUN_CHAT] = "--chat line by line",
+        [RUN_PERPLEXITY] = "--perplexity",
+        [RUN_EXPLAIN] = "--explain",
+    };
+    for (int i = 0; i < N_ROWS; i++) {
+        if (!given[i] || rows[i].modes & o->mode)
+            continue;
+        return rows[i].modes == RUN_PERPLEXITY
+                   ? fail(err, STATUS_INVALID, "--%s is for --perplexity", rows[i].name)
+                   : fail(err, STATUS_INVALID, "--%s is not for %s", rows[i].name, names[o->mode]);
+    }
     return STATUS_OK;
 }
 
@@ -197,7 +234,9 @@ static const struct option_row *row_of(int found)
     return NULL;
 }
 
-static enum status read_options(struct run_options *o, int argc, char **argv, struct error *err)
+/* given [N_ROWS] gets those that are there. */
+static enum status read_options(struct run_options *o, bool *given, int argc, char **argv,
+                                struct error *err)
 {
     struct getopt_tables tables;
     fill_tables(&tables);
@@ -208,6 +247,7 @@ static enum status read_options(struct run_options *o, int argc, char **argv, st
             return fail(err, STATUS_INVALID, "%s needs a value", argv[optind - 1]);
         if (!row)
             return fail(err, STATUS_INVALID, "%s is no option; see --help", argv[optind - 1]);
+        given[row - rows] = true;
         enum status st = set_option(o, row, optarg, err);
         if (st)
             return st;
@@ -228,13 +268,18 @@ enum status run_options_parse(struct run_options *out, int argc, char **argv, st
         .repetition_penalty = NAN,
         .top_k = INT64_MIN,
         .max_tokens = INT64_MIN,
+        .slots = RUN_DEFAULT_SLOTS,
     };
-    enum status st = read_options(&o, argc, argv, err);
+    bool given[N_ROWS] = {false};
+    enum status st = read_options(&o, given, argc, argv, err);
     if (!st && !o.help && !o.version && optind < argc)
         st = fail(err, STATUS_INVALID,
                   "\"%s\" is left over; a prompt of several words needs quotes", argv[optind]);
     if (!st && !o.help && !o.version)
         st = check_options(&o, err);
+    o.mode = mode_of(&o);
+    if (!st && !o.help && !o.version)
+        st = check_given(&o, given, err);
     if (!st)
         *out = o;
     return st;

@@ -146,14 +146,6 @@ static enum status serve_lanes(struct scoring *s, bool *busy, struct error *err)
     return st;
 }
 
-/* Any of them will do for a signal to cancel: the others follow. */
-static void show_signals_a_job(const struct scoring *s)
-{
-    for (int i = 0; i < s->n_lanes; i++)
-        if (s->lanes[i].job)
-            interrupt_set_job(s->lanes[i].job);
-}
-
 static void cancel_lanes(struct scoring *s)
 {
     for (int i = 0; i < s->n_lanes; i++)
@@ -165,10 +157,10 @@ static enum status score_all(struct scoring *s, struct error *err)
 {
     bool busy;
     enum status st;
+    interrupt_await(); /* lanes end and start: which job a signal cancels is left to chance */
     while (!(st = serve_lanes(s, &busy, err)) && busy) {
         run_show_bar(s->r, "scoring",
                      (int)(100.0 * (double)s->tally.n_seen / (double)s->tally.n_total));
-        show_signals_a_job(s);
         wait_for_lanes(s->r);
         if (interrupt_happened())
             cancel_lanes(s);
@@ -286,7 +278,7 @@ static enum status cut_to_lengths(struct scoring *s, struct error *err)
 static enum status load_and_score(struct scoring *s, struct error *err)
 {
     struct run *r = s->r;
-    int64_t n_slots = r->options.slots ? r->options.slots : RUN_DEFAULT_SLOTS;
+    int64_t n_slots = r->options.slots;
     s->n_lanes = (int)((size_t)n_slots < s->documents.n ? (size_t)n_slots : s->documents.n);
     s->n_lanes = s->n_lanes ? s->n_lanes : 1;
     enum status st = run_load(r, s->n_lanes, err);

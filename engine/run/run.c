@@ -9,6 +9,12 @@
 
 /* ---- The bar ---- */
 
+void run_begin_bar(struct run *r)
+{
+    r->shows_progress = isatty(STDERR_FILENO) && !r->options.quiet;
+    r->shown_percent = -1;
+}
+
 void run_show_bar(struct run *r, const char *what, int percent)
 {
     char bar[31];
@@ -93,8 +99,7 @@ static void show_memory(const struct run *r)
 enum status run_load(struct run *r, int n_slots, struct error *err)
 {
     int64_t start_ns = job_clock_ns();
-    r->shows_progress = isatty(STDERR_FILENO) && !r->options.quiet;
-    r->shown_percent = -1;
+    run_begin_bar(r);
     sem_init(&r->ready, 0, 0);
     enum status st = open_text_parts(r, err);
     if (!st)

@@ -40,7 +40,9 @@ enum status run_start(struct run *r, const struct job_request *request, struct j
 /* Release a job that has finished, or that nobody reads any more. The error of one that failed. */
 enum status run_end(struct job *job, struct job_snapshot *snapshot, struct error *err);
 
-/* A bar of 0..100 percent on stderr, if that is a terminal, until it is cleared. */
+/* A bar of 0..100 percent on stderr, if that is a terminal, until it is cleared. run_load begins
+ * it; who does without has to. */
+void run_begin_bar(struct run *r);
 void run_show_bar(struct run *r, const char *what, int percent);
 void run_clear_bar(struct run *r);
 

@@ -389,6 +389,11 @@ static void test_arguments(void **state)
                      STATUS_OK);
     assert_int_equal(out.n, 25);
     assert_memory_equal(out.data, "<|im_start|>assistant\na\0b", 25);
+    bytes_consume(&out, out.n);
+    assert_int_equal(chat_template_render_turn(t, CHAT_TAIL_CLOSED, &message, 1, 0, &out, &err),
+                     STATUS_OK);
+    assert_int_equal(out.n, 37);
+    assert_memory_equal(out.data, "\n<|im_start|>assistant\na\0b<|im_end|>\n", 37);
     assert_int_equal(chat_template_stops(t, stops), 1);
     assert_string_equal(stops[0], "<|im_end|>");
     bytes_free(&out);

