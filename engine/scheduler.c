@@ -455,8 +455,9 @@ static bool turn(struct scheduler *s)
 static void *run(void *context)
 {
     struct scheduler *s = context;
+    /* Asked again after the turn, which may have answered the very ring that went with it. */
     while (!atomic_load(&s->stopping))
-        if (!turn(s))
+        if (!turn(s) && !atomic_load(&s->stopping))
             inbox_sleep(&s->inbox, earlier(s->queue_wake_ns, s->slots_wake_ns));
     while (s->n_queued)
         collect_step(s);

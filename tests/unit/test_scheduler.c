@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "engine/scheduler.h"
 #include "engine/stepper.h"
@@ -1671,6 +1672,20 @@ static void test_drain_and_close(void **state)
     scheduler_close(NULL);
 }
 
+/* Closed at any moment of its first turns, the thread hears of it: it may be about to sleep. */
+static void test_close_soon(void **state)
+{
+    (void)state;
+    alarm(120); /* else a thread that never wakes would stay */
+    for (int i = 0; i < 3000; i++) {
+        struct scheduler *s = start(-1);
+        for (volatile int spin = i % 500 * 100; spin; spin--)
+            ;
+        stop(s);
+    }
+    alarm(0);
+}
+
 /* ---- Wake-ups ---- */
 
 /* Take what is ready and read it; returns the tokens found. */
@@ -1940,7 +1955,7 @@ static void test_stress(void **state)
     }
 #define IN_ALL(test) IN(test, 0), IN(test, 1), IN(test, 2), IN(test, 3)
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         IN_ALL(test_outputs_alone),
@@ -1969,6 +1984,7 @@ int main(void)
         IN_ALL(test_rows_without_owner),
         IN_ALL(test_device_failure),
         IN_ALL(test_drain_and_close),
+        IN(test_close_soon, 0),
         IN(test_ready_list, 0),
         IN(test_ready_once, 0),
         IN(test_ends_reach_parked_readers, 0),
@@ -1976,5 +1992,7 @@ int main(void)
         IN_ALL(test_out_of_memory),
         IN_ALL(test_stress),
     };
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
