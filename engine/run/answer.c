@@ -44,7 +44,7 @@ void answer_fill_sampling(struct run *r, struct sampling_params *p)
     if (!o->has_seed && getrandom(&o->seed, sizeof(o->seed), 0) == sizeof(o->seed))
         o->seed >>= 32; /* short enough to type again */
     p->seed = o->seed;
-    if (o->chat)
+    if (o->chat && !o->ignore_eos)
         add_chat_stops(r, p);
 }
 

@@ -17,11 +17,12 @@
 #include <unistd.h>
 
 #include "engine/base/bytes.h"
+#include "engine/job.h"
 #include "tests/unit/model_files.h"
 #include "tests/unit/model_run.h"
 #include "weights/tokenizer.h"
 
-enum { MAX_ARGUMENTS = 24, MAX_OUTPUT = 65536 };
+enum { MAX_ARGUMENTS = 24, MAX_OUTPUT = 65536, CHILD_SECONDS = 150, AWAIT_MS = 60000 };
 
 static const char tokenizer_path[] = "weights/latte-12m/tokenizer.json";
 static const char bundled_dir[] = "weights/latte-12m";
@@ -37,6 +38,14 @@ static void read_back(FILE *f, char *text)
     rewind(f);
     text[fread(text, 1, MAX_OUTPUT - 1, f)] = 0;
     fclose(f);
+}
+
+/* In the child: become the program, which SIGALRM ends should it hang. */
+static void become(char *const *argv)
+{
+    alarm(CHILD_SECONDS);
+    execv(program, argv);
+    _exit(126);
 }
 
 /* Run the program on arguments that end with NULL. With interrupt, SIGINT follows the first
@@ -58,8 +67,7 @@ static void run(struct result *r, const char *input, bool interrupt, const char 
         dup2(fileno(err), 2);
         close(out[0]);
         close(out[1]);
-        execv(program, argv);
-        _exit(126);
+        become(argv);
     }
     assert_true(pid > 0);
     close(out[1]);
@@ -98,10 +106,8 @@ static void terminal_start(struct terminal *t, const char *const *arguments)
     cfsetspeed(&raw, B38400);
     t->n = 0;
     t->pid = forkpty(&t->fd, NULL, &raw, NULL);
-    if (t->pid == 0) {
-        execv(program, argv);
-        _exit(126);
-    }
+    if (t->pid == 0)
+        become(argv);
     assert_true(t->pid > 0);
 }
 
@@ -117,26 +123,52 @@ static bool terminal_read(struct terminal *t)
     ssize_t got = 0;
     if (poll(&ready, 1, 10) > 0 && (got = read(t->fd, t->text + t->n, MAX_OUTPUT / 2 - 1)) <= 0)
         return false;
-    t->n += (size_t)got;
+    for (ssize_t i = 0; i < got; i++, t->n++) /* random weights draw zero bytes, too */
+        t->text[t->n] = t->text[t->n] ? t->text[t->n] : '?';
     t->text[t->n] = 0;
     return true;
 }
 
-/* Wait for these words, and leave what follows them; Ctrl-C every 10 ms meanwhile, or never. */
-static void terminal_await(struct terminal *t, const char *words, bool interrupt)
+/* Wait at most this long for these words; the text with them, or NULL. */
+static char *terminal_find(struct terminal *t, const char *words, int milliseconds)
 {
-    const char *found = NULL;
+    char *found;
+    int64_t end_ns = job_clock_ns() + milliseconds * INT64_C(1000000);
     t->text[t->n] = 0;
-    for (int i = 0; i < 3000 && !(found = strstr(t->text, words)); i++) {
-        if (interrupt)
-            kill(t->pid, SIGINT);
+    while (!(found = strstr(t->text, words)) && job_clock_ns() < end_ns)
         if (!terminal_read(t))
             fail_msg("it ended without \"%s\": \"%s\"", words, t->text);
-    }
+    return found;
+}
+
+static void terminal_skip(struct terminal *t, const char *to)
+{
+    t->n -= (size_t)(to - t->text);
+    memmove(t->text, to, t->n + 1);
+}
+
+/* Wait for these words, and leave what follows them. */
+static void terminal_await(struct terminal *t, const char *words)
+{
+    char *found = terminal_find(t, words, AWAIT_MS);
     if (!found)
         fail_msg("no \"%s\" came: \"%s\"", words, t->text);
-    t->n -= (size_t)(found - t->text) + strlen(words);
-    memmove(t->text, found + strlen(words), t->n + 1);
+    terminal_skip(t, found + strlen(words));
+}
+
+/* The same, with Ctrl-C again and again meanwhile: each has its effect before the next. */
+static void terminal_interrupt(struct terminal *t, const char *words)
+{
+    char *found = NULL;
+    int64_t end_ns = job_clock_ns() + AWAIT_MS * INT64_C(1000000);
+    while (!found && job_clock_ns() < end_ns) {
+        kill(t->pid, SIGINT);
+        found = terminal_find(t, words, 100);
+    }
+    if (!found)
+        fail_msg("Ctrl-C brought no \"%s\": it ends with \"%s\"", words,
+                 t->n > 500 ? t->text + t->n - 500 : t->text);
+    terminal_skip(t, found + strlen(words));
 }
 
 static void terminal_type(struct terminal *t, const char *line)
@@ -425,6 +457,22 @@ static char *long_line(void)
     return line.data;
 }
 
+#define HINT "\n/quit or Ctrl-D ends the chat\n"
+
+/* Wait for output that is not a prompt, nor the hint of a Ctrl-C that came late. */
+static void terminal_await_answer(struct terminal *t)
+{
+    int64_t end_ns = job_clock_ns() + AWAIT_MS * INT64_C(1000000);
+    do {
+        if (job_clock_ns() > end_ns || !terminal_read(t))
+            fail_msg("no answer came: \"%s\"", t->text);
+        while (t->n >= strlen(HINT) && !strncmp(t->text, HINT, strlen(HINT)))
+            terminal_skip(t, t->text + strlen(HINT));
+        while (t->n >= 2 && !strncmp(t->text, "> ", 2))
+            terminal_skip(t, t->text + 2);
+    } while (!t->n);
+}
+
 /* Ctrl-C before there is an answer to keep, or before it is kept: the conversation is as it was,
  * and says so. */
 static void test_chat_interrupt_forgets(void **state)
@@ -433,25 +481,20 @@ static void test_chat_interrupt_forgets(void **state)
     static struct terminal t;
     char *line = long_line();
     terminal_start(&t, ARGS("-m", dir, "--chat", "-n", "2000000000", "--ignore-eos"));
-    terminal_await(&t, "> ", false);
+    terminal_await(&t, "> ");
     terminal_type(&t, line);
-    terminal_await(&t, "stopped before the answer began; the last line is forgotten", true);
-    terminal_await(&t, "> ", false);
+    terminal_interrupt(&t, "stopped before the answer began; the last line is forgotten");
+    terminal_await(&t, "> ");
     terminal_type(&t, "/save /nowhere/talk\n");
-    terminal_await(&t, "nothing has been said yet", false);
+    terminal_await(&t, "nothing has been said yet");
 
-    terminal_await(&t, "> ", false);
-    while (t.n) { /* hints of the last Ctrl-C */
-        t.n = 0;
-        terminal_read(&t);
-    }
+    terminal_await(&t, "> ");
     terminal_type(&t, line);
-    for (int i = 0; i < 3000 && !t.n; i++)
-        assert_true(terminal_read(&t));
-    terminal_await(&t, "stopped before the answer was kept; the last line is forgotten", true);
-    terminal_await(&t, "> ", false);
+    terminal_await_answer(&t);
+    terminal_interrupt(&t, "stopped before the answer was kept; the last line is forgotten");
+    terminal_await(&t, "> ");
     terminal_type(&t, "/save /nowhere/talk\n");
-    terminal_await(&t, "nothing has been said yet", false);
+    terminal_await(&t, "nothing has been said yet");
     terminal_type(&t, "/quit\n");
     assert_int_equal(terminal_end(&t), 0);
     free(line);
@@ -463,15 +506,15 @@ static void test_chat_hint(void **state)
     (void)state;
     static struct terminal t;
     terminal_start(&t, ARGS("-m", dir, "--chat"));
-    terminal_await(&t, "> ", false);
-    terminal_await(&t, "\n/quit or Ctrl-D ends the chat\n> ", true);
+    terminal_await(&t, "> ");
+    terminal_interrupt(&t, HINT "> ");
     terminal_type(&t, "/quit\n");
     assert_int_equal(terminal_end(&t), 0);
 
     terminal_start(&t, ARGS("-m", dir, "--chat", "-q", "-n", "0"));
     terminal_type(&t, "Hello\n");
-    terminal_await(&t, "\n", false); /* before there is a chat, a signal would end it */
-    terminal_await(&t, "\n/quit or Ctrl-D ends the chat\n", true);
+    terminal_await(&t, "\n"); /* before there is a chat, a signal would end it */
+    terminal_interrupt(&t, HINT);
     terminal_type(&t, "/quit\n");
     assert_int_equal(terminal_end(&t), 0);
     assert_null(strstr(t.text, "> "));
@@ -628,7 +671,7 @@ static void test_perplexity_interrupt(void **state)
     assert_true(!text.failed && !test_file_write(dir, "documents", text.data, text.n));
     for (size_t i = 0; i < COUNT_OF(slots); i++) {
         terminal_start(&t, ARGS("-m", dir, "--perplexity", path, "--slots", slots[i]));
-        terminal_await(&t, "scoring [", false);
+        terminal_await(&t, "scoring [");
         kill(t.pid, SIGINT);
         assert_int_equal(terminal_end(&t), 130);
         const char *report = strstr(t.text, "perplexity ");
@@ -722,8 +765,8 @@ static void test_explain_progress(void **state)
     char csv[120];
     snprintf(csv, sizeof(csv), "%s/latents.csv", dir);
     terminal_start(&t, ARGS("-m", bundled_dir, "--explain", csv, "-p", "A red fox."));
-    terminal_await(&t, "reading [", false);
-    terminal_await(&t, "\r\033[K", false);
+    terminal_await(&t, "reading [");
+    terminal_await(&t, "\r\033[K");
     assert_int_equal(terminal_end(&t), 0);
     terminal_start(&t, ARGS("-m", bundled_dir, "--explain", csv, "-p", "A red fox.", "-q"));
     assert_true(terminal_end(&t) == 0 && t.n == 0);
@@ -799,7 +842,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_explain_progress),
         cmocka_unit_test(test_perplexity_interrupt),
     };
-    (void)argc;
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     const char *slash = strrchr(argv[0], '/');
     snprintf(program, sizeof(program), "%.*s/../../latte-run", slash ? (int)(slash - argv[0]) : 1,
              slash ? argv[0] : ".");
