@@ -30,6 +30,15 @@ report() {
     fi
 }
 
+# The program and what of its output says why, for the end of a long log.
+remember() {
+    {
+        printf 'failed: %s%s\n' "$2/${1##*/}" "$why"
+        grep -a '^\[ RUN' "$log" | tail -n 1
+        grep -aE '^(\[  (FAILED|ERROR)|ERROR)' "$log" | cut -c 1-300 | head -n 12
+    } | sed '2,$s/^/failed:   /' >>"$TEST_COUNTS.failed"
+}
+
 # run_one PROGRAM KIND: adds a line "passed failed skipped" to $TEST_COUNTS.
 run_one() {
     log=$(mktemp)
@@ -51,6 +60,7 @@ run_one() {
     fi
     [ -z "$why" ] || f=$((f + 1))
     echo "$p $f $s" >>"$TEST_COUNTS"
+    [ "$f" = 0 ] || remember "$1" "$2"
     lines=$(report "$1" "$2") # one write, also beside others
     printf '%s\n' "$lines"
     rm -f "$log"
@@ -66,7 +76,7 @@ shift
 [ $# -gt 0 ] || set -- unit http
 TEST_COUNTS=$(mktemp)
 export TEST_COUNTS
-trap 'rm -f "$TEST_COUNTS"' EXIT
+trap 'rm -f "$TEST_COUNTS" "$TEST_COUNTS.failed"' EXIT
 
 is_wanted() {
     for word in ${TEST_EXCEPT:-}; do
@@ -121,6 +131,7 @@ for kind in "$@"; do
         xargs -r -n 1 -P "$jobs" sh "$0" --one "$kind"
 done
 
+[ ! -f "$TEST_COUNTS.failed" ] || cat "$TEST_COUNTS.failed"
 awk '{ p += $1; f += $2; s += $3 }
      END { printf "%d passed, %d failed%s\n", p, f, s ? ", " s " skipped" : ""
            exit f > 0 || p + s == 0 }' "$TEST_COUNTS"
