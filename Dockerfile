@@ -1,6 +1,6 @@
 # latte-server in a container, with the bundled model. See deploy/README.md.
 #
-#   docker build -t latte-server .                            for CPUs
+#   docker build -t latte-server --target cpu .               for CPUs
 #   docker build -t latte-server:cuda --target cuda .         for NVIDIA GPUs, compute capability 8.0 on
 #
 # Everything is compiled and run on the same Debian. NVIDIA's image is a source of files alone: its
@@ -8,8 +8,6 @@
 
 ARG DEBIAN=debian:12.12-slim
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
-
-FROM ${CUDA_IMAGE} AS nvidia
 
 FROM ${DEBIAN} AS source
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
@@ -24,16 +22,6 @@ COPY server server
 FROM source AS build-cpu
 RUN make -j"$(nproc)" BUILD=build/image CUDA=0 build/image/latte-server \
  && install -s -D build/image/latte-server /out/latte-server
-
-# The folder is named as it is in NVIDIA's image, not by the link /usr/local/cuda.
-FROM source AS build-cuda
-ARG CUARCH="80 90"
-ARG CUOPT="-O3"
-RUN --mount=type=bind,from=nvidia,source=/usr/local/cuda-13.0,target=/usr/local/cuda \
-    apt-get update -q && sh deploy/packages.sh build && rm -rf /var/lib/apt/lists/* \
- && make -j"$(nproc)" BUILD=build/image CUDA=1 CUARCH="${CUARCH}" CUOPT="${CUOPT}" build/image/latte-server \
- && install -s -D build/image/latte-server /out/latte-server \
- && install -D /usr/local/cuda/lib64/libcublasLt.so.13 /out/lib/libcublasLt.so.13
 
 FROM ${DEBIAN} AS runtime
 RUN apt-get update -q \
@@ -63,6 +51,23 @@ LABEL org.opencontainers.image.title="latte-server" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 
+FROM runtime AS cpu
+COPY --from=build-cpu /out/latte-server /usr/local/bin/
+USER 10001:10001
+
+# What follows is not read for the target above, not even by builders that build all stages.
+FROM ${CUDA_IMAGE} AS nvidia
+
+# The folder is named as it is in NVIDIA's image, not by the link /usr/local/cuda.
+FROM source AS build-cuda
+ARG CUARCH="80 90"
+ARG CUOPT="-O3"
+RUN --mount=type=bind,from=nvidia,source=/usr/local/cuda-13.0,target=/usr/local/cuda \
+    apt-get update -q && sh deploy/packages.sh build && rm -rf /var/lib/apt/lists/* \
+ && make -j"$(nproc)" BUILD=build/image CUDA=1 CUARCH="${CUARCH}" CUOPT="${CUOPT}" build/image/latte-server \
+ && install -s -D build/image/latte-server /out/latte-server \
+ && install -D /usr/local/cuda/lib64/libcublasLt.so.13 /out/lib/libcublasLt.so.13
+
 FROM runtime AS cuda
 COPY --from=build-cuda /out/lib/ /usr/local/cuda/lib64/
 COPY --from=build-cuda /out/latte-server /usr/local/bin/
@@ -70,7 +75,5 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 
-# The last one is what a build without --target makes.
-FROM runtime AS cpu
-COPY --from=build-cpu /out/latte-server /usr/local/bin/
-USER 10001:10001
+# What a build without --target makes.
+FROM cpu

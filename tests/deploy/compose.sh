@@ -56,7 +56,7 @@ prepare_prometheus() {
         cat >"$scratch/prometheus/prometheus.yml" <<END
 global: {scrape_interval: 1s}
 scrape_configs:
-  - {job_name: latte-server, static_configs: [{targets: ["latte-server:8080"]}]}
+  - {job_name: latte, static_configs: [{targets: ["latte:8080"]}]}
 END
     fi
     chmod -R a+rX "$scratch/prometheus"
@@ -64,14 +64,14 @@ END
 }
 
 start_all() {
-    compose up -d latte-server redis prometheus
+    compose up -d latte redis prometheus
     local service
-    for service in redis prometheus latte-server; do
+    for service in redis prometheus latte; do
         await 60 is_running "$service"
         check "$service runs" is_running "$service"
     done
-    if ! await 120 podman healthcheck run "$(container latte-server)"; then
-        stop_early "the server is healthy" "$(cat "$scratch/compose.log")" "$(log_of latte-server)"
+    if ! await 120 podman healthcheck run "$(container latte)"; then
+        stop_early "the server is healthy" "$(cat "$scratch/compose.log")" "$(log_of latte)"
     fi
     good "the server is healthy"
     check "Redis is healthy" podman healthcheck run "$(container redis)"
@@ -79,7 +79,7 @@ start_all() {
 
 test_limits() {
     local name
-    for name in latte-server redis prometheus; do
+    for name in latte redis prometheus; do
         expect "$name: not root, no capabilities, read-only root" "true 0000000000000000 true" \
             "$(podman inspect "$(container $name)" --format '{{.State.Pid}} {{.HostConfig.ReadonlyRootfs}}' |
                 while read -r pid read_only; do
@@ -97,8 +97,8 @@ test_sessions() {
     position=$(post /v1/completions "$turn" | jq .session.position)
     check "a turn of a session moves its position ($position)" test "${position:-0}" -ge 8
     check "Redis has it" test "$(podman exec "$(container redis)" redis-cli dbsize)" -gt 0
-    compose restart latte-server
-    await 120 podman healthcheck run "$(container latte-server)"
+    compose restart latte
+    await 120 podman healthcheck run "$(container latte)"
     expect "after a restart of the server it is where it was" "$position" \
         "$(in_net curl -sS -m 20 "$url/v1/sessions/$id" | jq .position)"
     compose restart redis
@@ -109,7 +109,7 @@ test_sessions() {
 }
 
 test_prometheus() {
-    local up='up{job=~".*latte.*"}'
+    local up='up{job="latte"}'
     await 60 has_value "$up"
     expect "Prometheus reaches the server" 1 "$(query "$up")"
     local requests='sum(latte_requests_total{route="/v1/completions"})'
@@ -132,7 +132,7 @@ test_grafana_files() {
 
 stop_all() {
     local name code
-    for name in latte-server redis prometheus; do
+    for name in latte redis prometheus; do
         compose stop -t 45 "$name"
         code=$(podman inspect "$(container $name)" --format '{{.State.ExitCode}}')
         expect "$name: exit code after a stop" 0 "$code"

@@ -160,11 +160,13 @@ make_base_archive() {
     printf '%s\n' 'path-exclude /usr/share/doc/*' 'path-include /usr/share/doc/*/copyright' \
         'path-exclude /usr/share/man/*' 'path-exclude /usr/share/locale/*' \
         'path-exclude /usr/share/info/*' >"$scratch/slim"
+    echo 'Acquire::Languages "none";' >"$scratch/languages"
     # Not by --dpkgopt, which starts Python for each package.
     # shellcheck disable=SC2016 # mmdebstrap's own variable
     mmdebstrap --mode=root --format=tar --variant=minbase --quiet "${options[@]}" \
         --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --include=usr-is-merged \
         --customize-hook="cp '$scratch/slim' \"\$1/etc/dpkg/dpkg.cfg.d/slim\"" \
+        --customize-hook="cp '$scratch/languages' \"\$1/etc/apt/apt.conf.d/languages\"" \
         --customize-hook='cd "$1" && rm -rf usr/share/man usr/share/info usr/share/locale &&
             find usr/share/doc ! -type d ! -name copyright -delete' \
         --customize-hook='cd "$1" && rm -f etc/resolv.conf etc/hostname var/cache/apt/*.bin' \
