@@ -16,7 +16,7 @@ cuda_image=localhost/latte-server:test-cuda
 port=8080
 url=http://127.0.0.1:$port
 hardened=(--read-only --cap-drop ALL --security-opt no-new-privileges --pids-limit 256 --memory 2g)
-store=(-v latte-sessions:/var/lib/latte -e LATTE_STORE=/var/lib/latte)
+keep=(-v latte-sessions:/var/lib/latte -e LATTE_STORE=/var/lib/latte)
 
 # ---- Talking to it ----
 
@@ -118,7 +118,7 @@ test_completions() {
 # A session in a volume, over two containers: the second one continues at the first one's position.
 test_session() {
     local id before after turn
-    start latte-a "${store[@]}" "$image"
+    start latte-a "${keep[@]}" "$image"
     test_hardening latte-a
     id=$(post /v1/sessions '{}' | jq -r .id)
     turn='{"session_id":"'$id'","prompt":"Lucy had a small dog. ","max_tokens":8,"ignore_eos":true}'
@@ -126,7 +126,7 @@ test_session() {
     check "a turn of a session moves its position ($before)" test "$before" -ge 8
     stop latte-a
     in_net podman rm latte-a >/dev/null 2>&1
-    start latte-b "${store[@]}" "$image"
+    start latte-b "${keep[@]}" "$image"
     expect "a new container finds the session where it was" "$before" \
         "$(get "/v1/sessions/$id" | jq .position)"
     after=$(post /v1/completions "$turn" | jq .session.position)
