@@ -15,7 +15,7 @@ image=localhost/latte-server:test
 cuda_image=localhost/latte-server:test-cuda
 port=8080
 url=http://127.0.0.1:$port
-hardened=(--read-only --cap-drop ALL --security-opt no-new-privileges --pids-limit 256 --memory 2g)
+hardened=(--read-only --read-only-tmpfs=false --cap-drop ALL --security-opt no-new-privileges --pids-limit 256 --memory 2g)
 keep=(-v latte-sessions:/var/lib/latte -e LATTE_STORE=/var/lib/latte)
 
 # ---- Talking to it ----
