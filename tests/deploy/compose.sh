@@ -112,7 +112,7 @@ test_prometheus() {
     local up='up{job="latte"}'
     await 60 has_value "$up"
     expect "Prometheus reaches the server" 1 "$(query "$up")"
-    local requests='sum(latte_requests_total{route="/v1/completions"})'
+    local requests='sum(latte_http_requests_total{route="/v1/completions"})'
     await 30 has_value "$requests"
     check "and counts its requests" has_value "$requests"
 }

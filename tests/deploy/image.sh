@@ -112,7 +112,7 @@ test_completions() {
     check "it came in at least 20 events" test "$(grep -c '^data: {' <<<"$a")" -ge 20
     check "it has text" test -n "$(stream_text "$a")"
     expect "unstreamed the same text" "$(jq -j '.choices[0].text' <<<"$b")" "$(stream_text "$a")"
-    expect_in "it counts itself" '^latte_requests_total\{.*/v1/completions' "$(get /metrics)"
+    expect_in "it counts itself" '^latte_http_requests_total\{.*/v1/completions' "$(get /metrics)"
 }
 
 # A session in a volume, over two containers: the second one continues at the first one's position.
