@@ -103,7 +103,7 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
 FUZZ_SECONDS ?= 20
 
 .PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests \
-        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
+        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test systemd-test bench fuzz fuzz-run deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -279,6 +279,16 @@ fuzz: packages ## mutate the inputs of every parser under ASan (FUZZ_SECONDS eac
 	@$(MAKE) --no-print-directory -j$$(nproc) SAN=address fuzz-run
 fuzz-run: $(FUZZERS)
 	@set -e; for f in $(FUZZERS); do $$f -t $(FUZZ_SECONDS) $(FUZZ_SEEDS); done
+
+# The tests of deploy/ are suites of their own: they build images and start services.
+image-test: ## build the container images without a daemon, start them and use them
+	@bash tests/deploy/image.sh
+
+compose-test: ## start compose.yaml's services for real and use them
+	@bash tests/deploy/compose.sh
+
+systemd-test: ## check the systemd unit, and its hardening
+	@bash tests/deploy/systemd.sh
 
 bench: ## print the tables of latte-bench for the bundled model
 	@sh deploy/packages.sh test

@@ -1,5 +1,5 @@
 #!/bin/sh
-# packages.sh build|test|model - install the Debian or Ubuntu packages that are missing.
+# packages.sh build|test|model|image|compose|systemd - install the Debian or Ubuntu packages that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -9,6 +9,9 @@ set -eu
 build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
        libxxhash-dev libhiredis-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
+image="buildah podman runc netavark aardvark-dns iptables iproute2 mmdebstrap curl jq python3
+       python3-pip ca-certificates" # tests/deploy
+compose="$image podman-compose"
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
@@ -21,8 +24,11 @@ case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
 model) wanted=$model ;;
+image) wanted=$image ;;
+compose) wanted=$compose ;;
+systemd) wanted="systemd strace curl jq procps" ;;
 *)
-    echo "usage: deploy/packages.sh build|test|model" >&2
+    echo "usage: deploy/packages.sh build|test|model|image|compose|systemd" >&2
     exit 2
     ;;
 esac

@@ -176,4 +176,9 @@ void http_error_json(struct bytes *out, int http_code, const char *message, cons
 /* The HTTP status an error of ours maps to. */
 int http_status_of(enum status status);
 
+/* The other side, for health checks: ask the server that these options are of, on its address,
+ * port or unix socket, for /health/ready, and wait a few seconds. OK: it answered 200. Otherwise
+ * IO, or INVALID for port 0; the text says what was found. */
+enum status http_healthcheck(const struct options *o, struct error *err);
+
 #endif

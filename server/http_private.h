@@ -10,6 +10,7 @@
  *   http_route.c   paths and methods
  *   http_error.c   the error object
  *   http_check.c   request headers
+ *   http_healthcheck.c  the client of --healthcheck
  *
  * A client socket's life: accepted by the loop, which holds it at the door until the header of
  * a request is there and sound; then the library may read it (inside). When the reply is sent
@@ -35,6 +36,7 @@
 #include "server/http_check.h"
 
 struct MHD_Connection;
+struct addrinfo;
 struct MHD_Daemon;
 struct MHD_Response;
 
@@ -140,6 +142,8 @@ int64_t http_now_ns(void); /* CLOCK_MONOTONIC */
 
 /* http_socket.c */
 enum status socket_listen(struct http_server *s, struct error *err);
+/* The addresses of --host and --port, to be freed by freeaddrinfo; getaddrinfo's code. */
+int socket_resolve(const struct options *o, int flags, struct addrinfo **found);
 void socket_unlisten(struct http_server *s); /* close and unlink; harmless twice */
 void socket_tune(int fd);
 void socket_describe(const struct sockaddr_storage *address, char out[CLIENT_BYTES]);

@@ -12,7 +12,12 @@
 
 #include "server/http_private.h"
 
-enum { BACKLOG = 1024, USER_TIMEOUT_MS = 25000, SEND_BUFFER_BYTES = 64 * 1024 };
+enum {
+    BACKLOG = 1024,
+    USER_TIMEOUT_MS = 25000,
+    SEND_BUFFER_BYTES = 64 * 1024,
+    SOCKET_HOST_BYTES = 64
+};
 
 static enum status fail_listen(struct error *err, const char *what)
 {
@@ -107,14 +112,22 @@ static void strip_brackets(const char *host, char *out, size_t n)
     snprintf(out, n, "%.*s", (int)(bracketed ? length - 2 : length), host + bracketed);
 }
 
+int socket_resolve(const struct options *o, int flags, struct addrinfo **found)
+{
+    char host[SOCKET_HOST_BYTES], port[16];
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = flags};
+    strip_brackets(o->host, host, sizeof(host));
+    snprintf(port, sizeof(port), "%d", (int)o->port);
+    return getaddrinfo(host, port, &hints, found);
+}
+
 static enum status listen_tcp(struct http_server *s, struct error *err)
 {
-    char host[64], port[16], what[96];
+    char host[SOCKET_HOST_BYTES], what[96];
+    struct addrinfo *found = NULL;
     strip_brackets(s->options.host, host, sizeof(host));
-    snprintf(port, sizeof(port), "%d", (int)s->options.port);
-    snprintf(what, sizeof(what), "%s port %s", host, port);
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found = NULL;
-    int code = getaddrinfo(host, port, &hints, &found);
+    snprintf(what, sizeof(what), "%s port %d", host, (int)s->options.port);
+    int code = socket_resolve(&s->options, AI_PASSIVE, &found);
     if (code)
         return fail(err, STATUS_IO, "cannot listen on %s: %s", what, gai_strerror(code));
     errno = EADDRNOTAVAIL;

@@ -294,6 +294,18 @@ static enum status start(struct program *p, struct error *err)
     return STATUS_OK;
 }
 
+/* The exit code. */
+static int check_health(const struct options *o)
+{
+    struct error err;
+    if (http_healthcheck(o, &err)) {
+        fprintf(stderr, "latte-server: %s\n", err.text);
+        return 1;
+    }
+    puts("ready");
+    return 0;
+}
+
 /* Stopping. */
 
 /* True when every request could finish. */
@@ -370,6 +382,8 @@ int main(int argc, char **argv)
         printf("latte-server %s\n", latte_version);
     if (p->options.help || p->options.version)
         return 0;
+    if (p->options.healthcheck)
+        return check_health(&p->options);
 
     int code = 1;
     if (start(p, &err))

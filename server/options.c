@@ -246,7 +246,7 @@ enum status options_parse(struct options *out, int argc, char **argv, struct err
         st = read_argument(&o, argc, argv, &i, err);
     if (!st)
         st = check_cors_origin(o.cors_origin, err);
-    if (!st && !o.model && !o.help && !o.version)
+    if (!st && !o.model && !o.healthcheck && !o.help && !o.version)
         st = fail_field(err, STATUS_INVALID, "model",
                         "--model: expected a model directory, found nothing; --help lists the "
                         "flags");

@@ -146,6 +146,9 @@
     X(log_level, STRING, "log-level", "info", 0, 0, "debug|info|warn|error",                       \
       "least severe lines to log")                                                                 \
     X(access_log, FLAG, "access-log", "1", 0, 1, NULL, "log one JSON line per request")            \
+    X(healthcheck, FLAG, "healthcheck", "0", 0, 1, NULL,                                           \
+      "start nothing: exit with 0 if the server at --port (or --unix-socket) says that it is "     \
+      "ready, else with 1")                                                                        \
     X(help, FLAG, "help", "0", 0, 1, NULL, "print this help")                                      \
     X(version, FLAG, "version", "0", 0, 1, NULL, "print the version")
 

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cjson/cJSON.h>
@@ -688,6 +689,80 @@ static void test_command_line(void **state)
     }
 }
 
+/* Run --healthcheck to its end. */
+static void expect_healthcheck(const char *flag, const char *value, const char *host, int code,
+                               const char *said)
+{
+    const char *args[] = {"--healthcheck", flag, value, "--host", host, NULL};
+    struct bytes output;
+    int found = server_run(args, &output);
+    if (found != code || !output.data || !strstr(output.data, said))
+        fail_msg("%s %s on %s: exit code %d, expected %d, output: %s", flag, value, host, found,
+                 code, output.data ? output.data : "");
+    bytes_free(&output);
+}
+
+static void expect_healthcheck_of(const char *port, const char *answer, const char *said)
+{
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t n = sizeof(at);
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const int on = 1;
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    at.sin_port = htons((uint16_t)atoi(port));
+    assert_false(bind(listener, (struct sockaddr *)&at, n) || listen(listener, 1));
+    pid_t child = fork();
+    if (!child) { /* one client; it is read to the empty line, so that closing is no reset */
+        char seen[1024] = "";
+        int fd = accept(listener, NULL, NULL);
+        for (ssize_t got = 0, all = 0; !strstr(seen, "\r\n\r\n"); all += got)
+            got = read(fd, seen + all, sizeof(seen) - 1 - (size_t)all);
+        ssize_t sent = write(fd, answer, strlen(answer));
+        _exit(sent < 0 || !strstr(seen, "GET /health/ready HTTP/1.1\r\n"));
+    }
+    close(listener);
+    expect_healthcheck("--port", port, "127.0.0.1", 1, said);
+    int how = 0;
+    assert_int_equal(waitpid(child, &how, 0), child);
+    assert_int_equal(how, 0);
+}
+
+/* What a container's or a supervisor's health check runs. */
+static void test_healthcheck(void **state)
+{
+    (void)state;
+    struct server s;
+    char port[16], path[160];
+    const char *on_all[] = {"--host", "0.0.0.0", NULL};
+    server_start(&s, on_all);
+    snprintf(port, sizeof(port), "%d", s.port);
+    expect_healthcheck("--port", port, "127.0.0.1", 0, "ready");
+    expect_healthcheck("--port", port, "0.0.0.0", 0, "ready");
+    expect_healthcheck("--port", port, "localhost", 0, "ready");
+    server_stop(&s);
+    expect_healthcheck("--port", port, "127.0.0.1", 1, "refused");
+    expect_healthcheck("--port", "0", "127.0.0.1", 1, "found 0");
+    expect_healthcheck_of(port, "HTTP/1.1 503 Service Unavailable\r\n\r\n{\"status\":\"loading\"}",
+                          "503 {\"status\":\"loading\"}");
+    expect_healthcheck_of(port, "", "nothing");
+    expect_healthcheck_of(port, "SSH-2.0-server\r\n", "expected 200");
+
+    if (has_ipv6()) {
+        const char *on_v6[] = {"--host", "::", NULL};
+        server_start(&s, on_v6);
+        snprintf(port, sizeof(port), "%d", s.port);
+        expect_healthcheck("--port", port, "::", 0, "ready");
+        expect_healthcheck("--port", port, "[::1]", 0, "ready");
+        server_stop(&s);
+    }
+    snprintf(path, sizeof(path), "/tmp/latte-health-%d", (int)getpid());
+    expect_healthcheck("--unix-socket", path, "127.0.0.1", 1, "No such file");
+    const char *on_socket[] = {"--unix-socket", path, NULL};
+    server_start(&s, on_socket);
+    expect_healthcheck("--unix-socket", path, "127.0.0.1", 0, "ready");
+    server_stop(&s);
+}
+
 static void test_port_in_use(void **state)
 {
     (void)state;
@@ -754,6 +829,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_ipv6),
         cmocka_unit_test(test_access_log),
         cmocka_unit_test(test_command_line),
+        cmocka_unit_test(test_healthcheck),
         cmocka_unit_test(test_port_in_use),
         cmocka_unit_test(test_broken_models),
     };
