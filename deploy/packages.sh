@@ -1,5 +1,6 @@
 #!/bin/sh
-# packages.sh build|test|model - install the Debian or Ubuntu packages that are missing.
+# packages.sh build|test|model|metrics|kubernetes|kubernetes-play - install the Debian or Ubuntu
+# packages that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -10,6 +11,9 @@ build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8pro
        libxxhash-dev libhiredis-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
+metrics="prometheus python3"
+kubernetes="prometheus python3 python3-venv ca-certificates $(command -v kubectl >/dev/null 2>&1 || echo kubernetes-client)"
+kubernetes_play="buildah podman runc catatonit netavark aardvark-dns iptables iproute2 mmdebstrap curl"
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
 cuda_home=${CUDA_HOME:-/usr/local/cuda}
@@ -21,8 +25,11 @@ case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
 model) wanted=$model ;;
+metrics) wanted=$metrics ;;
+kubernetes) wanted=$kubernetes ;;
+kubernetes-play) wanted=$kubernetes_play ;;
 *)
-    echo "usage: deploy/packages.sh build|test|model" >&2
+    echo "usage: deploy/packages.sh build|test|model|metrics|kubernetes|kubernetes-play" >&2
     exit 2
     ;;
 esac
