@@ -403,6 +403,25 @@ static int count_open_fds(void)
     return n;
 }
 
+static double boot_s; /* set once */
+
+static void read_boot_time(void)
+{
+    struct timespec now, since_boot;
+    clock_gettime(CLOCK_REALTIME, &now);
+    clock_gettime(CLOCK_BOOTTIME, &since_boot);
+    boot_s = (double)(now.tv_sec - since_boot.tv_sec) +
+             (double)(now.tv_nsec - since_boot.tv_nsec) * 1e-9;
+}
+
+/* Read once: each reading differs by a little, and a start that moves reads as a restart. */
+static double boot_time_s(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, read_boot_time);
+    return boot_s;
+}
+
 /* /proc/self/stat fields by the numbers of proc(5): 22 start time in ticks, 23 virtual bytes,
  * 24 resident pages. */
 static void read_stat(double *start_s, double *virtual_bytes, double *resident_bytes)
@@ -421,11 +440,7 @@ static void read_stat(double *start_s, double *virtual_bytes, double *resident_b
                " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d"
                " %llu %llu %ld",
                &ticks, &virtual, &pages);
-    struct timespec now, since_boot;
-    clock_gettime(CLOCK_REALTIME, &now);
-    clock_gettime(CLOCK_BOOTTIME, &since_boot);
-    *start_s =
-        (double)(now.tv_sec - since_boot.tv_sec) + (double)ticks / (double)sysconf(_SC_CLK_TCK);
+    *start_s = boot_time_s() + (double)ticks / (double)sysconf(_SC_CLK_TCK);
     *virtual_bytes = (double)virtual;
     *resident_bytes = (double)pages * (double)sysconf(_SC_PAGESIZE);
 }

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "server/metrics.h"
 
@@ -129,6 +130,21 @@ static void test_counters(void **state)
     assert_true(sample(text, "process_open_fds") >= 3);
     assert_true(sample(text, "process_start_time_seconds") > 1.6e9);
     free(text);
+}
+
+/* The start stays where it was, however the clocks' seconds turn: else it reads as a restart. */
+static void test_start(void **state)
+{
+    (void)state;
+    char *text = text_of();
+    double start = sample(text, "process_start_time_seconds");
+    free(text);
+    for (int i = 0; i < 25; i++) {
+        nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+        text = text_of();
+        assert_true(sample(text, "process_start_time_seconds") == start);
+        free(text);
+    }
 }
 
 static void test_histogram(void **state)
@@ -291,8 +307,8 @@ int main(void)
         cmocka_unit_test(test_format),    cmocka_unit_test(test_counters),
         cmocka_unit_test(test_histogram), cmocka_unit_test(test_threads),
         cmocka_unit_test(test_positions), cmocka_unit_test(test_durations),
-        cmocka_unit_test(test_store),     cmocka_unit_test(test_tiers),
-        cmocka_unit_test(test_bounded),
+        cmocka_unit_test(test_start),     cmocka_unit_test(test_store),
+        cmocka_unit_test(test_tiers),     cmocka_unit_test(test_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
