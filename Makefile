@@ -297,6 +297,17 @@ bench: ## print the tables of latte-bench for the bundled model
 	$(BUILD)/latte-bench serve -m $(MODEL_DIR)
 	$(BUILD)/latte-bench sessions -m $(MODEL_DIR)
 
+.PHONY: metrics-test kubernetes-test
+metrics-test: ## Prometheus, its rules and the dashboard against a server under load
+	@sh deploy/packages.sh build && sh deploy/packages.sh metrics
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
+	@python3 tests/deploy/metrics_test.py $(BUILD)/latte-server weights/latte-12m
+
+kubernetes-test: ## validate deploy/kubernetes, and run its pod (KUBERNETES_PLAY=0: without)
+	@sh deploy/packages.sh build && sh deploy/packages.sh kubernetes
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
+	@bash tests/deploy/kubernetes.sh $(BUILD)/latte-server
+
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \
 	  | sed -E 's|/[^/:]*:#include "| -> |' | sort | uniq -c

@@ -1,5 +1,5 @@
 #!/bin/sh
-# packages.sh build|test|model|image|compose|systemd - install the Debian or Ubuntu packages that are missing.
+# packages.sh LIST - install the Debian or Ubuntu packages of a list below that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -7,12 +7,10 @@
 set -eu
 
 build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
-       libxxhash-dev libhiredis-dev libopenblas-dev"
-test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
-image="buildah podman runc netavark aardvark-dns iptables iproute2 mmdebstrap curl jq python3
-       python3-pip ca-certificates" # tests/deploy
-compose="$image podman-compose"
-model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
+       libxxhash-dev libhiredis-dev libgnutls28-dev libopenblas-dev"
+venv="python3 python3-venv ca-certificates"
+containers="buildah podman runc netavark aardvark-dns iptables iproute2 mmdebstrap curl"
+kubectl=$(command -v kubectl >/dev/null 2>&1 || echo kubernetes-client)
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
 cuda_home=${CUDA_HOME:-/usr/local/cuda}
@@ -22,13 +20,21 @@ fi
 
 case "${1:-}" in
 build) wanted=$build ;;
-test) wanted="$build $test" ;;
-model) wanted=$model ;;
-image) wanted=$image ;;
-compose) wanted=$compose ;;
+test) wanted="$build libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server" ;;
+model) wanted=$venv ;; # weights/smollm2/make.sh
+clients) wanted="$build $venv curl libcurl4-openssl-dev" ;;
+playground) wanted="$venv chromium fonts-liberation" ;;
+docs) wanted=python3 ;;
+docs-test) wanted="$build python3 man-db mandoc bsdextrautils pkg-config zsh fish" ;;
+nginx) wanted="$build python3 nginx-light openssl curl" ;;
+metrics) wanted="prometheus python3" ;;
+kubernetes) wanted="$venv prometheus $kubectl" ;;
+kubernetes-play) wanted="$containers catatonit" ;;
+image) wanted="$containers $venv jq python3-pip" ;;
+compose) wanted="$containers $venv jq python3-pip podman-compose" ;;
 systemd) wanted="systemd strace curl jq procps" ;;
 *)
-    echo "usage: deploy/packages.sh build|test|model|image|compose|systemd" >&2
+    echo "usage: deploy/packages.sh LIST; the lists are those in this file" >&2
     exit 2
     ;;
 esac

@@ -340,9 +340,13 @@ bool job_put(struct job *job, const struct job_token *token)
 {
     pthread_mutex_lock(&job->lock);
     CHECK(job->n_ring < job->ring_size && job->progress.finish == FINISH_NONE);
-    job->ring[(job->first + job->n_ring++) % job->ring_size] = *token;
-    if (!token->is_prompt && job->progress.n_output++ == 0)
-        job->progress.first_token_ns = job_clock_ns();
+    struct job_token *placed = &job->ring[(job->first + job->n_ring++) % job->ring_size];
+    *placed = *token;
+    if (!token->is_prompt) {
+        placed->time_ns = job_clock_ns();
+        if (job->progress.n_output++ == 0)
+            job->progress.first_token_ns = placed->time_ns;
+    }
     bool was_parked = unpark(job);
     pthread_mutex_unlock(&job->lock);
     return was_parked;

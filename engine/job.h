@@ -80,8 +80,9 @@ enum job_finish {
 /* One entry of the ring. Prompt scores come first, in order, then outputs. */
 struct job_token {
     int32_t token;
-    bool is_prompt; /* a scored prompt token; its first has logprob NAN */
-    float logprob;  /* when asked for, else NAN */
+    bool is_prompt;  /* a scored prompt token; its first has logprob NAN */
+    float logprob;   /* when asked for, else NAN */
+    int64_t time_ns; /* of an output: when job_put got it, CLOCK_MONOTONIC */
     int n_top;
     struct token_logprob top[SAMPLER_MAX_TOP_LOGPROBS];
 };

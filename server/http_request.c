@@ -209,6 +209,7 @@ static void log_end(const struct http_request *r, bool gone)
 {
     const char *route = r->route ? r->route->path : "other";
     metrics_count_request(r->method, route, r->code ? r->code : 499);
+    metrics_observe_request(route, (double)(http_now_ns() - r->arrival_ns) * 1e-9);
     if (gone)
         metrics_add(METRIC_CLIENT_DISCONNECTS, 1);
     if (!r->server->options.access_log)

@@ -15,7 +15,7 @@
 
 #include "server/options.h"
 
-enum { MAX_BUCKETS = 20, MAX_SERIES = 256, MAX_FINISHES = 8, MAX_LABEL = 64 };
+enum { MAX_BUCKETS = 20, MAX_SERIES = 256, MAX_ROUTES = 64, MAX_FINISHES = 8, MAX_LABEL = 64 };
 
 struct counter_row {
     const char *name, *help;
@@ -72,6 +72,11 @@ struct histogram_row {
     {                                                                                              \
         0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 40, 80              \
     }
+/* Half a millisecond is a small model's token; what a client notices is above 0.1 s. */
+#define TOKEN_BOUNDS                                                                               \
+    {                                                                                              \
+        0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5   \
+    }
 #define TURN_ROW(i, range)                                                                         \
     [METRIC_TURN_FIRST_TOKEN + i] = {                                                              \
         "latte_turn_first_token_seconds",                                                          \
@@ -89,10 +94,10 @@ static const struct histogram_row histogram_rows[METRIC_HISTOGRAM_COUNT] = {
     TURN_ROW(3, "100000-999999"),
     TURN_ROW(4, "1000000-"),
     [METRIC_TIME_PER_TOKEN] = {"latte_time_per_output_token_seconds",
-                               "Mean time between the tokens of a choice.",
-                               NULL,
-                               {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
-                                0.1, 0.25, 0.5, 1, 2.5}},
+                               "Mean time between the tokens of a choice.", NULL, TOKEN_BOUNDS},
+    [METRIC_INTER_TOKEN] = {"latte_inter_token_latency_seconds",
+                            "Time between two tokens of a choice, as the engine gave them.", NULL,
+                            TOKEN_BOUNDS},
     [METRIC_E2E_LATENCY] = {"latte_e2e_request_latency_seconds",
                             "From a request's arrival to the end of a choice.",
                             NULL,
@@ -113,6 +118,11 @@ static const struct histogram_row histogram_rows[METRIC_HISTOGRAM_COUNT] = {
                               {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576}},
 };
 
+/* Of whole requests: from a page of text to a generation of many minutes. */
+static const double duration_bounds[] = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
+                                         0.5,   1,      2.5,   5,    10,    30,   120, 600};
+enum { DURATION_BUCKETS = sizeof(duration_bounds) / sizeof(*duration_bounds) };
+
 struct histogram {
     _Atomic uint64_t counts[MAX_BUCKETS + 1]; /* by bucket, not cumulative; the last is +Inf */
     _Atomic uint64_t sum_bits;                /* the sum, a double's bits */
@@ -124,6 +134,12 @@ struct request_series {
     uint64_t n;
 };
 
+struct duration_series {
+    char route[MAX_LABEL];
+    uint64_t counts[DURATION_BUCKETS + 1]; /* by bucket, not cumulative; the last is +Inf */
+    double sum;
+};
+
 struct finish_series {
     char reason[16];
     uint64_t n;
@@ -132,11 +148,14 @@ struct finish_series {
 static _Atomic uint64_t counters[METRIC_COUNTER_COUNT];
 static struct histogram histograms[METRIC_HISTOGRAM_COUNT];
 
-static pthread_mutex_t series_lock = PTHREAD_MUTEX_INITIALIZER; /* guards the four below */
+static pthread_mutex_t series_lock = PTHREAD_MUTEX_INITIALIZER; /* guards all below */
 static struct request_series requests[MAX_SERIES];
 static int n_requests;
-static struct finish_series finishes[MAX_FINISHES];
-static int n_finishes;
+static struct duration_series durations[MAX_ROUTES];
+static int n_durations;
+static struct finish_series finishes[MAX_FINISHES] = {
+    {"stop", 0}, {"length", 0}, {"abort", 0}, {"error", 0}};
+static int n_finishes = 4;
 
 void metrics_add(enum metric_counter counter, uint64_t n)
 {
@@ -218,6 +237,35 @@ void metrics_count_request(const char *method, const char *route, int code)
     pthread_mutex_unlock(&series_lock);
 }
 
+static struct duration_series *find_durations(const char *route)
+{
+    for (int i = 0; i < n_durations; i++) {
+        if (!strcmp(durations[i].route, route))
+            return &durations[i];
+    }
+    if (n_durations == MAX_ROUTES)
+        return NULL;
+    struct duration_series *s = &durations[n_durations++];
+    snprintf(s->route, sizeof(s->route), "%s", route);
+    return s;
+}
+
+void metrics_observe_request(const char *route, double seconds)
+{
+    if (!isfinite(seconds))
+        return;
+    int bucket = 0;
+    while (bucket < DURATION_BUCKETS && seconds > duration_bounds[bucket])
+        bucket++;
+    pthread_mutex_lock(&series_lock);
+    struct duration_series *s = find_durations(route);
+    if (s) {
+        s->counts[bucket]++;
+        s->sum += seconds;
+    }
+    pthread_mutex_unlock(&series_lock);
+}
+
 void metrics_count_finish(const char *finish_reason)
 {
     pthread_mutex_lock(&series_lock);
@@ -268,6 +316,21 @@ static void write_histogram(struct bytes *out, enum metric_histogram which)
     bytes_format(out, "%s_count%s%s%s %" PRIu64 "\n", row->name, open, label, close, total);
 }
 
+static void write_durations(struct bytes *out, const struct duration_series *s)
+{
+    static const char name[] = "latte_http_request_duration_seconds";
+    uint64_t total = 0;
+    for (int i = 0; i < DURATION_BUCKETS; i++) {
+        total += s->counts[i];
+        bytes_format(out, "%s_bucket{route=\"%s\",le=\"%g\"} %" PRIu64 "\n", name, s->route,
+                     duration_bounds[i], total);
+    }
+    total += s->counts[DURATION_BUCKETS];
+    bytes_format(out, "%s_bucket{route=\"%s\",le=\"+Inf\"} %" PRIu64 "\n", name, s->route, total);
+    bytes_format(out, "%s_sum{route=\"%s\"} %.15g\n", name, s->route, s->sum);
+    bytes_format(out, "%s_count{route=\"%s\"} %" PRIu64 "\n", name, s->route, total);
+}
+
 static void write_series(struct bytes *out)
 {
     pthread_mutex_lock(&series_lock);
@@ -276,6 +339,10 @@ static void write_series(struct bytes *out)
         bytes_format(
             out, "latte_http_requests_total{method=\"%s\",route=\"%s\",code=\"%d\"} %" PRIu64 "\n",
             requests[i].method, requests[i].route, requests[i].code, requests[i].n);
+    write_head(out, "latte_http_request_duration_seconds", "histogram",
+               "From a request's header to the end of its reply or stream.");
+    for (int i = 0; i < n_durations; i++)
+        write_durations(out, &durations[i]);
     write_head(out, "latte_request_success_total", "counter",
                "Choices by their end: stop, length, abort (the client left), error.");
     for (int i = 0; i < n_finishes; i++)
@@ -336,6 +403,25 @@ static int count_open_fds(void)
     return n;
 }
 
+static double boot_s; /* set once */
+
+static void read_boot_time(void)
+{
+    struct timespec now, since_boot;
+    clock_gettime(CLOCK_REALTIME, &now);
+    clock_gettime(CLOCK_BOOTTIME, &since_boot);
+    boot_s = (double)(now.tv_sec - since_boot.tv_sec) +
+             (double)(now.tv_nsec - since_boot.tv_nsec) * 1e-9;
+}
+
+/* Read once: each reading differs by a little, and a start that moves reads as a restart. */
+static double boot_time_s(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, read_boot_time);
+    return boot_s;
+}
+
 /* /proc/self/stat fields by the numbers of proc(5): 22 start time in ticks, 23 virtual bytes,
  * 24 resident pages. */
 static void read_stat(double *start_s, double *virtual_bytes, double *resident_bytes)
@@ -354,11 +440,7 @@ static void read_stat(double *start_s, double *virtual_bytes, double *resident_b
                " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d"
                " %llu %llu %ld",
                &ticks, &virtual, &pages);
-    struct timespec now, since_boot;
-    clock_gettime(CLOCK_REALTIME, &now);
-    clock_gettime(CLOCK_BOOTTIME, &since_boot);
-    *start_s =
-        (double)(now.tv_sec - since_boot.tv_sec) + (double)ticks / (double)sysconf(_SC_CLK_TCK);
+    *start_s = boot_time_s() + (double)ticks / (double)sysconf(_SC_CLK_TCK);
     *virtual_bytes = (double)virtual;
     *resident_bytes = (double)pages * (double)sysconf(_SC_PAGESIZE);
 }
@@ -400,6 +482,8 @@ static void write_store(struct bytes *out, const struct metrics_sessions *s)
     write_value(out, "latte_journal_writes_total", "counter",
                 "Writes of the journal, each of all changes that waited.", (double)j->n_writes);
     write_value(out, "latte_journal_bytes", "gauge", "Length of the journal.", (double)j->n_bytes);
+    write_value(out, "latte_store_up", "gauge", "1 while the store answers, else 0.",
+                !s->store_is_away);
 }
 
 static void write_sessions(struct bytes *out, const struct metrics_sessions *s)
@@ -444,9 +528,22 @@ static void write_kept(struct bytes *out, const struct metrics_kept *k)
                 (double)k->outcome_bytes);
 }
 
+static void write_service(struct bytes *out, const struct metrics_service *s)
+{
+    write_value(out, "latte_ready", "gauge", "1 while /health/ready answers 200, else 0.",
+                s->is_ready);
+    write_value(out, "latte_connections", "gauge", "Open connections.", s->n_connections);
+    write_value(out, "latte_connections_limit", "gauge", "--max-connections.",
+                (double)s->max_connections);
+    write_value(out, "latte_requests_waiting_limit", "gauge", "--max-queue.", (double)s->max_queue);
+    write_value(out, "latte_sessions_limit", "gauge", "--max-sessions.", (double)s->max_sessions);
+    write_value(out, "latte_session_state_bytes_limit", "gauge", "--host-state-mb, in bytes.",
+                (double)s->max_state_bytes);
+}
+
 void metrics_write(struct bytes *out, const struct engine *engine,
                    const struct metrics_sessions *sessions, const struct metrics_kept *kept,
-                   int n_connections)
+                   const struct metrics_service *service)
 {
     for (int i = 0; i < METRIC_COUNTER_COUNT; i++)
         write_value(out, counter_rows[i].name, "counter", counter_rows[i].help,
@@ -454,7 +551,7 @@ void metrics_write(struct bytes *out, const struct engine *engine,
     write_series(out);
     for (int i = 0; i < METRIC_HISTOGRAM_COUNT; i++)
         write_histogram(out, i);
-    write_value(out, "latte_connections", "gauge", "Open connections.", n_connections);
+    write_service(out, service);
     if (engine)
         write_engine(out, engine);
     if (sessions)

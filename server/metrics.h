@@ -46,6 +46,7 @@ enum { METRIC_POSITIONS = 5 };
 enum metric_histogram {
     METRIC_TIME_TO_FIRST_TOKEN, /* latte_time_to_first_token_seconds */
     METRIC_TIME_PER_TOKEN,      /* latte_time_per_output_token_seconds: mean over a choice */
+    METRIC_INTER_TOKEN,         /* latte_inter_token_latency_seconds: each gap by itself */
     METRIC_E2E_LATENCY,         /* latte_e2e_request_latency_seconds */
     METRIC_QUEUE_TIME,          /* latte_request_queue_time_seconds */
     METRIC_PROMPT_LENGTH,       /* latte_request_prompt_tokens */
@@ -64,7 +65,12 @@ void metrics_observe_turn(uint64_t position, double seconds);
  * for what matched none); at most a fixed number of series. */
 void metrics_count_request(const char *method, const char *route, int code);
 
-/* latte_request_success_total{finish_reason} */
+/* latte_http_request_duration_seconds{route}: from a request's header to the end of its reply,
+ * which for a stream is its last event. */
+void metrics_observe_request(const char *route, double seconds);
+
+/* latte_request_success_total{finish_reason}; stop, length, abort and error are there from the
+ * start, so that the first one of a kind is an increase. */
 void metrics_count_finish(const char *finish_reason);
 
 /* What the sessions hold now, and what their store has done. */
@@ -73,6 +79,7 @@ struct metrics_sessions {
     struct session_counts sessions;
     struct image_counts images;
     bool has_store;
+    bool store_is_away; /* does not answer */
     struct journal_counts journal;
     int n_prefixes; /* states after beginnings of prompts, which are not among images */
     size_t prefix_bytes;
@@ -87,10 +94,19 @@ struct metrics_kept {
     size_t outcome_bytes;
 };
 
+/* The server as a whole. The limits are those of the options: what a gauge is to be compared with.
+ */
+struct metrics_service {
+    bool is_ready; /* /health/ready answers 200 */
+    int n_connections;
+    int64_t max_connections, max_queue, max_sessions;
+    size_t max_state_bytes; /* of all states on the host */
+};
+
 /* Everything in the text exposition format, with the gauges of the engine and the sessions (NULL
- * while loading) and the number of open connections. */
+ * while loading). */
 void metrics_write(struct bytes *out, const struct engine *engine,
                    const struct metrics_sessions *sessions, const struct metrics_kept *kept,
-                   int n_connections);
+                   const struct metrics_service *service);
 
 #endif

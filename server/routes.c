@@ -147,6 +147,7 @@ static void fill_metrics(struct routes *r, struct metrics_sessions *out)
     image_count(&r->storage.images, &out->images);
     out->n_responses = responses_n(r->responses);
     out->has_store = r->storage.store != NULL;
+    out->store_is_away = storage_is_away(&r->storage);
     if (r->storage.store)
         state_store_count(r->storage.store, &out->journal);
     count_prefixes(r, out);
@@ -167,8 +168,14 @@ static void get_metrics(struct http_request *http, void *context)
                                 .n_waiting = queue_length(r->queue),
                                 .n_outcomes = outcomes.n_outcomes,
                                 .outcome_bytes = outcomes.used_bytes};
-    metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL, &kept,
-                  http_n_connections(r->server));
+    const struct options *o = r->options;
+    struct metrics_service service = {.is_ready = !strcmp(health(r), "ok"),
+                                      .n_connections = http_n_connections(r->server),
+                                      .max_connections = o->max_connections,
+                                      .max_queue = o->max_queue,
+                                      .max_sessions = o->max_sessions,
+                                      .max_state_bytes = (size_t)o->host_state_mb << 20};
+    metrics_write(&body, model ? model->engine : NULL, model ? &sessions : NULL, &kept, &service);
     if (body.failed) {
         bytes_free(&body);
         call_refuse(http, STATUS_NOMEM, "out of memory while writing the metrics");

@@ -233,16 +233,26 @@ static enum status check_room(const struct generation *g, const struct sequence 
     return g->n_bytes > g->setup.max_bytes ? STATUS_TOO_LARGE : STATUS_OK;
 }
 
+/* By the engine's clock, so that a client that reads slowly does not show as a slow model. */
+static void observe_gap(struct sequence *s, const struct job_token *token)
+{
+    if (s->token_ns)
+        metrics_observe(METRIC_INTER_TOKEN, seconds_between(s->token_ns, token->time_ns));
+    s->token_ns = token->time_ns;
+}
+
 static void push_tokens(struct generation *g, struct sequence *s, const struct job_token *tokens,
                         size_t n)
 {
     int64_t before = s->output.n_tokens;
     s->begun |= n > 0;
     for (size_t i = 0; i < n && !s->output.stopped; i++) {
-        if (tokens[i].is_prompt)
+        if (tokens[i].is_prompt) {
             output_push_prompt(&s->output, &tokens[i]);
-        else
+        } else {
             output_push(&s->output, &tokens[i]);
+            observe_gap(s, &tokens[i]);
+        }
         if (g->setup.turn && !tokens[i].is_prompt)
             stream_turn_note(g, s, tokens[i].token);
         if (s->prompt->answer && !tokens[i].is_prompt)

@@ -22,6 +22,7 @@ struct sequence {
     const char *finish; /* OpenAI's finish_reason once it is over */
     size_t n_bytes;     /* of its output, as counted in the generation's */
     bool begun;         /* its first token came */
+    int64_t token_ns;   /* when the engine gave its last output token, 0 before the first */
     bool role_sent, prompt_sent, finish_sent;
     int n_kept;      /* marks of its prompt whose images were handed on */
     int32_t *answer; /* [n_answer] its tokens, where the state after them is to be kept */

@@ -988,6 +988,7 @@ static void test_large_bodies(void **state)
 #define P "\"prompt\":\"x\""
 #define ENDLESS P ",\"max_tokens\":900000,\"ignore_eos\":true,\"stream\":true"
 #define ABORTED "latte_request_success_total{finish_reason=\"abort\"}"
+#define DURATIONS "latte_http_request_duration_seconds_count{route=\"/v1/completions\"}"
 #define M "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]"
 
 /* The codec's own test has more; these go all the way. param NULL: null. */
@@ -1500,11 +1501,15 @@ static void test_metrics(void **state)
     double output = server_metric(&server, "latte_generation_tokens_total");
     double first = server_metric(&server, "latte_time_to_first_token_seconds_count");
     double whole = server_metric(&server, "latte_e2e_request_latency_seconds_count");
+    double gaps = server_metric(&server, "latte_inter_token_latency_seconds_count");
+    double replies = server_metric(&server, DURATIONS);
     cJSON_Delete(post(COMPLETIONS, "{\"prompt\":[5,6,7],\"max_tokens\":9,\"ignore_eos\":true}"));
     assert_true(server_metric(&server, "latte_prompt_tokens_total") == prompt + 3);
     assert_true(server_metric(&server, "latte_generation_tokens_total") == output + 9);
     assert_true(server_metric(&server, "latte_time_to_first_token_seconds_count") == first + 1);
     assert_true(server_metric(&server, "latte_e2e_request_latency_seconds_count") == whole + 1);
+    assert_true(server_metric(&server, "latte_inter_token_latency_seconds_count") == gaps + 8);
+    assert_true(server_await_metric(&server, DURATIONS, (replies < 0 ? 0 : replies) + 1, 10000));
     /* A prompt counts once; every choice is observed, and one that is left counts as such. */
     double aborted = server_metric(&server, ABORTED);
     cJSON_Delete(post(COMPLETIONS, "{\"prompt\":[5,6],\"n\":3,\"max_tokens\":2,\"stream\":false,"

@@ -8,13 +8,21 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "server/metrics.h"
+
+static const struct metrics_service service = {.is_ready = true,
+                                               .n_connections = 3,
+                                               .max_connections = 40,
+                                               .max_queue = 50,
+                                               .max_sessions = 60,
+                                               .max_state_bytes = 1 << 30};
 
 static char *text_of(void)
 {
     struct bytes b = {0};
-    metrics_write(&b, NULL, NULL, NULL, 3);
+    metrics_write(&b, NULL, NULL, NULL, &service);
     assert_false(b.failed);
     return b.data;
 }
@@ -58,6 +66,7 @@ static void test_format(void **state)
     (void)state;
     metrics_observe(METRIC_E2E_LATENCY, 0.5);
     metrics_count_request("GET", "/x", 200);
+    metrics_observe_request("/x", 0.5);
     metrics_count_finish("stop");
     char *text = text_of();
     char family[128] = "", type[32] = "";
@@ -104,7 +113,13 @@ static void test_counters(void **state)
         {"latte_http_requests_total{method=\"POST\",route=\"/v1/completions\",code=\"400\"}", 1},
         {"latte_http_requests_total{method=\"other\",route=\"other\",code=\"405\"}", 1},
         {"latte_request_success_total{finish_reason=\"length\"}", 1},
+        {"latte_request_success_total{finish_reason=\"abort\"}", 0}, /* there before the first */
+        {"latte_ready", 1},
         {"latte_connections", 3},
+        {"latte_connections_limit", 40},
+        {"latte_requests_waiting_limit", 50},
+        {"latte_sessions_limit", 60},
+        {"latte_session_state_bytes_limit", 1073741824},
     };
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
         if (sample(text, cases[i].name) != cases[i].value)
@@ -115,6 +130,21 @@ static void test_counters(void **state)
     assert_true(sample(text, "process_open_fds") >= 3);
     assert_true(sample(text, "process_start_time_seconds") > 1.6e9);
     free(text);
+}
+
+/* The start stays where it was, however the clocks' seconds turn: else it reads as a restart. */
+static void test_start(void **state)
+{
+    (void)state;
+    char *text = text_of();
+    double start = sample(text, "process_start_time_seconds");
+    free(text);
+    for (int i = 0; i < 25; i++) {
+        nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+        text = text_of();
+        assert_true(sample(text, "process_start_time_seconds") == start);
+        free(text);
+    }
 }
 
 static void test_histogram(void **state)
@@ -197,6 +227,50 @@ static void test_positions(void **state)
     free(text);
 }
 
+/* Each route has a histogram of its own, whose buckets count what is at most their bound. */
+static void test_durations(void **state)
+{
+    (void)state;
+    metrics_observe_request("/slow", 0.001);
+    metrics_observe_request("/slow", 0.3);
+    metrics_observe_request("/slow", 601);
+    metrics_observe_request("/slow", NAN);
+    metrics_observe_request("/fast", 0.002);
+    char *text = text_of();
+    static const struct {
+        const char *name;
+        double value;
+    } cases[] = {
+        {"_bucket{route=\"/slow\",le=\"0.001\"}", 1}, {"_bucket{route=\"/slow\",le=\"0.25\"}", 1},
+        {"_bucket{route=\"/slow\",le=\"0.5\"}", 2},   {"_bucket{route=\"/slow\",le=\"600\"}", 2},
+        {"_bucket{route=\"/slow\",le=\"+Inf\"}", 3},  {"_count{route=\"/slow\"}", 3},
+        {"_sum{route=\"/slow\"}", 601.301},           {"_count{route=\"/fast\"}", 1},
+    };
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        char name[120];
+        snprintf(name, sizeof(name), "latte_http_request_duration_seconds%s", cases[i].name);
+        assert_true(fabs(sample(text, name) - cases[i].value) < 1e-9);
+    }
+    free(text);
+}
+
+/* A store is named as up or away; without one there is no such metric. */
+static void test_store(void **state)
+{
+    (void)state;
+    struct metrics_sessions sessions = {.has_store = true};
+    for (int away = 0; away < 2; away++) {
+        struct bytes b = {0};
+        sessions.store_is_away = away;
+        metrics_write(&b, NULL, &sessions, NULL, &service);
+        assert_true(sample(b.data, "latte_store_up") == !away);
+        bytes_free(&b);
+    }
+    char *text = text_of();
+    assert_null(strstr(text, "latte_store_up"));
+    free(text);
+}
+
 /* Each session is in one tier. */
 static void test_tiers(void **state)
 {
@@ -204,7 +278,7 @@ static void test_tiers(void **state)
     const struct metrics_sessions sessions = {
         .sessions = {.n_sessions = 12, .n_on_device = 3, .n_in_memory = 4}};
     struct bytes b = {0};
-    metrics_write(&b, NULL, &sessions, NULL, 3);
+    metrics_write(&b, NULL, &sessions, NULL, &service);
     assert_false(b.failed);
     assert_true(sample(b.data, "latte_sessions") == 12);
     assert_true(sample(b.data, "latte_sessions_by_tier{tier=\"device\"}") == 3);
@@ -232,8 +306,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_format),    cmocka_unit_test(test_counters),
         cmocka_unit_test(test_histogram), cmocka_unit_test(test_threads),
-        cmocka_unit_test(test_positions), cmocka_unit_test(test_tiers),
-        cmocka_unit_test(test_bounded),
+        cmocka_unit_test(test_positions), cmocka_unit_test(test_durations),
+        cmocka_unit_test(test_start),     cmocka_unit_test(test_store),
+        cmocka_unit_test(test_tiers),     cmocka_unit_test(test_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
