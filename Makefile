@@ -101,7 +101,7 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
 FUZZ_SECONDS ?= 20
 
 .PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests \
-        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run deps format clean FORCE
+        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize bench fuzz fuzz-run test-clients deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -284,6 +284,23 @@ bench: ## print the tables of latte-bench for the bundled model
 	$(BUILD)/latte-bench engine -m $(MODEL_DIR)
 	$(BUILD)/latte-bench serve -m $(MODEL_DIR)
 	$(BUILD)/latte-bench sessions -m $(MODEL_DIR)
+
+# Other people's clients (tests/clients/README.md). The list names every package: pip resolves nothing.
+CLIENTS_VENV := build/clients-venv
+CLIENT_TESTS ?=# paths or pytest's options: CLIENT_TESTS="tests/clients/test_llm.py -x"
+test-clients: ## openai, langchain, llm, litellm, schemathesis, lm-eval, aiperf against the server (PyPI)
+	@sh deploy/packages.sh clients
+	@$(MAKE) --no-print-directory -j$$(nproc) $(PROGRAMS)
+	@$(MAKE) --no-print-directory $(CLIENTS_VENV)/installed
+	@LATTE_BUILD=$(abspath $(BUILD)) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1 \
+	  $(CLIENTS_VENV)/bin/python -m pytest -v --tb=short -p no:cacheprovider \
+	  --basetemp=build/clients-tmp $(or $(CLIENT_TESTS),tests/clients)
+
+$(CLIENTS_VENV)/installed: tests/clients/requirements.txt
+	@echo "  PIP $(CLIENTS_VENV)"
+	$(Q)python3 -m venv $(@D)
+	$(Q)$(@D)/bin/pip install -q --no-deps -r $<
+	$(Q)$(@D)/bin/pip check && touch $@
 
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \

@@ -1,5 +1,5 @@
 #!/bin/sh
-# packages.sh build|test|model - install the Debian or Ubuntu packages that are missing.
+# packages.sh build|test|model|clients - install the Debian or Ubuntu packages that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -10,6 +10,7 @@ build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8pro
        libxxhash-dev libhiredis-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
+clients="curl libcurl4-openssl-dev $model" # make test-clients
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
 cuda_home=${CUDA_HOME:-/usr/local/cuda}
@@ -21,8 +22,9 @@ case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
 model) wanted=$model ;;
+clients) wanted="$build $clients" ;;
 *)
-    echo "usage: deploy/packages.sh build|test|model" >&2
+    echo "usage: deploy/packages.sh build|test|model|clients" >&2
     exit 2
     ;;
 esac
