@@ -2,6 +2,8 @@
 
 All checks, all routes, no exceptions. Examples and time are bounded, and the seed is fixed, so
 that a run can be repeated; LATTE_SCHEMA_EXAMPLES and LATTE_SCHEMA_SEED look further.
+
+These do not pass yet, see README.md, and `make test-clients` runs them only where they are asked for.
 """
 import os
 import subprocess
@@ -15,7 +17,7 @@ from server import ADMIN_KEY, ROOT, Server, key_file
 EXAMPLES = os.environ.get("LATTE_SCHEMA_EXAMPLES", "10")
 SEED = os.environ.get("LATTE_SCHEMA_SEED", "1")
 # Generations are short, and whatever is stored stays small.
-OPTIONS = ("--default-max-tokens", "4", "--max-tokens-limit", "16", "--max-choices", "8",
+OPTIONS = ("--default-max-tokens", "4", "--max-tokens-limit", "128", "--max-choices", "8",
            "--max-prompt-tokens", "4096")
 
 
