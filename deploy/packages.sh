@@ -1,5 +1,5 @@
 #!/bin/sh
-# packages.sh build|test|model - install the Debian or Ubuntu packages that are missing.
+# packages.sh build|test|model|playground - install the Debian or Ubuntu packages that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -10,6 +10,7 @@ build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8pro
        libxxhash-dev libhiredis-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
+playground="chromium fonts-liberation python3 python3-venv" # tests/playground/run.sh
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
 cuda_home=${CUDA_HOME:-/usr/local/cuda}
@@ -21,8 +22,9 @@ case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
 model) wanted=$model ;;
+playground) wanted=$playground ;;
 *)
-    echo "usage: deploy/packages.sh build|test|model" >&2
+    echo "usage: deploy/packages.sh build|test|model|playground" >&2
     exit 2
     ;;
 esac
