@@ -21,13 +21,17 @@ static const char policy[] = "default-src 'none'; script-src 'self'; style-src '
     X(index_html, "index.html", "text/html; charset=utf-8")                                        \
     X(style_css, "style.css", "text/css; charset=utf-8")                                           \
     X(app_js, "app.js", SCRIPT)                                                                    \
-    X(api_js, "api.js", SCRIPT)                                                                    \
     X(answer_js, "answer.js", SCRIPT)                                                              \
+    X(api_js, "api.js", SCRIPT)                                                                    \
+    X(branches_js, "branches.js", SCRIPT)                                                          \
     X(plot_js, "plot.js", SCRIPT)                                                                  \
+    X(problems_js, "problems.js", SCRIPT)                                                          \
     X(sampling_js, "sampling.js", SCRIPT)                                                          \
     X(sessions_js, "sessions.js", SCRIPT)                                                          \
     X(store_js, "store.js", SCRIPT)                                                                \
-    X(turns_js, "turns.js", SCRIPT)
+    X(talk_js, "talk.js", SCRIPT)                                                                  \
+    X(turns_js, "turns.js", SCRIPT)                                                                \
+    X(view_js, "view.js", SCRIPT)
 
 #define X(identifier, file, type)                                                                  \
     extern const char playground_##identifier[], playground_##identifier##_end[];                  \

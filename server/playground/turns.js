@@ -1,7 +1,7 @@
 // turns.js - how turns look in the conversation. A turn is
 //   {kind: "chat" | "completion", system, prompt, text, tokens, finish, start, end, n, ms, state}
-// with state running, done, stopped or failed; or {state: "gap", from, to}: tokens that the session
-// got elsewhere, whose text is not here.
+// with state running, done, stopped or failed; or {state: "gap", from, to, unsure}: tokens that the
+// session got elsewhere, whose text is not here.
 
 import { Answer } from "./answer.js";
 import { milliseconds } from "./plot.js";
@@ -23,11 +23,10 @@ export function button(label, action, { className = "quiet", id } = {}) {
   return e;
 }
 
-function gap({ from, to }) {
-  const n = to - from;
-  return element("p", "gap", n > 0
-    ? `${n.toLocaleString("en")} tokens whose text is not in this tab: the server keeps the state, not the words.`
-    : "The session went back elsewhere.");
+function gap({ from, to, unsure }) {
+  return element("p", "gap", unsure
+    ? `The session was changed elsewhere and is at position ${to.toLocaleString("en")}: not all of the text above need be a part of it.`
+    : `${(to - from).toLocaleString("en")} tokens whose text is not in this tab: the server keeps the state, not the words.`);
 }
 
 function facts(turn) {

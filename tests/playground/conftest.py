@@ -1,35 +1,49 @@
 """conftest.py - the servers and the browser that the tests share."""
 
 import re
+import time
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from servers import Proxy, Server, model_without_template
 
 KEYS = ("key-of-the-first", "key-of-the-second")
 
 
-@pytest.fixture(scope="session")
-def all_servers(tmp_path_factory):
-    """Started together: loading takes a while."""
-    directory = tmp_path_factory.mktemp("playground")
-    keys = directory / "keys"
-    keys.write_text("\n".join(KEYS) + "\n")
-    plain = directory / "plain"
-    plain.mkdir()
-    started = {
-        "open": Server("--step-tokens", "64"),
-        "keyed": Server("--api-key-file", str(keys), "--max-running-per-key", "1"),
-        "plain": Server(model=model_without_template(plain)),
-    }
-    yield {name: s.ready() for name, s in started.items()}
-    for s in started.values():
+expect.set_options(timeout=60_000)  # machines that run tests are slow
+
+
+def until(page, condition, timeout_s=120):
+    """Wait for an expression. Playwright's own way of it needs eval, which the page's policy forbids."""
+    end = time.monotonic() + timeout_s
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"not within {timeout_s} s: {condition}"
+        page.wait_for_timeout(50)
+
+
+def serve(*args, **options):
+    s = Server(*args, **options)
+    try:
+        yield s.ready()
+    finally:
         s.stop()
 
 
 @pytest.fixture(scope="session")
-def server(all_servers):
-    return all_servers["open"]
+def server():
+    yield from serve("--step-tokens", "64")
+
+
+@pytest.fixture(scope="session")
+def keyed(tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("\n".join(KEYS) + "\n")
+    yield from serve("--api-key-file", str(keys), "--max-running-per-key", "1")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    yield from serve(model=model_without_template(tmp_path_factory.mktemp("plain")))
 
 
 @pytest.fixture
@@ -67,7 +81,7 @@ class Tabs:
         page.on("pageerror", lambda e: self.complaints.append(f"exception: {e}"))
         page.on("request", lambda r: self.requests.append(r.url))
         page.goto(url)
-        page.wait_for_function("document.querySelector('#model').value || !document.querySelector('#banner').hidden")
+        until(page, "document.querySelector('#model').value || !document.querySelector('#banner').hidden")
         return page
 
     def allow(self, *patterns):
