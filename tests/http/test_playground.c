@@ -3,6 +3,7 @@
 #include "tests/http/harness.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/unit/model_files.h"
