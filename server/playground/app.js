@@ -6,7 +6,7 @@ import { act, toggleKey, togglePanel } from "./problems.js";
 import { openSampling, resetSampling } from "./sampling.js";
 import * as sessions from "./sessions.js";
 import * as store from "./store.js";
-import { resumePending, send } from "./talk.js";
+import { resumePending, send, stop } from "./talk.js";
 import { $, showMode, showSession, showTurns, state } from "./view.js";
 
 const THEMES = ["system", "light", "dark"];
@@ -54,7 +54,7 @@ async function look() {
 
 function listen() {
   $("composer").addEventListener("submit", (e) => { e.preventDefault(); send(); });
-  $("stop").addEventListener("click", () => state.generation?.stop());
+  $("stop").addEventListener("click", stop);
   $("new").addEventListener("click", () => act(branches.startAnew));
   $("fork").addEventListener("click", () => act(branches.fork));
   $("export").addEventListener("click", () => act(branches.exportState));
@@ -87,7 +87,7 @@ function listen() {
   for (const e of document.querySelectorAll("input[name=mode]")) e.addEventListener("change", showMode);
   document.addEventListener("keydown", (e) => {
     if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && !$("confirm").open) { e.preventDefault(); send(); }
-    if (e.key === "Escape" && state.generation) { e.preventDefault(); state.generation.stop(); }
+    if (e.key === "Escape" && state.generation) { e.preventDefault(); stop(); }
   });
   document.addEventListener("visibilitychange", look);
   addEventListener("hashchange", () => {

@@ -111,13 +111,13 @@ async function run(turn, begin) {
   state.generation = generation;
   showBusy();
   say("The model answers.");
-  let error = null, mayHaveRun = false;
+  let error = null;
   try {
     await begin(generation);
   } catch (e) {
     error = e;
   }
-  mayHaveRun = generation.id !== null || (error instanceof ApiError && error.status === 0);
+  const mayHaveRun = generation.id !== null || (error instanceof ApiError && error.status === 0);
   store.keepPending(null);
   state.generation = null;
   $("progress").textContent = "";
@@ -172,6 +172,12 @@ export function send() {
   const first = !state.session || state.session.position === 0;
   $("prompt").value = "";
   generate({ kind, prompt, system: kind === "chat" && first ? $("system").value.trim() : "" });
+}
+
+/** The server ends it when it has a name, that is with its first token at the latest. */
+export function stop() {
+  state.generation?.stop();
+  $("progress").textContent = "stopping …";
 }
 
 /** The last turn once more: back to the snapshot that the server keeps of its beginning. */
