@@ -76,6 +76,10 @@ async function settle(turn, element, error) {
   let session = null;
   try {
     session = await sessions.retrieve(state.session.id);
+    for (let n = 0; n < 20 && session.in_turn && error instanceof StoppedError; n++) { // it ends with the step that runs
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      session = await sessions.retrieve(state.session.id);
+    }
   } catch (e) {
     error ??= e;
   }
