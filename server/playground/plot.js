@@ -20,10 +20,10 @@ export function median(values) {
 
 export const milliseconds = (x) => `${x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x.toFixed(2)} ms`;
 
-/** 1, 2 or 5 times a power of ten, not below x. */
+/** A round number, not below x. */
 function rounded(x) {
   const power = 10 ** Math.floor(Math.log10(x));
-  return [1, 2, 5, 10].find((m) => m * power >= x) * power;
+  return [1, 1.5, 2, 3, 4, 6, 8, 10].find((m) => m * power >= x) * power;
 }
 
 /** Turns the arrival of tokens into points. */
@@ -109,7 +109,7 @@ export class Plot {
         shape("polyline", { class: "line", points: ordered.map((q) => `${x(q.position).toFixed(1)},${y(q.ms).toFixed(1)}`).join(" ") }));
       for (const q of ordered)
         parts.push(shape("circle", { class: q.ms > limit ? "over" : "dot", cx: x(q.position).toFixed(1), cy: y(q.ms).toFixed(1), r: ordered.length > 80 ? 1.4 : 2.2 }));
-      parts.push(shape("text", { x: left, y: top - 3 }, `${limit} ms`), shape("text", { x: right, y: height - 4, "text-anchor": "end" }, last.toLocaleString("en")));
+      parts.push(shape("text", { x: left, y: top - 3 }, `${Number(limit.toPrecision(2))} ms`), shape("text", { x: right, y: height - 4, "text-anchor": "end" }, last.toLocaleString("en")));
     }
     parts.push(shape("text", { x: left, y: height - 4 }, "0"));
     this.svg.replaceChildren(...parts);

@@ -124,13 +124,13 @@ async function run(turn, begin) {
   const mayHaveRun = generation.id !== null || (error instanceof ApiError && error.status === 0);
   store.keepPending(null);
   state.generation = null;
-  $("progress").textContent = "";
   if (mayHaveRun || !error) {
     error = await settle(turn, element, error);
   } else { // refused: nothing was done, and the words go back to where they came from
     text.turns.pop();
     if (!$("prompt").value) $("prompt").value = turn.prompt;
   }
+  $("progress").textContent = "";
   remember();
   showTurns();
   showSession();

@@ -10,7 +10,7 @@ from servers import Proxy, Server, model_without_template
 KEYS = ("key-of-the-first", "key-of-the-second")
 
 
-expect.set_options(timeout=60_000)  # machines that run tests are slow
+expect.set_options(timeout=120_000)  # machines that run tests are slow
 
 
 def until(page, condition, timeout_s=120):
@@ -74,7 +74,7 @@ class Tabs:
     def open(self, url, context=None, **options):
         if context is None:
             context = self.browser.new_context(viewport={"width": 1280, "height": 800}, **options)
-            context.set_default_timeout(60_000)
+            context.set_default_timeout(180_000)
             self.contexts.append(context)
         page = context.new_page()
         page.on("console", lambda m: m.type in ("error", "warning") and self.complaints.append(m.text))
