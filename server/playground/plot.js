@@ -1,9 +1,9 @@
 // plot.js - milliseconds per token against the position in the session, as the tokens come.
 //
-// A point is the mean of BIN tokens: the server puts the tokens of one wake-up into one event, and
-// networks put events together, so that the time between two of them says little.
+// A point is the mean of at least BIN tokens and MIN_MS: the server puts the tokens of one wake-up
+// into one event, and networks put events together, so that the time between two of them says little.
 
-const BIN = 8, MAX_POINTS = 400;
+const BIN = 8, MIN_MS = 10, MAX_POINTS = 400;
 const NS = "http://www.w3.org/2000/svg";
 
 function shape(name, attributes, text) {
@@ -31,7 +31,7 @@ export class Stopwatch {
   #at = 0;
   #n = 0;
 
-  /** point(position, ms) is called for each BIN tokens. The first tokens are the prompt's time. */
+  /** point(position, ms) is called every now and then. The first tokens are the prompt's time. */
   constructor(point) {
     this.point = point;
   }
@@ -42,7 +42,7 @@ export class Stopwatch {
       return;
     }
     this.#n += n_tokens;
-    if (this.#n < BIN) return;
+    if (this.#n < BIN || now - this.#at < MIN_MS) return;
     this.point(position, (now - this.#at) / this.#n);
     this.#at = now;
     this.#n = 0;

@@ -53,7 +53,7 @@ def main(directory):
         server.ready()
         with sync_playwright() as p:
             browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
+            page = browser.new_page(viewport={"width": 1200, "height": 760}, color_scheme="light")
             page.set_default_timeout(120_000)
             page.goto(server.url + "/")
             while not page.evaluate("document.querySelector('#model').value"):

@@ -315,7 +315,7 @@ def test_split_characters(server, tabs):
 
 def test_plot(server, tabs):
     page = tabs.open(server.url + "/")
-    setup(page, max_tokens=60)
+    setup(page, max_tokens=200)
     turn(page, "Once upon a time")
     assert page.locator("#plot circle").count() >= 3
     assert re.search(r"position \d+ to \d+: median [\d.]+ ms", page.locator("#plot").get_attribute("aria-label"))
