@@ -1,4 +1,4 @@
-"""screenshots.py DIR - the pictures of server/playground/README.md, of the real page and server.
+"""screenshots.py DIR - pictures light.png and dark.png of the real page and server.
 
 Run as  LATTE_SERVER=build/release/latte-server build/playground-venv/bin/python
 tests/playground/screenshots.py server/playground/screenshots
@@ -53,7 +53,7 @@ def main(directory):
         server.ready()
         with sync_playwright() as p:
             browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1200, "height": 760}, color_scheme="light")
+            page = browser.new_page(viewport={"width": 1120, "height": 720}, color_scheme="light")
             page.set_default_timeout(120_000)
             page.goto(server.url + "/")
             while not page.evaluate("document.querySelector('#model').value"):

@@ -532,13 +532,13 @@ def test_no_server(server, proxy, tabs):
 
 def test_reload_in_mid_stream(server, tabs):
     page = tabs.open(server.url + "/")
-    setup(page, max_tokens=150)
+    setup(page, max_tokens=400)
     start(page, "Once upon a time")
-    begun(page)
+    begun(page, 2)
     page.reload()
-    until(page, "document.querySelectorAll('.tok').length > 4")
+    page.wait_for_selector(".turn .answer")
     finished(page)
-    assert texts(page) == [reference(server, "Once upon a time", max_tokens=150)]
+    assert texts(page) == [reference(server, "Once upon a time", max_tokens=400)]
     assert agree(page, server)["version"] == 1
 
 
