@@ -120,7 +120,11 @@ class Proxy:
             pass
 
     def _carry(self, client):
-        server = socket.create_connection(("127.0.0.1", self.target))
+        try:
+            server = socket.create_connection(("127.0.0.1", self.target))
+        except OSError:
+            self._reset(client)
+            return
         pair = (client, server)
         with self.lock:
             self.pairs.add(pair)
