@@ -103,8 +103,8 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
 FUZZ_SECONDS ?= 20
 
 .PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests \
-        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test \
-        systemd-test bench fuzz fuzz-run test-clients deps format clean FORCE
+        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test \ \
+        systemd-test bench fuzz fuzz-run test-clients playground-test deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -138,6 +138,10 @@ http-test: ## the HTTP tests alone
 	@sh deploy/packages.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) http-tests
 	@sh tests/run.sh $(BUILD) http
+
+playground-test: packages ## the page at / in Debian's Chromium (needs PyPI once; TEST="-k name" picks some)
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
+	@sh tests/playground/run.sh $(BUILD)/latte-server $(TEST)
 
 cuda-test: ## the tests of the CUDA backend alone, run by the host
 	@sh deploy/packages.sh test
@@ -246,6 +250,7 @@ $(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB) $(N
 	$(call link,$(CC),$(LIBS) $(TEST_LIBS))
 
 $(BUILD)/server/openapi.o: openapi.yaml
+$(BUILD)/server/playground.o: $(wildcard server/playground/*.html server/playground/*.css server/playground/*.js)
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)

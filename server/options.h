@@ -143,6 +143,7 @@
       "refuse requests with unknown fields instead of ignoring them")                              \
     X(openapi, STRING, "openapi", NULL, 0, 0, "FILE",                                              \
       "serve this file at /openapi.yaml instead of the built-in copy")                             \
+    X(playground, FLAG, "playground", "1", 0, 1, NULL, "serve the page at / to try the server on") \
     X(log_level, STRING, "log-level", "info", 0, 0, "debug|info|warn|error",                       \
       "least severe lines to log")                                                                 \
     X(access_log, FLAG, "access-log", "1", 0, 1, NULL, "log one JSON line per request")            \

@@ -13,6 +13,7 @@
 #include "server/call_queue.h"
 #include "server/metrics.h"
 #include "server/openapi.h"
+#include "server/playground.h"
 #include "server/routes_presets.h"
 #include "server/routes_responses.h"
 #include "server/routes_sessions.h"
@@ -229,6 +230,8 @@ static const struct http_route table[] = {
     {"GET", "/health/ready", HTTP_ROUTE_OPEN, get_ready},
     {"GET", "/metrics", HTTP_ROUTE_OPEN, get_metrics},
     {"GET", "/openapi.yaml", HTTP_ROUTE_OPEN, get_openapi},
+    {"GET", "/", HTTP_ROUTE_OPEN, playground_get_page},
+    {"GET", "/playground/{file}", HTTP_ROUTE_OPEN, playground_get_file},
 };
 
 const struct http_route *routes_table(size_t *n)

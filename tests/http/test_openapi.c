@@ -911,6 +911,8 @@ static bool provoke(const char *path, const char *method, int status, const char
              strrchr(status == 404 ? "/none" : plain.model, '/') + 1);
     if (one)
         q.path = real_path;
+    if (strstr(path, "{file}"))
+        q.path = status == 404 ? "/playground/none" : "/playground/style.css";
     switch (status) {
     case 200:
         break;
