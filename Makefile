@@ -44,7 +44,7 @@ CFLAGS   += -std=gnu11 -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prot
             -Werror -Wno-error=maybe-uninitialized -fno-omit-frame-pointer -pthread $(if $(SAN),-fno-optimize-sibling-calls)
 CPPFLAGS += -I. -D_GNU_SOURCE
 LDFLAGS  += -pthread $(SAN_FLAGS)
-LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lhiredis -lopenblas -lm
+LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lhiredis -lgnutls -lopenblas -lm
 TEST_LIBS := -lcmocka -lcurl -lyaml
 
 # What belongs to one program is linked into it; everything else goes into one archive.

@@ -7,7 +7,7 @@
 set -eu
 
 build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
-       libxxhash-dev libhiredis-dev libopenblas-dev"
+       libxxhash-dev libhiredis-dev libgnutls28-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
 

@@ -108,6 +108,12 @@ static void admit(struct http_server *s, int fd, const struct sockaddr_storage *
 {
     metrics_add(METRIC_CONNECTIONS, 1);
     socket_tune(fd);
+    if (s->tls && (fd = tls_wrap(s->tls, fd, address)) >= 0)
+        socket_tune(fd);
+    if (fd < 0) {
+        log_event(LOG_WARN, "http", "a connection was lost: out of memory or descriptors");
+        return;
+    }
     struct connection *c = connection_new(s, fd, address);
     if (!c || !loop_watch(s, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | EPOLLET, c)) {
         close(fd);

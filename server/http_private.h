@@ -6,6 +6,7 @@
  *   http_admit.c   what a request's header decides: route, key, type of body
  *   http_loop.c    the io thread: epoll, accept, timers, stop order
  *   http_door.c    looking at a request's header before the library reads it
+ *   http_tls.c     TLS before the door, by a thread of its own
  *   http_socket.c  listening sockets and socket options
  *   http_route.c   paths and methods
  *   http_error.c   the error object
@@ -33,6 +34,7 @@
 #include "server/api_keys.h"
 #include "server/http.h"
 #include "server/http_check.h"
+#include "server/http_tls.h"
 
 struct MHD_Connection;
 struct MHD_Daemon;
@@ -112,6 +114,7 @@ struct http_server {
     struct http_config config;
     struct options options;
     struct api_keys *keys; /* NULL: the API is open */
+    struct tls *tls; /* NULL: plain HTTP */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     char url[160];
