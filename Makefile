@@ -237,6 +237,7 @@ $(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(SHARED)
 	$(link_gpu)
 
 $(BUILD)/tests/unit/test_run: | $(BUILD)/latte-run
+$(BUILD)/tests/http/test_bench_load: $(BUILD)/tests/bench/bench_traffic_prompt.o | $(BUILD)/latte-bench
 
 $(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB) $(NONE)
 	$(say) LD $@

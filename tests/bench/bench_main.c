@@ -71,6 +71,7 @@ static int usage(FILE *out)
 {
     fputs("usage: latte-bench engine -m DIR [options]   prefill, decode, time by position\n"
           "       latte-bench serve  -m DIR [options]   latency and throughput through HTTP\n"
+          "       latte-bench load   --url URL [options] any OpenAI-compatible server under load\n"
           "       latte-bench sessions -m DIR [options] what sessions cost, at any age\n"
           "Each subcommand prints its options with --help.\n",
           out);
@@ -85,6 +86,8 @@ int main(int argc, char **argv)
         return bench_engine(argc - 1, argv + 1);
     if (!strcmp(argv[1], "serve"))
         return bench_serve(argc - 1, argv + 1);
+    if (!strcmp(argv[1], "load"))
+        return bench_traffic(argc - 1, argv + 1);
     if (!strcmp(argv[1], "sessions"))
         return bench_sessions(argc - 1, argv + 1);
     return usage(!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ? stdout : stderr);
