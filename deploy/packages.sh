@@ -1,5 +1,5 @@
 #!/bin/sh
-# packages.sh build|test|model - install the Debian or Ubuntu packages that are missing.
+# packages.sh build|test|model|docs|docs-test|nginx - install the Debian or Ubuntu packages that are missing.
 #
 # Does nothing, and needs neither root nor a network, when all are there. Uses sudo when it is
 # not run by root. Where packages cannot be installed it says what is missing and lets the
@@ -9,6 +9,9 @@ set -eu
 build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8proc-dev
        libxxhash-dev libhiredis-dev libgnutls28-dev libopenblas-dev"
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
+docs="python3"
+docs_test="$build $docs man-db mandoc bsdextrautils pkg-config zsh fish" # deploy/docs/test.sh
+nginx="$build python3 nginx-light openssl"                       # deploy/nginx/test.py
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
@@ -21,8 +24,11 @@ case "${1:-}" in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
 model) wanted=$model ;;
+docs) wanted=$docs ;;
+docs-test) wanted=$docs_test ;;
+nginx) wanted=$nginx ;;
 *)
-    echo "usage: deploy/packages.sh build|test|model" >&2
+    echo "usage: deploy/packages.sh build|test|model|docs|docs-test|nginx" >&2
     exit 2
     ;;
 esac

@@ -23,6 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine/build_info.h"
 #include "engine/engine.h"
 #include "server/http.h"
 #include "server/log.h"
@@ -386,7 +387,7 @@ int main(int argc, char **argv)
     if (p->options.help)
         options_print_help(stdout);
     else if (p->options.version)
-        printf("latte-server %s\n", latte_version);
+        build_info_print(stdout, "latte-server");
     if (p->options.help || p->options.version)
         return 0;
 

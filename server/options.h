@@ -150,7 +150,8 @@
       "least severe lines to log")                                                                 \
     X(access_log, FLAG, "access-log", "1", 0, 1, NULL, "log one JSON line per request")            \
     X(help, FLAG, "help", "0", 0, 1, NULL, "print this help")                                      \
-    X(version, FLAG, "version", "0", 0, 1, NULL, "print the version")
+    X(version, FLAG, "version", "0", 0, 1, NULL,                                                   \
+      "print the version, the build's facts and the libraries'")
 
 #define OPTION_TYPE_STRING const char *
 #define OPTION_TYPE_INT int64_t

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "engine/build_info.h"
 #include "tests/bench/bench.h"
 
 static int compare(const void *a, const void *b)
@@ -73,7 +74,8 @@ static int usage(FILE *out)
           "       latte-bench serve  -m DIR [options]   latency and throughput through HTTP\n"
           "       latte-bench load   --url URL [options] any OpenAI-compatible server under load\n"
           "       latte-bench sessions -m DIR [options] what sessions cost, at any age\n"
-          "Each subcommand prints its options with --help.\n",
+          "Each subcommand prints its options with --help; latte-bench --version tells of the "
+          "build.\n",
           out);
     return out == stderr ? 2 : 0;
 }
@@ -82,6 +84,10 @@ int main(int argc, char **argv)
 {
     if (argc < 2)
         return usage(stderr);
+    if (!strcmp(argv[1], "--version")) {
+        build_info_print(stdout, "latte-bench");
+        return 0;
+    }
     if (!strcmp(argv[1], "engine"))
         return bench_engine(argc - 1, argv + 1);
     if (!strcmp(argv[1], "serve"))

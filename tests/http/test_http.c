@@ -670,7 +670,7 @@ static void test_command_line(void **state)
         int code;
         const char *said;
     } cases[] = {{{"--help"}, 0, "--max-slots"},
-                 {{"--version"}, 0, "latte-server "},
+                 {{"--version"}, 0, "\nlibraries  libmicrohttpd "},
                  {{NULL}, 2, "--model"},
                  {{"--model", "x", "--port=70000"}, 2, "0 to 65535"},
                  {{"--model", "/nonexistent-dir", "--port=0"}, 1, "/nonexistent-dir"},
