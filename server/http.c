@@ -125,11 +125,14 @@ static void on_completed(void *server, struct MHD_Connection *mhd, void **contex
     *context = NULL;
     struct connection *c = r->connection;
     bool delivered = how == MHD_REQUEST_TERMINATED_COMPLETED_OK && !r->gone;
+    bool early = delivered && !r->handled; /* refused, with a body on its way */
     bool kept = delivered && r->handled && !r->closes && !atomic_load(&s->stopping);
     request_end(r, delivered);
     if (kept) {
         MHD_suspend_connection(mhd);
         door_await(c);
+    } else if (early) {
+        door_outlive(c);
     } else if (delivered) {
         door_discard(c);
     }

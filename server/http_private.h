@@ -114,7 +114,7 @@ struct http_server {
     struct http_config config;
     struct options options;
     struct api_keys *keys; /* NULL: the API is open */
-    struct tls *tls; /* NULL: plain HTTP */
+    struct tls *tls;       /* NULL: plain HTTP */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     char url[160];
@@ -172,6 +172,8 @@ enum status loop_open(struct http_server *s, struct error *err);
 void loop_close(struct http_server *s);
 void *loop_run(void *server);
 bool loop_watch(struct http_server *s, int operation, int fd, uint32_t events, void *data);
+/* A connection of this descriptor, watched for input; NULL without memory. */
+struct connection *loop_adopt(struct http_server *s, int fd, const char *client);
 void loop_end(struct connection *c); /* close, by ourselves or through the library */
 /* Forget a connection whose socket the library closes. */
 void loop_forget(struct connection *c);
@@ -185,6 +187,9 @@ void door_linger(struct connection *c);
 void door_refuse(struct connection *c, int code, const char *message);
 /* The same for a request whose body the library is still reading; ends it. */
 void door_cut(struct connection *c, int code, const char *message);
+/* The library is about to close the connection of a refused request, whose body may still be on
+ * its way: read on through a descriptor of our own for a while, and throw it away. */
+void door_outlive(struct connection *c);
 /* Drop what a client sent behind its last request: closing with it unread would reset the
  * connection, and the reset could overtake the reply. */
 void door_discard(struct connection *c);
