@@ -330,6 +330,11 @@ docs-test: ## the pages are whole and the completions complete; what --version a
 	@$(MAKE) --no-print-directory -j$$(nproc) docs
 	@MAKE_ARGS="$(if $(filter 0,$(CUDA)),CUDA=0)" bash deploy/docs/test.sh $(BUILD)
 
+nginx-test: ## Debian's nginx with deploy/nginx/latte.conf in front of the server
+	@sh deploy/packages.sh nginx
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
+	@python3 deploy/nginx/test.py $(BUILD)/latte-server weights/latte-12m
+
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \
 	  | sed -E 's|/[^/:]*:#include "| -> |' | sort | uniq -c

@@ -11,7 +11,7 @@ build="gcc make libc6-dev libmicrohttpd-dev libcjson-dev libpcre2-dev libutf8pro
 test="libcmocka-dev libcurl4-openssl-dev libyaml-dev curl redis-server"
 docs="python3"
 docs_test="$build $docs man-db mandoc bsdextrautils pkg-config zsh fish" # deploy/docs/test.sh
-nginx="$build python3 nginx-light openssl"                       # deploy/nginx/test.py
+nginx="$build python3 nginx-light openssl curl"                  # deploy/nginx/test.py
 model="python3 python3-venv ca-certificates" # weights/smollm2/make.sh
 
 # CUDA code needs the C++ compiler, in programs and in the tests that run kernels on the host.
