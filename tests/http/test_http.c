@@ -672,18 +672,15 @@ static void test_a_refused_body_is_taken(void **state)
     server_start(&s, args);
     int fd = raw_connect(&s);
     raw_text(fd, "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                 "Content-Length: 8000000\r\n\r\n{");
-    assert_true(raw_await(fd, &out, "\"error\"", 10000));
-    assert_non_null(strstr(out.data, "HTTP/1.1 413 "));
-    sleep_ms(200); /* the server has closed its side by now */
+                 "Content-Length: 1048700\r\n\r\n{");
     static const char piece[50000];
-    for (int i = 0; i < 20; i++) {
+    for (int i = 0; i < 20; i++) { /* without a look at the reply, as a proxy does */
         if (send(fd, piece, sizeof(piece), MSG_NOSIGNAL) != (ssize_t)sizeof(piece))
             fail_msg("piece %d: %s", i, strerror(errno));
-        sleep_ms(5);
     }
     shutdown(fd, SHUT_WR);
     assert_true(raw_read(fd, &out, 10000));
+    assert_non_null(strstr(out.data, "HTTP/1.1 413 "));
     close(fd);
     bytes_free(&out);
     assert_true(server_await_metric(&s, "latte_connections", 1, 10000));
