@@ -46,7 +46,7 @@ CFLAGS   += -std=gnu11 -Wall -Wextra -Wshadow -Wmissing-prototypes -Wstrict-prot
             -Werror -Wno-error=maybe-uninitialized -fno-omit-frame-pointer -pthread $(if $(SAN),-fno-optimize-sibling-calls)
 CPPFLAGS += -I. -D_GNU_SOURCE
 LDFLAGS  += -pthread $(SAN_FLAGS)
-LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lhiredis -lopenblas -lm
+LIBS     := -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lxxhash -lhiredis -lgnutls -lopenblas -lm
 TEST_LIBS := -lcmocka -lcurl -lyaml
 
 # What belongs to one program is linked into it; everything else goes into one archive.
@@ -103,8 +103,9 @@ FUZZ_SEEDS := tests/fuzz/seeds tests/golden/safetensors/model.safetensors \
 FUZZ_SECONDS ?= 20
 
 .PHONY: all help packages serve $(MADE_MODELS) test unit-test http-test cuda-test unit-tests http-tests \
-        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test \ \
-        systemd-test bench fuzz fuzz-run test-clients playground-test deps format clean FORCE
+        cuda-tests gpu-tests gpu-bundle test-gpu test-gpu-sanitize image-test compose-test \
+        systemd-test bench fuzz fuzz-run test-clients playground-test docs install uninstall \
+        docs-test nginx-test deps format clean FORCE
 all: $(PROGRAMS)
 
 help: ## list the targets
@@ -244,6 +245,7 @@ $(BUILD)/tests/gpu/test_%: $(BUILD)/tests/unit/test_%.o $(FOR_CUDA) $(SHARED)
 	$(link_gpu)
 
 $(BUILD)/tests/unit/test_run: | $(BUILD)/latte-run
+$(BUILD)/tests/http/test_bench_load: $(BUILD)/tests/bench/bench_traffic_prompt.o | $(BUILD)/latte-bench
 
 $(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB) $(NONE)
 	$(say) LD $@
@@ -251,6 +253,17 @@ $(BUILD)/tests/http/test_%: $(BUILD)/tests/http/test_%.o $(HTTP_HELP) $(LIB) $(N
 
 $(BUILD)/server/openapi.o: openapi.yaml
 $(BUILD)/server/playground.o: $(wildcard server/playground/*.html server/playground/*.css server/playground/*.js)
+
+# What --version tells of the build; rewritten only when it changes.
+COMMIT ?= $(shell git describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
+$(BUILD)/facts/build_facts.h: FORCE
+	@mkdir -p $(@D)
+	@printf '#define LATTE_COMMIT "%s"\n#define LATTE_BUILD "%s"\n#define LATTE_FLAGS "%s"\n' \
+	  '$(COMMIT)' '$(notdir $(BUILD))' '$(OPT)' | cmp -s - $@ || \
+	  printf '#define LATTE_COMMIT "%s"\n#define LATTE_BUILD "%s"\n#define LATTE_FLAGS "%s"\n' \
+	  '$(COMMIT)' '$(notdir $(BUILD))' '$(OPT)' >$@
+$(BUILD)/engine/build_info.o: CPPFLAGS += -I$(BUILD)/facts
+$(BUILD)/engine/build_info.o: $(BUILD)/facts/build_facts.h
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
@@ -331,6 +344,44 @@ $(CLIENTS_VENV)/installed: tests/clients/requirements.txt
 	$(Q)python3 -m venv $(@D)
 	$(Q)$(@D)/bin/pip install -q --no-deps -r $<
 	$(Q)$(@D)/bin/pip check && touch $@
+
+# deploy/docs: manual pages and completions, made from --help.
+PREFIX    ?= /usr/local
+DOCS      := $(BUILD)/docs
+DOCS_DATE ?= $(or $(shell git log -1 --format=%cs 2>/dev/null),$(shell date +%F))
+UNIT_FILE := $(wildcard deploy/systemd/latte-server.service)
+AT        := $(DESTDIR)$(PREFIX)
+
+docs: $(PROGRAMS) ## write manual pages and completions of bash, zsh and fish to build/<variant>/docs
+	@sh deploy/packages.sh docs
+	@rm -rf $(DOCS)
+	$(Q)python3 deploy/docs/generate.py --out $(DOCS) --date $(DOCS_DATE) $(PROGRAMS)
+
+install: docs ## install programs, pages, completions and systemd's unit (PREFIX, DESTDIR)
+	install -d $(AT)/bin $(AT)/share/man/man1 $(AT)/share/bash-completion/completions \
+	  $(AT)/share/zsh/vendor-completions $(AT)/share/fish/vendor_completions.d
+	install -m 755 $(PROGRAMS) $(AT)/bin
+	install -m 644 $(DOCS)/man/*.1 $(AT)/share/man/man1
+	install -m 644 $(DOCS)/bash/* $(AT)/share/bash-completion/completions
+	install -m 644 $(DOCS)/zsh/* $(AT)/share/zsh/vendor-completions
+	install -m 644 $(DOCS)/fish/* $(AT)/share/fish/vendor_completions.d
+	$(if $(UNIT_FILE),install -D -m 644 $(UNIT_FILE) $(AT)/lib/systemd/system/latte-server.service)
+
+uninstall: ## remove what install installed
+	rm -f $(addprefix $(AT)/bin/,$(notdir $(PROGRAMS))) $(AT)/lib/systemd/system/latte-server.service
+	rm -f $(foreach p,$(notdir $(PROGRAMS)),$(AT)/share/man/man1/$p.1 \
+	  $(AT)/share/bash-completion/completions/$p $(AT)/share/zsh/vendor-completions/_$p \
+	  $(AT)/share/fish/vendor_completions.d/$p.fish)
+
+docs-test: ## the pages are whole and the completions complete; what --version and install do
+	@sh deploy/packages.sh docs-test
+	@$(MAKE) --no-print-directory -j$$(nproc) docs
+	@MAKE_ARGS="$(if $(filter 0,$(CUDA)),CUDA=0)" bash deploy/docs/test.sh $(BUILD)
+
+nginx-test: ## Debian's nginx with deploy/nginx/latte.conf in front of the server
+	@sh deploy/packages.sh nginx
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
+	@python3 deploy/nginx/test.py $(BUILD)/latte-server weights/latte-12m
 
 deps: ## print which layer includes which
 	@grep -rhoE --include='*.[ch]' '^#include "[a-z0-9_/]+' server engine weights --with-filename \

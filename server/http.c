@@ -125,11 +125,14 @@ static void on_completed(void *server, struct MHD_Connection *mhd, void **contex
     *context = NULL;
     struct connection *c = r->connection;
     bool delivered = how == MHD_REQUEST_TERMINATED_COMPLETED_OK && !r->gone;
+    bool early = delivered && !r->handled; /* refused, with a body on its way */
     bool kept = delivered && r->handled && !r->closes && !atomic_load(&s->stopping);
     request_end(r, delivered);
     if (kept) {
         MHD_suspend_connection(mhd);
         door_await(c);
+    } else if (early) {
+        door_outlive(c);
     } else if (delivered) {
         door_discard(c);
     }
@@ -301,6 +304,13 @@ static enum status start_library(struct http_server *s, struct error *err)
     return s->daemon ? STATUS_OK : fail(err, STATUS_INTERNAL, "http: libmicrohttpd did not start");
 }
 
+static enum status open_tls(struct http_server *s, struct error *err)
+{
+    if (!s->options.tls_cert)
+        return STATUS_OK;
+    return tls_open(&s->tls, s->options.tls_cert, s->options.tls_key, err);
+}
+
 enum status http_open(struct http_server **out, const struct http_config *config, struct error *err)
 {
     struct http_server *s = calloc(1, sizeof(*s));
@@ -314,6 +324,8 @@ enum status http_open(struct http_server **out, const struct http_config *config
     enum status st = STATUS_OK;
     if (s->options.api_key_file)
         st = api_keys_open(&s->keys, s->options.api_key_file, err);
+    if (!st)
+        st = open_tls(s, err);
     if (!st)
         st = socket_listen(s, err);
     if (!st)
@@ -330,11 +342,19 @@ enum status http_open(struct http_server **out, const struct http_config *config
 
 enum status http_start(struct http_server *s, struct error *err)
 {
+    enum status st = s->tls ? tls_start(s->tls, err) : STATUS_OK;
+    if (st)
+        return st;
     int code = pthread_create(&s->thread, NULL, loop_run, s);
     if (code)
         return fail(err, STATUS_NOMEM, "http: the io thread did not start: %s", strerror(code));
     s->started = true;
     return STATUS_OK;
+}
+
+enum status http_reload(struct http_server *s, struct error *err)
+{
+    return s->tls ? tls_reload(s->tls, err) : STATUS_OK;
 }
 
 int http_port(const struct http_server *s)
@@ -383,6 +403,8 @@ void http_stop(struct http_server *s)
         signal_loop(s);
         pthread_join(s->thread, NULL);
         s->started = false;
+        tls_close(s->tls);
+        s->tls = NULL;
     }
 }
 
@@ -394,6 +416,7 @@ void http_close(struct http_server *s)
     socket_unlisten(s);
     if (s->daemon)
         MHD_stop_daemon(s->daemon);
+    tls_close(s->tls);
     loop_close(s);
     api_keys_close(s->keys);
     free(s);

@@ -78,7 +78,10 @@ enum status http_start(struct http_server *s, struct error *err);
 void http_set_state_bytes(struct http_server *s, size_t n_bytes);
 /* The port that is listened on (0 for a unix socket). */
 int http_port(const struct http_server *s);
-/* "http://127.0.0.1:8080", "http://[::1]:8080" or "unix:/run/latte.sock". */
+/* Read --tls-cert and --tls-key again, for the connections that come; does nothing without
+ * them. After an error the certificate in use stays. Main. */
+enum status http_reload(struct http_server *s, struct error *err);
+/* "http://127.0.0.1:8080", "https://[::1]:8080" or "unix:/run/latte.sock". */
 const char *http_url(const struct http_server *s);
 /* Stop accepting connections; those open go on. Any thread. */
 void http_drain(struct http_server *s);

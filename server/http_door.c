@@ -2,9 +2,11 @@
  * request's header is looked at before the library may read it. That gives errors of ours for
  * what the library would answer with a page of its own, or would not refuse at all. */
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include "server/http_private.h"
 #include "server/log.h"
@@ -79,6 +81,26 @@ void door_discard(struct connection *c)
         if (recv(c->fd, c->server->peek, PEEK_BYTES, MSG_DONTWAIT) <= 0)
             return;
     }
+}
+
+void door_outlive(struct connection *c)
+{
+    struct http_server *s = c->server;
+    int fd = -1;
+    if (!c->peer_closed && s->n_lingering < MAX_LINGERING)
+        fd = fcntl(c->fd, F_DUPFD_CLOEXEC, 0);
+    struct connection *rest = fd >= 0 ? loop_adopt(s, fd, c->client) : NULL;
+    if (!rest) {
+        if (fd >= 0)
+            close(fd);
+        door_discard(c);
+        return;
+    }
+    /* The socket stays open, so the set would not forget the library's descriptor by itself. */
+    loop_watch(s, EPOLL_CTL_DEL, c->fd, 0, NULL);
+    rest->place = LINGERING;
+    rest->deadline_ns = http_now_ns() + LINGER_S * second_ns;
+    s->n_lingering++;
 }
 
 void door_cut(struct connection *c, int code, const char *message)

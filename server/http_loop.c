@@ -34,8 +34,7 @@ int64_t http_now_ns(void)
 
 /* Connections. */
 
-static struct connection *connection_new(struct http_server *s, int fd,
-                                         const struct sockaddr_storage *address)
+static struct connection *connection_new(struct http_server *s, int fd)
 {
     struct connection *c = calloc(1, sizeof(*c));
     if (!c)
@@ -43,7 +42,6 @@ static struct connection *connection_new(struct http_server *s, int fd,
     c->server = s;
     c->fd = fd;
     c->deadline_ns = http_now_ns() + s->options.header_timeout * second_ns;
-    socket_describe(address, c->client);
     c->next = s->connections;
     if (c->next)
         c->next->previous = c;
@@ -65,6 +63,18 @@ void loop_forget(struct connection *c)
     s->n_connections--;
     bytes_free(&c->header);
     free(c);
+}
+
+struct connection *loop_adopt(struct http_server *s, int fd, const char *client)
+{
+    struct connection *c = connection_new(s, fd);
+    if (c && !loop_watch(s, EPOLL_CTL_ADD, fd, EPOLLIN, c)) {
+        loop_forget(c);
+        return NULL;
+    }
+    if (c)
+        snprintf(c->client, sizeof(c->client), "%s", client);
+    return c;
 }
 
 void loop_end(struct connection *c)
@@ -108,7 +118,15 @@ static void admit(struct http_server *s, int fd, const struct sockaddr_storage *
 {
     metrics_add(METRIC_CONNECTIONS, 1);
     socket_tune(fd);
-    struct connection *c = connection_new(s, fd, address);
+    if (s->tls && (fd = tls_wrap(s->tls, fd, address)) >= 0)
+        socket_tune(fd);
+    if (fd < 0) {
+        log_event(LOG_WARN, "http", "a connection was lost: out of memory or descriptors");
+        return;
+    }
+    struct connection *c = connection_new(s, fd);
+    if (c)
+        socket_describe(address, c->client);
     if (!c || !loop_watch(s, EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | EPOLLET, c)) {
         close(fd);
         if (c)

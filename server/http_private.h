@@ -6,6 +6,7 @@
  *   http_admit.c   what a request's header decides: route, key, type of body
  *   http_loop.c    the io thread: epoll, accept, timers, stop order
  *   http_door.c    looking at a request's header before the library reads it
+ *   http_tls.c     TLS before the door, by a thread of its own
  *   http_socket.c  listening sockets and socket options
  *   http_route.c   paths and methods
  *   http_error.c   the error object
@@ -34,6 +35,7 @@
 #include "server/api_keys.h"
 #include "server/http.h"
 #include "server/http_check.h"
+#include "server/http_tls.h"
 
 struct MHD_Connection;
 struct addrinfo;
@@ -114,6 +116,7 @@ struct http_server {
     struct http_config config;
     struct options options;
     struct api_keys *keys; /* NULL: the API is open */
+    struct tls *tls;       /* NULL: plain HTTP */
     struct MHD_Daemon *daemon;
     int listen_fd, port;
     char url[160];
@@ -173,6 +176,8 @@ enum status loop_open(struct http_server *s, struct error *err);
 void loop_close(struct http_server *s);
 void *loop_run(void *server);
 bool loop_watch(struct http_server *s, int operation, int fd, uint32_t events, void *data);
+/* A connection of this descriptor, watched for input; NULL without memory. */
+struct connection *loop_adopt(struct http_server *s, int fd, const char *client);
 void loop_end(struct connection *c); /* close, by ourselves or through the library */
 /* Forget a connection whose socket the library closes. */
 void loop_forget(struct connection *c);
@@ -186,6 +191,9 @@ void door_linger(struct connection *c);
 void door_refuse(struct connection *c, int code, const char *message);
 /* The same for a request whose body the library is still reading; ends it. */
 void door_cut(struct connection *c, int code, const char *message);
+/* The library is about to close the connection of a refused request, whose body may still be on
+ * its way: read on through a descriptor of our own for a while, and throw it away. */
+void door_outlive(struct connection *c);
 /* Drop what a client sent behind its last request: closing with it unread would reset the
  * connection, and the reset could overtake the reply. */
 void door_discard(struct connection *c);

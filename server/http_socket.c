@@ -140,7 +140,8 @@ static enum status listen_tcp(struct http_server *s, struct error *err)
         return fail_listen(err, what);
     s->port = bound_port(s->listen_fd);
     bool is_v6 = strchr(host, ':');
-    snprintf(s->url, sizeof(s->url), is_v6 ? "http://[%s]:%d" : "http://%s:%d", host, s->port);
+    snprintf(s->url, sizeof(s->url), is_v6 ? "%s://[%s]:%d" : "%s://%s:%d",
+             s->options.tls_cert ? "https" : "http", host, s->port);
     return STATUS_OK;
 }
 

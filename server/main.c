@@ -23,6 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine/build_info.h"
 #include "engine/engine.h"
 #include "server/http.h"
 #include "server/log.h"
@@ -52,9 +53,10 @@ struct program {
 };
 
 /* Shared with the signal handler and the loading thread. */
-static int event_fd = -1; /* written when one of the two below has changed */
+static int event_fd = -1; /* written when one of those below has changed */
 static atomic_int n_signals;
-static atomic_bool is_loaded; /* or failed to load */
+static atomic_bool is_hung_up; /* SIGHUP */
+static atomic_bool is_loaded;  /* or failed to load */
 
 static int64_t monotonic_ms(void)
 {
@@ -208,11 +210,12 @@ static void choose_name(struct program *p)
     snprintf(p->name, sizeof(p->name), "%s", basename(path));
 }
 
-/* Each connection is a descriptor, and the soft limit is often 1024. */
+/* Each connection is a descriptor, with TLS it is three, and the soft limit is often 1024. */
 static void raise_file_limit(const struct options *o)
 {
     struct rlimit files;
-    rlim_t wanted = (rlim_t)o->max_connections + SPARE_FILES;
+    rlim_t each = o->tls_cert ? 3 : 1;
+    rlim_t wanted = (rlim_t)o->max_connections * each + SPARE_FILES;
     if (getrlimit(RLIMIT_NOFILE, &files) || files.rlim_cur >= wanted)
         return;
     files.rlim_cur = wanted < files.rlim_max ? wanted : files.rlim_max;
@@ -235,9 +238,11 @@ static void choose_log_level(const char *name)
 
 static void on_signal(int signal_number)
 {
-    (void)signal_number;
     int saved = errno;
-    n_signals++;
+    if (signal_number == SIGHUP)
+        is_hung_up = true;
+    else
+        n_signals++;
     send_event();
     errno = saved;
 }
@@ -248,12 +253,27 @@ static enum status catch_signals(struct error *err)
 {
     event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    if (event_fd < 0 || sigaction(SIGTERM, &action, NULL) || sigaction(SIGINT, &action, NULL))
+    if (event_fd < 0 || sigaction(SIGTERM, &action, NULL) || sigaction(SIGINT, &action, NULL) ||
+        sigaction(SIGHUP, &action, NULL))
         return fail(err, STATUS_IO, "signals cannot be caught: %s", strerror(errno));
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like a full disk */
-    signal(SIGHUP, SIG_IGN);  /* a lost terminal cuts off no request */
     return STATUS_OK;
+}
+
+/* Wait for something to happen; SIGHUP is dealt with here. A lost terminal sends it too, which
+ * cuts off no request. */
+static void await_change(struct program *p)
+{
+    struct error err;
+    await_event(-1);
+    if (!atomic_exchange(&is_hung_up, false) || !p->options.tls_cert)
+        return;
+    if (http_reload(p->http, &err))
+        log_event(LOG_ERROR, "reload", "the certificate in use stays: %s", err.text);
+    else
+        log_event(LOG_INFO, "reload", "new connections get the certificate in %s",
+                  p->options.tls_cert);
 }
 
 static enum status start_http(struct program *p, struct error *err)
@@ -345,7 +365,7 @@ static void stop(struct program *p)
 static int serve(struct program *p)
 {
     while (!atomic_load(&is_loaded) && !n_signals)
-        await_event(-1);
+        await_change(p);
     if (!atomic_load(&is_loaded)) { /* nothing is served yet, and loading cannot be cut short */
         http_stop(p->http);
         log_event(LOG_INFO, "stopped", "by a signal while loading");
@@ -363,7 +383,7 @@ static int serve(struct program *p)
     }
     log_listening(p);
     while (!n_signals)
-        await_event(-1);
+        await_change(p);
     return drain(p) ? 0 : 1;
 }
 
@@ -379,7 +399,7 @@ int main(int argc, char **argv)
     if (p->options.help)
         options_print_help(stdout);
     else if (p->options.version)
-        printf("latte-server %s\n", latte_version);
+        build_info_print(stdout, "latte-server");
     if (p->options.help || p->options.version)
         return 0;
     if (p->options.healthcheck)

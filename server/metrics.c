@@ -35,6 +35,7 @@ static const struct counter_row counter_rows[METRIC_COUNTER_COUNT] = {
     [METRIC_QUOTA_REJECTIONS] = {"latte_quota_rejections_total",
                                  "Requests refused because of their API key's quota or a session's "
                                  "full queue of turns."},
+    [METRIC_TLS_FAILURES] = {"latte_tls_failures_total", "Connections whose TLS handshake failed."},
     [METRIC_CONNECTIONS] = {"latte_connections_total", "Connections accepted."},
     [METRIC_TURNS] = {"latte_session_turns_total", "Turns of sessions that were committed."},
     [METRIC_TURNS_LOST] = {"latte_session_turns_abandoned_total",

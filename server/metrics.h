@@ -24,6 +24,7 @@ enum metric_counter {
     METRIC_CLIENT_DISCONNECTS,    /* latte_client_disconnects_total */
     METRIC_QUEUE_REJECTIONS,      /* latte_queue_rejections_total */
     METRIC_QUOTA_REJECTIONS,      /* latte_quota_rejections_total */
+    METRIC_TLS_FAILURES,          /* latte_tls_failures_total: connections without a handshake */
     METRIC_CONNECTIONS,           /* latte_connections_total: accepted */
     METRIC_TURNS,                 /* latte_session_turns_total: committed */
     METRIC_TURNS_LOST,            /* latte_session_turns_abandoned_total: failed or broken off */

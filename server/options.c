@@ -163,6 +163,18 @@ static enum status check_cors_origin(const char *origin, struct error *err)
                       origin);
 }
 
+static enum status check_tls(const struct options *o, struct error *err)
+{
+    if (!o->tls_cert != !o->tls_key)
+        return fail_field(err, STATUS_INVALID, o->tls_cert ? "tls-key" : "tls-cert",
+                          "--tls-%s: expected --tls-%s FILE beside it, found nothing",
+                          o->tls_cert ? "cert" : "key", o->tls_cert ? "key" : "cert");
+    if (o->tls_cert && o->unix_socket)
+        return fail_field(err, STATUS_INVALID, "tls-cert",
+                          "--tls-cert: expected a TCP port, found --unix-socket");
+    return STATUS_OK;
+}
+
 static enum status set_defaults(struct options *o, struct error *err)
 {
     *o = (struct options){0};
@@ -246,6 +258,8 @@ enum status options_parse(struct options *out, int argc, char **argv, struct err
         st = read_argument(&o, argc, argv, &i, err);
     if (!st)
         st = check_cors_origin(o.cors_origin, err);
+    if (!st)
+        st = check_tls(&o, err);
     if (!st && !o.model && !o.healthcheck && !o.help && !o.version)
         st = fail_field(err, STATUS_INVALID, "model",
                         "--model: expected a model directory, found nothing; --help lists the "
@@ -285,5 +299,7 @@ void options_print_help(FILE *out)
     fprintf(out,
             "\nexit codes: 0 after a clean stop (SIGTERM or SIGINT), 1 when starting failed or the "
             "stop cut\nrequests off (--drain-timeout passed, or a second signal), 2 for wrong "
-            "flags.\nSIGHUP is ignored: a changed --api-key-file is read at the next start.\n");
+            "flags.\nSIGHUP reads --tls-cert and --tls-key again; a changed --api-key-file is read "
+            "at the next "
+            "start.\n");
 }

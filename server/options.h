@@ -137,6 +137,9 @@
     X(api_key_file, STRING, "api-key-file", NULL, 0, 0, "FILE",                                    \
       "one API key of 8 to 255 characters per line, behind an admin's a blank and 'admin'; "       \
       "without it the API is open")                                                                \
+    X(tls_cert, STRING, "tls-cert", NULL, 0, 0, "FILE",                                            \
+      "speak HTTPS with this certificate (PEM, its issuers' behind it); SIGHUP reads it again")    \
+    X(tls_key, STRING, "tls-key", NULL, 0, 0, "FILE", "the certificate's key (PEM)")               \
     X(cors_origin, STRING, "cors-origin", NULL, 0, 0, "ORIGIN",                                    \
       "send CORS headers for this origin, or * for any")                                           \
     X(strict_fields, FLAG, "strict-fields", "0", 0, 1, NULL,                                       \
@@ -151,7 +154,8 @@
       "start nothing: exit with 0 if the server at --port (or --unix-socket) says that it is "     \
       "ready, else with 1")                                                                        \
     X(help, FLAG, "help", "0", 0, 1, NULL, "print this help")                                      \
-    X(version, FLAG, "version", "0", 0, 1, NULL, "print the version")
+    X(version, FLAG, "version", "0", 0, 1, NULL,                                                   \
+      "print the version, the build's facts and the libraries'")
 
 #define OPTION_TYPE_STRING const char *
 #define OPTION_TYPE_INT int64_t

@@ -7,7 +7,7 @@
  */
 #include <stdio.h>
 
-#include "engine/base/version.h"
+#include "engine/build_info.h"
 #include "engine/run/interrupt.h"
 #include "engine/run/run.h"
 
@@ -45,7 +45,7 @@ int main(int argc, char **argv)
         return 0;
     }
     if (!st && r.options.version) {
-        puts("latte-run " LATTE_VERSION);
+        build_info_print(stdout, "latte-run");
         return 0;
     }
     if (!st)

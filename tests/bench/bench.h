@@ -13,6 +13,7 @@
 int bench_engine(int argc, char **argv);
 int bench_serve(int argc, char **argv);
 int bench_sessions(int argc, char **argv);
+int bench_traffic(int argc, char **argv); /* "load" */
 
 /* The p-th quantile (0..1) of n values by linear interpolation; sorts them. NAN when n is 0. */
 double bench_quantile(double *values, size_t n, double p);

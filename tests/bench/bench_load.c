@@ -40,7 +40,7 @@ struct stream {
     int rounds_left;
 };
 
-static void add_sample(struct samples *s, double value)
+void samples_add(struct samples *s, double value)
 {
     if (s->n == s->cap) {
         size_t cap = s->cap ? 2 * s->cap : 1024;
@@ -74,9 +74,9 @@ static void take_event(struct stream *s, const char *line)
     }
     double now = bench_now();
     if (s->last_event == 0)
-        add_sample(&s->client->counts.ttft, now - s->started);
+        samples_add(&s->client->counts.ttft, now - s->started);
     else
-        add_sample(&s->client->counts.gaps, now - s->last_event);
+        samples_add(&s->client->counts.gaps, now - s->last_event);
     s->last_event = now;
 }
 
@@ -213,9 +213,9 @@ static void close_client(struct client *c)
 static void add_counts(struct load_counts *sum, const struct load_counts *c)
 {
     for (size_t i = 0; i < c->ttft.n; i++)
-        add_sample(&sum->ttft, c->ttft.values[i]);
+        samples_add(&sum->ttft, c->ttft.values[i]);
     for (size_t i = 0; i < c->gaps.n; i++)
-        add_sample(&sum->gaps, c->gaps.values[i]);
+        samples_add(&sum->gaps, c->gaps.values[i]);
     sum->n_tokens += c->n_tokens;
     sum->n_requests += c->n_requests;
     sum->n_failed += c->n_failed;

@@ -26,6 +26,9 @@ struct samples {
     size_t n, cap;
 };
 
+/* Without memory the sample is lost: that does not stop a measurement. */
+void samples_add(struct samples *s, double value);
+
 struct load_counts {
     struct samples ttft, gaps; /* to the first event of a request; between events */
     long n_tokens, n_requests, n_failed;

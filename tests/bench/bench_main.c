@@ -5,6 +5,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "engine/build_info.h"
 #include "tests/bench/bench.h"
 
 static int compare(const void *a, const void *b)
@@ -71,8 +72,10 @@ static int usage(FILE *out)
 {
     fputs("usage: latte-bench engine -m DIR [options]   prefill, decode, time by position\n"
           "       latte-bench serve  -m DIR [options]   latency and throughput through HTTP\n"
+          "       latte-bench load   --url URL [options] any OpenAI-compatible server under load\n"
           "       latte-bench sessions -m DIR [options] what sessions cost, at any age\n"
-          "Each subcommand prints its options with --help.\n",
+          "Each subcommand prints its options with --help; latte-bench --version tells of the "
+          "build.\n",
           out);
     return out == stderr ? 2 : 0;
 }
@@ -81,10 +84,16 @@ int main(int argc, char **argv)
 {
     if (argc < 2)
         return usage(stderr);
+    if (!strcmp(argv[1], "--version")) {
+        build_info_print(stdout, "latte-bench");
+        return 0;
+    }
     if (!strcmp(argv[1], "engine"))
         return bench_engine(argc - 1, argv + 1);
     if (!strcmp(argv[1], "serve"))
         return bench_serve(argc - 1, argv + 1);
+    if (!strcmp(argv[1], "load"))
+        return bench_traffic(argc - 1, argv + 1);
     if (!strcmp(argv[1], "sessions"))
         return bench_sessions(argc - 1, argv + 1);
     return usage(!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ? stdout : stderr);

@@ -638,26 +638,27 @@ static bool measure_other(struct run *r)
 
 static void usage(FILE *out)
 {
-    fprintf(out,
-            "usage: latte-bench sessions (-m DIR | --random SHAPE | --url URL) [options]\n"
-            "                            [-- options of latte-server]\n"
-            "  -m, --model DIR      start latte-server with this model on a free loopback port\n"
-            "      --random SHAPE   the same with random weights: %s\n"
-            "      --url URL        measure a server that runs already (http://127.0.0.1:8080)\n"
-            "      --device NAME    of the server (default auto)\n"
-            "      --threads N      the server's compute threads (default 0: all cores)\n"
-            "      --positions LIST ages, ascending (default 1000,10000,100000,1000000,10000000);\n"
-            "                       above %d tokens the position of a state is set\n"
-            "      --real-position N  feed a session so many tokens, too\n"
-            "      --samples N      turns of each age (default 200)\n"
-            "      --seconds X      that turns of 16 streams are counted (default 5)\n"
-            "      --host-state-mb MB  memory for states, of a server of our own (default 1024)\n"
-            "      --most-live N    stop counting live sessions there (default 2000)\n"
-            "      --store DIR      the server's store; also measures reloads and restarts\n"
-            "      --durability MODE  of the store: turn, interval or none\n"
-            "      --only LIST      some of: continue,fork,export,streams,live,reload,restart\n"
-            "      --json           one JSON object a line instead of a table\n",
-            random_model_names(), FED_TOKENS);
+    fprintf(
+        out,
+        "usage: latte-bench sessions (-m DIR | --random SHAPE | --url URL) [options]\n"
+        "                            [-- options of latte-server]\n"
+        "  -m, --model DIR      start latte-server with this model on a free loopback port\n"
+        "      --random SHAPE   the same with random weights: %s\n"
+        "      --url URL        measure a server that runs already (http://127.0.0.1:8080)\n"
+        "      --device NAME    of the server (default auto)\n"
+        "      --threads N      the server's compute threads (default 0: all cores)\n"
+        "      --positions LIST  ages, ascending (default 1000,10000,100000,1000000,10000000);\n"
+        "                       above %d tokens the position of a state is set\n"
+        "      --real-position N  feed a session so many tokens, too\n"
+        "      --samples N      turns of each age (default 200)\n"
+        "      --seconds X      that turns of 16 streams are counted (default 5)\n"
+        "      --host-state-mb MB  memory for states, of a server of our own (default 1024)\n"
+        "      --most-live N    stop counting live sessions there (default 2000)\n"
+        "      --store DIR      the server's store; also measures reloads and restarts\n"
+        "      --durability MODE  of the store: turn, interval or none\n"
+        "      --only LIST      some of: continue,fork,export,streams,live,reload,restart\n"
+        "      --json           one JSON object a line instead of a table\n",
+        random_model_names(), FED_TOKENS);
 }
 
 static bool parse_number(int64_t *out, const char *text, int64_t most)

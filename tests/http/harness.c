@@ -152,7 +152,7 @@ static void read_url(struct server *s)
         n++;
     }
     line[n] = '\0';
-    const char *url = strstr(line, "http://");
+    const char *url = strstr(line, "http");
     if (!url && !s->socket[0]) {
         print_log(s);
         fail_msg("the server printed '%s' where its URL was expected", line);
@@ -185,6 +185,8 @@ void server_launch(struct server *s, const char *const *args)
     }
     if (has_flag(args, "--unix-socket", &value))
         snprintf(s->socket, sizeof(s->socket), "%s", value);
+    if (has_flag(args, "--tls-cert", &value))
+        snprintf(s->trusted, sizeof(s->trusted), "%s", value);
     for (; args && *args && n < COUNT_OF(argv) - 1; args++)
         argv[n++] = *args;
 
@@ -406,6 +408,8 @@ void client_send(const struct server *s, const struct client_request *request, s
                      request->timeout_ms ? (long)request->timeout_ms : (long)REQUEST_TIMEOUT_MS);
     if (s->socket[0])
         curl_easy_setopt(curl, CURLOPT_UNIX_SOCKET_PATH, s->socket);
+    if (s->trusted[0])
+        curl_easy_setopt(curl, CURLOPT_CAINFO, s->trusted);
     set_body(curl, &t);
     if (request->method)
         curl_easy_setopt(curl, CURLOPT_CUSTOMREQUEST, request->method);

@@ -20,11 +20,12 @@
 
 struct server {
     pid_t pid;
-    int port;         /* 0 when it listens on a unix socket */
-    char url[96];     /* "http://127.0.0.1:4711", no slash at the end */
-    char socket[108]; /* path of the unix socket, or empty */
-    char dir[128];    /* scratch directory: log, model */
-    char model[160];  /* model directory given with --model */
+    int port;          /* 0 when it listens on a unix socket */
+    char url[96];      /* "http://127.0.0.1:4711", no slash at the end */
+    char socket[108];  /* path of the unix socket, or empty */
+    char trusted[160]; /* with --tls-cert: that file, which clients trust; or empty */
+    char dir[128];     /* scratch directory: log, model */
+    char model[160];   /* model directory given with --model */
     int stdout_fd;
 };
 

@@ -5,6 +5,7 @@
 
 #include <arpa/inet.h>
 #include <ctype.h>
+#include <errno.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <stdio.h>
@@ -661,6 +662,34 @@ static void test_access_log(void **state)
     server_stop(&s);
 }
 
+/* A proxy that cannot send on reports that and not the reply, so a body that was refused by its
+ * length is taken for a while. */
+static void test_a_refused_body_is_taken(void **state)
+{
+    (void)state;
+    struct server s;
+    struct bytes out = {0};
+    const char *args[] = {"--max-body-mb", "1", NULL};
+    server_start(&s, args);
+    int fd = raw_connect(&s);
+    raw_text(fd, "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                 "Content-Length: 1048700\r\n\r\n{");
+    assert_true(raw_await(fd, &out, "\"error\"", 10000));
+    sleep_ms(200); /* the library has closed its side by now */
+    static const char piece[50000];
+    for (int i = 0; i < 20; i++) {
+        if (send(fd, piece, sizeof(piece), MSG_NOSIGNAL) != (ssize_t)sizeof(piece))
+            fail_msg("piece %d: %s", i, strerror(errno));
+    }
+    shutdown(fd, SHUT_WR);
+    assert_true(raw_read(fd, &out, 10000));
+    assert_non_null(strstr(out.data, "HTTP/1.1 413 "));
+    close(fd);
+    bytes_free(&out);
+    assert_true(server_await_metric(&s, "latte_connections", 1, 10000));
+    server_stop(&s);
+}
+
 /* Starting. */
 
 static void test_command_line(void **state)
@@ -671,7 +700,7 @@ static void test_command_line(void **state)
         int code;
         const char *said;
     } cases[] = {{{"--help"}, 0, "--max-slots"},
-                 {{"--version"}, 0, "latte-server "},
+                 {{"--version"}, 0, "\nlibraries  libmicrohttpd "},
                  {{NULL}, 2, "--model"},
                  {{"--model", "x", "--port=70000"}, 2, "0 to 65535"},
                  {{"--model", "/nonexistent-dir", "--port=0"}, 1, "/nonexistent-dir"},
@@ -828,6 +857,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_unix_socket),
         cmocka_unit_test(test_ipv6),
         cmocka_unit_test(test_access_log),
+        cmocka_unit_test(test_a_refused_body_is_taken),
         cmocka_unit_test(test_command_line),
         cmocka_unit_test(test_healthcheck),
         cmocka_unit_test(test_port_in_use),
