@@ -41,7 +41,7 @@ start() {
         "${hardened[@]}" "$@" 2>&1); then
         stop_early "$name starts" "$output"
     fi
-    if await 90 podman healthcheck run "$name"; then
+    if await 300 podman healthcheck run "$name"; then
         good "$name: HEALTHCHECK says healthy"
     else
         stop_early "$name: HEALTHCHECK says healthy" "$(podman logs "$name" 2>&1)"
