@@ -27,7 +27,7 @@ FROM ${DEBIAN} AS runtime
 RUN apt-get update -q \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
       libcjson1 libhiredis0.14 libmicrohttpd12 libopenblas0-pthread libpcre2-8-0 libutf8proc2 libxxhash0 \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin latte \
  && install -d -o latte -g latte -m 0750 /var/lib/latte
 COPY LICENSE /usr/share/doc/latte-server/
@@ -63,7 +63,7 @@ FROM source AS build-cuda
 ARG CUARCH="80 90"
 ARG CUOPT="-O3"
 RUN --mount=type=bind,from=nvidia,source=/usr/local/cuda-13.0,target=/usr/local/cuda \
-    apt-get update -q && sh deploy/packages.sh build && rm -rf /var/lib/apt/lists/* \
+    apt-get update -q && sh deploy/packages.sh build && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && make -j"$(nproc)" BUILD=build/image CUDA=1 CUARCH="${CUARCH}" CUOPT="${CUOPT}" build/image/latte-server \
  && install -s -D build/image/latte-server /out/latte-server \
  && install -D /usr/local/cuda/lib64/libcublasLt.so.13 /out/lib/libcublasLt.so.13

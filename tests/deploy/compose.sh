@@ -70,7 +70,7 @@ start_all() {
         await 60 is_running "$service"
         check "$service runs" is_running "$service"
     done
-    if ! await 120 podman healthcheck run "$(container latte)"; then
+    if ! await 300 podman healthcheck run "$(container latte)"; then
         stop_early "the server is healthy" "$(cat "$scratch/compose.log")" "$(log_of latte)"
     fi
     good "the server is healthy"
@@ -98,11 +98,11 @@ test_sessions() {
     check "a turn of a session moves its position ($position)" test "${position:-0}" -ge 8
     check "Redis has it" test "$(podman exec "$(container redis)" redis-cli dbsize)" -gt 0
     compose restart latte
-    await 120 podman healthcheck run "$(container latte)"
+    await 300 podman healthcheck run "$(container latte)"
     expect "after a restart of the server it is where it was" "$position" \
         "$(in_net curl -sS -m 20 "$url/v1/sessions/$id" | jq .position)"
     compose restart redis
-    await 60 podman healthcheck run "$(container redis)"
+    await 120 podman healthcheck run "$(container redis)"
     expect "and after one of Redis" "$position" \
         "$(in_net curl -sS -m 20 --retry 5 --retry-all-errors "$url/v1/sessions/$id" | jq .position)"
     check "and goes on" test "$(post /v1/completions "$turn" | jq .session.position)" -gt "$position"
