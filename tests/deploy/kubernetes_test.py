@@ -427,6 +427,8 @@ def playable(documents, image, port):
     container = pod["containers"][0]
     container.update(image=image, imagePullPolicy="Never")
     container["ports"][0]["hostPort"] = port
+    for v in pod["volumes"]:
+        v["secret"]["optional"] = False  # podman 4.3 ends with a null pointer where this is left out
     pod["volumes"].append({"name": name, "persistentVolumeClaim": {"claimName": f"latte-test-{name}"}})
     return [
         find(documents, "Secret", next(secrets_used(pod))[0]),
