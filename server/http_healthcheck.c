@@ -1,6 +1,7 @@
 /* http_healthcheck.c - asking a running server whether it is ready: see http.h
  *
- * Plain sockets: the question is one line, and the library that serves has no client side.
+ * Plain sockets, with TLS where the server has it: the question is one line, and the library that
+ * serves has no client side.
  */
 #include <errno.h>
 #include <netdb.h>
@@ -11,6 +12,7 @@
 #include <unistd.h>
 
 #include "server/http_private.h"
+#include "server/http_tls.h"
 
 enum { TIMEOUT_S = 4, ANSWER_BYTES = 4096 };
 
@@ -72,19 +74,25 @@ static int connect_unix(const char *path, const char *url, struct error *err)
     return fd;
 }
 
+static size_t ask_plainly(int fd, const char *question, char *answer, size_t cap)
+{
+    size_t n = 0;
+    ssize_t got = send(fd, question, strlen(question), MSG_NOSIGNAL);
+    while (got > 0 && n < cap) {
+        got = recv(fd, answer + n, cap - n, 0);
+        n += got > 0 ? (size_t)got : 0;
+    }
+    return got >= 0 ? n : 0;
+}
+
 /* The whole answer as a string; false when there is none in time. */
-static bool ask(int fd, char answer[ANSWER_BYTES])
+static bool ask(const struct options *o, int fd, char answer[ANSWER_BYTES])
 {
     static const char question[] = "GET /health/ready HTTP/1.1\r\nHost: localhost\r\n"
                                    "User-Agent: latte-healthcheck\r\nConnection: close\r\n\r\n";
-    size_t n = 0;
-    ssize_t got = send(fd, question, sizeof(question) - 1, MSG_NOSIGNAL);
-    while (got > 0 && n < ANSWER_BYTES - 1) {
-        got = recv(fd, answer + n, ANSWER_BYTES - 1 - n, 0);
-        n += got > 0 ? (size_t)got : 0;
-    }
+    size_t n = (o->tls_cert ? tls_ask : ask_plainly)(fd, question, answer, ANSWER_BYTES - 1);
     answer[n] = 0;
-    return got >= 0 && n;
+    return n > 0;
 }
 
 static enum status judge(const char *answer, const char *url, struct error *err)
@@ -105,15 +113,15 @@ enum status http_healthcheck(const struct options *o, struct error *err)
     if (o->unix_socket)
         snprintf(url, sizeof(url), "unix:%s", o->unix_socket);
     else
-        snprintf(url, sizeof(url), is_v6 ? "http://[%s]:%d" : "http://%s:%d", o->host,
-                 (int)o->port);
+        snprintf(url, sizeof(url), is_v6 ? "http%s://[%s]:%d" : "http%s://%s:%d",
+                 o->tls_cert ? "s" : "", o->host, (int)o->port);
     if (!o->unix_socket && !o->port)
         return fail_field(err, STATUS_INVALID, "port",
                           "--healthcheck: expected the --port that a server listens on, found 0");
     int fd = o->unix_socket ? connect_unix(o->unix_socket, url, err) : connect_tcp(o, url, err);
     if (fd < 0)
         return STATUS_IO;
-    bool answered = ask(fd, answer);
+    bool answered = ask(o, fd, answer);
     close(fd);
     return answered ? judge(answer, url, err) : fail_ask(err, url, "nothing");
 }

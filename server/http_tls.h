@@ -12,6 +12,8 @@
 #ifndef LATTE_SERVER_HTTP_TLS_H
 #define LATTE_SERVER_HTTP_TLS_H
 
+#include <stdbool.h>
+#include <stddef.h>
 #include <sys/socket.h>
 
 #include <gnutls/gnutls.h>
@@ -34,6 +36,12 @@ int tls_wrap(struct tls *s, int fd, const struct sockaddr_storage *address);
 /* Send what is on its way, for 3 s at most, and release. Every socket from tls_wrap must be
  * closed before. Accepts NULL. */
 void tls_close(struct tls *s);
+
+/* The other side, for the health check: send a request over a connected, blocking socket that has
+ * limits of its own, and take what is answered until the server closes. Returns the bytes, cap at
+ * most; 0: none. The certificate is not verified: the asker is beside the server, and has nothing
+ * to hide. */
+size_t tls_ask(int fd, const char *question, char *answer, size_t cap);
 
 /* A certificate with its key. One that is loaded has one user; connections that began with it
  * are more. The last one that drops it frees it. */

@@ -324,6 +324,29 @@ static void test_plain_http_is_told(void **state)
     bytes_free(&out);
 }
 
+static int healthcheck(const char *const flags[4], struct bytes *said)
+{
+    char port[16];
+    snprintf(port, sizeof(port), "%d", site.port);
+    const char *args[] = {"--healthcheck", "--port", port,     "--host", "127.0.0.1",
+                          flags[0],        flags[1], flags[2], flags[3], NULL};
+    return server_run(args, said);
+}
+
+/* What a health check is told is what the server is told. */
+static void test_healthcheck(void **state)
+{
+    (void)state;
+    struct bytes said = {0};
+    assert_int_equal(
+        healthcheck((const char *const[4]){"--tls-cert", cert_path, "--tls-key", key_path}, &said),
+        0);
+    bytes_free(&said);
+    assert_int_equal(healthcheck((const char *const[4]){NULL}, &said), 1);
+    assert_non_null(strstr(said.data, "This port speaks TLS"));
+    bytes_free(&said);
+}
+
 /* Clients that begin no handshake, or do not go on with it, are let go of. */
 static void test_half_open_handshakes_end(void **state)
 {
@@ -457,6 +480,7 @@ int main(void)
         cmocka_unit_test(test_versions),
         cmocka_unit_test(test_a_stranger_is_not_trusted),
         cmocka_unit_test(test_plain_http_is_told),
+        cmocka_unit_test(test_healthcheck),
         cmocka_unit_test(test_half_open_handshakes_end),
         cmocka_unit_test(test_sighup_changes_the_certificate),
         cmocka_unit_test(test_wrong_files),
