@@ -196,7 +196,9 @@ static void report_text(const struct scoring *s)
     double bits = bits_per_byte(s);
     size_t n_bytes = documents_bytes(&s->documents);
     if (t->n_scored == 0) {
-        printf("nothing to score: %zu tokens\n", t->n_total);
+        printf(t->n_seen == t->n_total ? "nothing to score: %zu tokens\n"
+                                       : "nothing was scored of %zu tokens (interrupted)\n",
+               t->n_total);
         return;
     }
     for (int i = 0; i < o->n_lengths; i++)

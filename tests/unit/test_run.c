@@ -672,6 +672,7 @@ static void test_perplexity_interrupt(void **state)
     for (size_t i = 0; i < COUNT_OF(slots); i++) {
         terminal_start(&t, ARGS("-m", dir, "--perplexity", path, "--slots", slots[i]));
         terminal_await(&t, "scoring [");
+        terminal_await(&t, "]   1%"); /* something is scored */
         kill(t.pid, SIGINT);
         assert_int_equal(terminal_end(&t), 130);
         const char *report = strstr(t.text, "perplexity ");
