@@ -20,7 +20,8 @@ COPY weights weights
 COPY server server
 
 FROM source AS build-cpu
-RUN make -j"$(nproc)" BUILD=build/image CUDA=0 build/image/latte-server \
+ARG REVISION=unknown
+RUN make -j"$(nproc)" BUILD=build/image COMMIT="${REVISION}" CUDA=0 build/image/latte-server \
  && install -s -D build/image/latte-server /out/latte-server
 
 FROM ${DEBIAN} AS runtime
@@ -62,9 +63,10 @@ FROM ${CUDA_IMAGE} AS nvidia
 FROM source AS build-cuda
 ARG CUARCH="80 90"
 ARG CUOPT="-O3"
+ARG REVISION=unknown
 RUN --mount=type=bind,from=nvidia,source=/usr/local/cuda-13.0,target=/usr/local/cuda \
     apt-get update -q && sh deploy/packages.sh build && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
- && make -j"$(nproc)" BUILD=build/image CUDA=1 CUARCH="${CUARCH}" CUOPT="${CUOPT}" build/image/latte-server \
+ && make -j"$(nproc)" BUILD=build/image COMMIT="${REVISION}" CUDA=1 CUARCH="${CUARCH}" CUOPT="${CUOPT}" build/image/latte-server \
  && install -s -D build/image/latte-server /out/latte-server \
  && install -D /usr/local/cuda/lib64/libcublasLt.so.13 /out/lib/libcublasLt.so.13
 
