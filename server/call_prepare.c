@@ -336,6 +336,8 @@ static enum status begin_turn(struct call *c)
     else
         st = session_begin(c->routes->storage.sessions, id, c->owner, c->version, &c->turn,
                            &c->error);
+    if (st == STATUS_NOT_FOUND)
+        c->code = "session_not_found";
     if (st == STATUS_CONFLICT && c->request.queue)
         snprintf(c->waits_for, sizeof(c->waits_for), "%s", id);
     return st;

@@ -662,6 +662,7 @@ static void test_refusals(void **state)
     }
     struct answer a = post(COMPLETIONS, "{\"session_id\":\"sess_nobody\",\"prompt\":\"a\"}");
     expect_code(&a, 404);
+    assert_string_equal(member(member(a.json, "error"), "code")->valuestring, "session_not_found");
     done(&a);
     bool in_turn = true;
     assert_int_equal(position_of(&session, &in_turn), 0); /* a refused turn is over */

@@ -704,8 +704,6 @@ def test_colours(server, tabs):
 
 def test_keyboard_alone(server, tabs):
     page = tabs.open(server.url + "/")
-    set_field(page, "max_tokens", 8)
-    page.evaluate("document.activeElement.blur(); document.body.focus()")
     seen = []
     for _ in range(40):
         page.keyboard.press("Tab")
@@ -717,6 +715,8 @@ def test_keyboard_alone(server, tabs):
     order = [x for x in seen if x in ("model", "key-toggle", "theme", "mode-chat", "new", "log", "prompt")]
     assert order == ["model", "key-toggle", "theme", "mode-chat", "new", "log", "prompt"]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    set_field(page, "max_tokens", 8)
+    page.locator("#prompt").focus()
     page.keyboard.type("Hello")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".turn")
