@@ -342,7 +342,7 @@ test-clients: ## openai, langchain, llm, litellm, lm-eval, aiperf against the se
 $(CLIENTS_VENV)/installed: tests/clients/requirements.txt
 	@echo "  PIP $(CLIENTS_VENV)"
 	$(Q)python3 -m venv $(@D)
-	$(Q)$(@D)/bin/pip install -q --no-deps -r $<
+	$(Q)$(@D)/bin/pip install -q --no-deps --no-compile -r $<
 	$(Q)$(@D)/bin/pip check && touch $@
 
 # deploy/docs: manual pages and completions, made from --help.
