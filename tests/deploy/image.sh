@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.." || exit
 # shellcheck source=tests/deploy/containers.sh
 . tests/deploy/containers.sh
 
-max_mb=240 # megabytes of the cpu image
+max_mb=170 # megabytes of the cpu image
 image=localhost/latte-server:test
 cuda_image=localhost/latte-server:test-cuda
 port=8080
