@@ -233,13 +233,6 @@ def test_response_stream(client, name):
     assert [e.model_dump() for e in rest] == [e.model_dump() for e in events[7:]]
 
 
-def test_response_stream_helper(client, name):
-    with client.responses.stream(model=name, input="A cat.", max_output_tokens=6) as stream:
-        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
-        final = stream.get_final_response()
-    assert final.output_text == text
-
-
 def test_response_input_items(client, name):
     words = ["one", "two", "three", "four", "five"]
     r = client.responses.create(model=name, max_output_tokens=1, input=[
@@ -514,10 +507,9 @@ def test_paths_that_are_not_there(client, name):
 
 def test_authentication(locked_server, locked_client):
     assert locked_client.models.list().data
-    for key, code in (("wrong-key", "invalid_api_key"), ("", None)):
-        with openai.OpenAI(base_url=locked_server.base, api_key=key, max_retries=0) as c:
-            e = expect(openai.AuthenticationError, lambda: c.models.list(), status_code=401)
-            assert e.code == code or not key, e.code
+    with openai.OpenAI(base_url=locked_server.base, api_key="wrong-key", max_retries=0) as c:
+        expect(openai.AuthenticationError, lambda: c.models.list(), status_code=401,
+               code="invalid_api_key")
 
 
 def test_connection_refused():
@@ -553,13 +545,17 @@ def test_retry_after(start_server):
     """A 429 has Retry-After, and the package waits so long before it asks again."""
     server = start_server("--max-slots", "1", "--max-queue", "1")
     name, sent, replies = server.model(), [], []
-    hooks = {"request": [lambda r: sent.append(time.monotonic())],
-             "response": [lambda r: replies.append((r.status_code, r.headers.get("retry-after")))]}
     endless = dict(model=name, prompt="x", max_tokens=1000000, stream=True,
                    extra_body={"ignore_eos": True})
     with openai.OpenAI(base_url=server.base, api_key="none", max_retries=0) as c:
         running = c.completions.create(**endless)
         next(iter(running))
+
+        def note_reply(r):
+            replies.append((r.status_code, r.headers.get("retry-after")))
+            running.close()
+
+        hooks = {"request": [lambda r: sent.append(time.monotonic())], "response": [note_reply]}
         queued = threading.Thread(target=lambda: c.completions.create(
             model=name, prompt="x", max_tokens=1), daemon=True)
         queued.start()
@@ -568,7 +564,6 @@ def test_retry_after(start_server):
             model=name, prompt="x"), status_code=429, type="rate_limit_error")
         wait = int(e.response.headers["retry-after"])
         assert wait >= 1
-        threading.Timer(wait / 2, running.close).start()
         with openai.OpenAI(base_url=server.base, api_key="none", max_retries=3,
                            http_client=openai.DefaultHttpxClient(event_hooks=hooks)) as patient:
             assert patient.completions.create(model=name, prompt="x", max_tokens=1).choices
