@@ -33,12 +33,13 @@ from teacher import Teacher
 
 TRAINED = (".latent_q.", ".latent_k.", ".rglru.", ".rglru_norm.", ".conv.")
 NORMS = (".norm1.", ".norm2.")                  # of the base, with --norms
+LOW_RANK = (".o_down.", ".o_up.")               # with --o-rank
 FAST = ("bias", "lambda", "rglru_norm.weight")
 VALID_SEED = 12345
 
 
 def is_trained(name, norms=False):
-    return any(part in name for part in TRAINED + (NORMS if norms else ()))
+    return any(part in name for part in TRAINED + LOW_RANK + (NORMS if norms else ()))
 
 
 def parse_plan(text):
@@ -109,6 +110,8 @@ class Student:
         self.device = torch.device(args.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = load(args.model, self.device)
+        if args.o_rank:
+            self.add_low_rank(args.o_rank)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(is_trained(name, args.norms))
             if not parameter.requires_grad:
@@ -128,6 +131,14 @@ class Student:
                 task.compile(dynamic=False)     # one is compiled, all reuse it
                 layer.compile(dynamic=False)
         self.args = args
+
+    def add_low_rank(self, rank):
+        """What each o_proj gives gets up(down(heads)) added; it starts at nothing."""
+        for layer in self.model.model.layers:
+            outputs, inputs = layer.mix.o_proj.weight.shape
+            layer.mix.o_down = torch.nn.Linear(inputs, rank, bias=False, device=self.device)
+            layer.mix.o_up = torch.nn.Linear(rank, outputs, bias=False, device=self.device)
+            torch.nn.init.zeros_(layer.mix.o_up.weight)
 
     def layers_losses(self, tokens, backward=True):
         """Mean over the layers; each layer's gradient is taken at once, so only one layer is held."""
@@ -170,7 +181,7 @@ def optimiser_of(student, args):
     holds it, and noise carries it away."""
     kinds = {"slow": [], "fast": [], "norm": [], "latent_k": []}
     for name, parameter in student.trained.items():
-        kind = ("norm" if not is_trained(name) else "latent_k" if ".latent_k." in name
+        kind = ("norm" if any(part in name for part in NORMS) else "latent_k" if ".latent_k." in name
                 else "fast" if name.endswith(FAST) else "slow")
         kinds[kind].append(parameter)
     scale = {"slow": 1.0, "fast": args.bias_rate, "norm": args.norm_rate, "latent_k": 1.0}
@@ -223,9 +234,10 @@ class Run:
             self.say(f"goes on at step {self.step}, {self.tokens / 1e6:.1f}M tokens, {self.elapsed:.0f}s")
 
     def put(self, weights):
-        """Weights without the base's norms leave those as they are."""
+        """Weights without the base's norms or low-rank updates leave those as they are."""
         different = set(weights) ^ set(self.student.trained)
-        if any(is_trained(name) or name in weights for name in different):
+        optional = [name for name in different if not any(part in name for part in TRAINED)]
+        if set(optional) != different or set(optional) & set(weights):
             raise SystemExit(f"not this run's adapter: {sorted(different)[:3]}")
         with torch.no_grad():
             for name, value in weights.items():
@@ -404,6 +416,8 @@ def arguments():
     parser.add_argument("--decay", type=float, default=1.0, help="of latent_k, times its rate")
     parser.add_argument("--norm-rate", type=float, default=0.25, help="times the rate for the base's norms")
     parser.add_argument("--norms", action="store_true", help="train the base's norms as well, which the teacher keeps")
+    parser.add_argument("--o-rank", type=int, default=0,
+                        help="also train an update of this rank to every o_proj: an ablation, convert.py takes none")
     parser.add_argument("--start-bias", type=float, default=4.0, help="logit of p(0|t) at the start")
     parser.add_argument("--warmup", type=int, default=50, help="steps, at the beginning of every stage")
     parser.add_argument("--hold", type=float, default=0.4, help="share of the plan before the rate falls")

@@ -266,7 +266,10 @@ class Mix(nn.Module):
             y = y + latents
         if hasattr(self, "vapor"):
             y = ops.rotate(y, *self.vapor.turn(place["position"], 1))
-        y = linear(y.to(h.dtype).reshape(B, T, H * d), self.o_proj.weight, self.o_proj.bias)
+        heads = y.to(h.dtype).reshape(B, T, H * d)
+        y = linear(heads, self.o_proj.weight, self.o_proj.bias)
+        if hasattr(self, "o_down"):             # a low-rank update that adapt.py trains
+            y = y + linear(linear(heads, self.o_down.weight), self.o_up.weight)
         return y, {name: tensor.detach() for name, tensor in new.items()}
 
     def kernels_fit(self, h):

@@ -83,7 +83,7 @@ def arguments(tmp_path, monkeypatch, *more):
     return adapt.arguments()
 
 
-@pytest.mark.parametrize("options", [[], ["--norms"]])
+@pytest.mark.parametrize("options", [[], ["--norms"], ["--o-rank", "2"]])
 def test_run_stops_resumes_and_learns(tmp_path, monkeypatch, options):
     norms = "--norms" in options
     export(tiny_model().state_dict(), TINY, tmp_path / "fresh")
@@ -109,7 +109,8 @@ def test_run_stops_resumes_and_learns(tmp_path, monkeypatch, options):
     assert (third.step, third.elapsed) == (second.step, 0)
     with safe_open(adapter, framework="pt") as opened:
         assert set(opened.keys()) == set(third.student.trained)
-    with_norms = adapt.Run(arguments(tmp_path, monkeypatch, "--norms", "--init", str(adapter), "--out", str(tmp_path / "more")))
+    with_norms = adapt.Run(arguments(tmp_path, monkeypatch, *options, "--norms", "--init", str(adapter),
+                                       "--out", str(tmp_path / "more")))
     for name, parameter in with_norms.student.trained.items():
         expected = frozen[name] if not norms and not adapt.is_trained(name) else third.student.trained[name]
         torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
