@@ -10,7 +10,7 @@ logits plus cross entropy; past --teacher-length, where the teacher is lost, cro
 RATE is the learning rate of that stage, --lr where there is none.
 
 RUN holds adapter.safetensors (bf16, written every --save-seconds and at the end), adapt.pt (float32
-weights and the optimiser's state) and loss.csv. The run stops after --seconds; the same command goes
+weights and the optimiser's state) and loss.csv, where the validation texts have lines of their own. The run stops after --seconds; the same command goes
 on where it stopped, from adapt.pt. Where only an adapter is left, --init ADAPTER --begin SECONDS
 starts with its weights at that place of the plan.
 """
@@ -35,6 +35,7 @@ TRAINED = (".latent_q.", ".latent_k.", ".rglru.", ".rglru_norm.", ".conv.")
 NORMS = (".norm1.", ".norm2.")                  # of the base, with --norms
 LOW_RANK = (".o_down.", ".o_up.")               # with --o-rank
 FAST = ("bias", "lambda", "rglru_norm.weight")
+LOSSES = ("layers", "kl", "ce", "teacher")
 VALID_SEED = 12345
 
 
@@ -311,6 +312,8 @@ class Run:
         """Scores the validation rows. The best weights so far are kept; where the present ones are worse by more
         than chance explains, training has lost its way, and goes on from the best ones with half the rate."""
         got = {name: self.losses_of(tokens) for name, tokens in self.valid.items()}
+        for name, parts in got.items():
+            self.note(name, self.args.segment, parts)
         kl = self.group.agreed(sum(float(parts["kl"]) for parts in got.values()) / len(got), self.student.device)
         self.say("valid: " + "; ".join(f"{name} kl {parts['kl']:.4f} ce {parts['ce']:.4f} (teacher {parts['teacher']:.4f})"
                                        for name, parts in got.items()))
@@ -334,13 +337,16 @@ class Run:
                 return n
             elapsed -= seconds
 
+    def note(self, what, length, losses, speed=""):
+        """A line of loss.csv."""
+        csv.writer(self.log).writerow([what, length, self.step, self.tokens, f"{self.elapsed:.1f}", f"{self.rate():.2e}",
+                                       *(f"{losses[k]:.5f}" if k in losses else "" for k in LOSSES), speed])
+        self.log.flush()
+
     def report(self, kind, length, losses, speed):
         mean = {key: float(torch.stack([parts[key] for parts in losses if key in parts]).mean())
-                for key in ("layers", "kl", "ce", "teacher") if any(key in parts for parts in losses)}
-        csv.writer(self.log).writerow([kind, length, self.step, self.tokens, f"{self.elapsed:.1f}", f"{self.rate():.2e}",
-                                       *(f"{mean[k]:.5f}" if k in mean else "" for k in ("layers", "kl", "ce", "teacher")),
-                                       f"{speed:.0f}"])
-        self.log.flush()
+                for key in LOSSES if any(key in parts for parts in losses)}
+        self.note(kind, length, mean, f"{speed:.0f}")
         text = " ".join(f"{key} {value:.4f}" for key, value in mean.items()) + f" gradient {float(self.usual):.3g}"
         self.say(f"{kind}:{length} step {self.step} {self.tokens / 1e6:.1f}M tokens {self.elapsed:.0f}s "
                  f"{speed / 1e3:.0f}k/s {text}")
