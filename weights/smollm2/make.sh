@@ -145,7 +145,7 @@ convert() {
 
 make_smollm2() {
     adapter=$here/adapter.safetensors
-    [ -r "$adapter" ] || fail "$adapter: no such file; until it is published, train one (weights/train/README.md)"
+    [ -r "$adapter" ] || fail "$adapter: no such file; it comes with the repository"
     convert smollm2 --macchiato --adapter "$adapter"
 }
 
