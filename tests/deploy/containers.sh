@@ -84,12 +84,13 @@ containers_close() {
     {
         podman rm -a -f -t 2
         podman network prune -f
+        podman volume prune -f # of a store that stays
         buildah rm -a
         podman umount -a
     } >/dev/null 2>&1
-    # aardvark-dns, whose folder is ours, ends with its last container; if not, it is ended here.
-    local pid
-    pid=$(cat "$scratch"/run/networks/aardvark-dns/aardvark.pid 2>/dev/null) && kill "$pid" 2>/dev/null
+    # aardvark-dns ends with its last container; if not, it and whatever else is in our network is
+    # ended here.
+    [ -z "$netns" ] || ip netns pids "$netns" | xargs -r kill 2>/dev/null
     [ -z "$netns" ] || ip netns del "$netns"
     awk -v a="$scratch/" -v b="$store/" 'index($5, a) == 1 || index($5, b) == 1 { print $5 }' \
         /proc/self/mountinfo | sort -r | xargs -r umount -l
