@@ -143,7 +143,7 @@ stop_all() {
 
 sh deploy/packages.sh compose
 containers_open
-import_base "docker.io/library/$(docker_arg DEBIAN)"
+import_base "$(docker_arg DEBIAN)"
 expect "compose.yaml and the Dockerfile have one version" "$(docker_arg VERSION)" \
     "$(sed -n 's,.*image: localhost/latte-server:,,p' deploy/compose.yaml)"
 build "the server's image" "$image" --target cpu .

@@ -84,7 +84,6 @@ containers_close() {
     {
         podman rm -a -f -t 2
         podman network prune -f
-        podman volume prune -f # of a store that stays
         buildah rm -a
         podman umount -a
     } >/dev/null 2>&1
@@ -124,6 +123,9 @@ containers_open() {
     mkdir -p "$cache"
     scratch=$(mktemp -d "$PWD/$cache/scratch.XXXXXX")
     store=${DEPLOY_STORE:-$scratch/store}
+    # Of a store that stays, the images do. podman's database would have it work in the folders of
+    # the run that made it.
+    rm -rf "$store/libpod" "$store/volumes"
     trap containers_close EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM

@@ -117,7 +117,7 @@ is_active() {
 test_for_real() {
     local image=localhost/latte-server:test main
     containers_open
-    import_base "docker.io/library/$(docker_arg DEBIAN)"
+    import_base "$(docker_arg DEBIAN)"
     build "the server's image" "$image" --target cpu .
     build "a machine with systemd and the server" localhost/latte-test/systemd \
         --build-arg IMAGE="$image" -f tests/deploy/systemd.dockerfile deploy/systemd
