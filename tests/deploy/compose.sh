@@ -3,7 +3,7 @@
 # podman-compose and used. make compose-test.
 #
 # Redis and Prometheus are Debian's (compose.test.yaml). Grafana is not started: there is no image
-# of it here; what it is given is looked at only.
+# of it here; its files are compared with each other, and Prometheus is asked what it would ask.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 # shellcheck source=tests/deploy/containers.sh
@@ -11,6 +11,7 @@ cd "$(dirname "$0")/../.." || exit
 
 image=localhost/latte-server:test
 url=http://127.0.0.1:8080
+prometheus=http://127.0.0.1:9090
 
 compose() {
     # It says what it runs, and of health checks that no systemd is here to run them.
@@ -36,7 +37,7 @@ post() {
 
 # The value of a query to Prometheus, nothing when it has no data.
 query() {
-    in_net curl -sS -m 10 -G http://127.0.0.1:9090/api/v1/query --data-urlencode "query=$1" |
+    in_net curl -sS -m 10 -G "$prometheus/api/v1/query" --data-urlencode "query=$1" |
         jq -r '.data.result[0].value[1] // empty'
 }
 
@@ -44,21 +45,11 @@ has_value() {
     [ -n "$(query "$1")" ] && [ "$(query "$1")" != 0 ]
 }
 
-# The shipped configuration, asking every second; a minimal one while there is none.
+# The shipped configuration, asking every second.
 prepare_prometheus() {
     mkdir -p "$scratch/prometheus"
-    if [ -f deploy/prometheus/prometheus.yml ]; then
-        cp deploy/prometheus/* "$scratch/prometheus/"
-        sed -i -E 's/((scrape|evaluation)_interval): .*/\1: 1s/; s/(scrape_timeout): .*/\1: 1s/' \
-            "$scratch/prometheus/prometheus.yml"
-    else
-        skip "deploy/prometheus is not there: a stand-in for it"
-        cat >"$scratch/prometheus/prometheus.yml" <<END
-global: {scrape_interval: 1s}
-scrape_configs:
-  - {job_name: latte, static_configs: [{targets: ["latte:8080"]}]}
-END
-    fi
+    cp deploy/prometheus/* "$scratch/prometheus/"
+    sed -i -E 's/((scrape|evaluation)_interval): .*/\1: 1s/' "$scratch/prometheus/prometheus.yml"
     chmod -R a+rX "$scratch/prometheus"
     chmod a+x "$scratch" # the container's user passes through
 }
@@ -117,17 +108,40 @@ test_prometheus() {
     check "and counts its requests" has_value "$requests"
 }
 
-# What Grafana would be given; its dashboards and their queries have a test of their own.
+# What Grafana is given: folders where it looks for them, and a Prometheus that is there.
 test_grafana_files() {
-    local from
+    local grafana=deploy/grafana from
     while read -r from; do
-        if [ -d deploy/grafana ]; then
-            check "compose.yaml mounts deploy/$from, which is there" test -d "deploy/$from"
-        else
-            skip "deploy/$from is not there"
-        fi
+        check "compose.yaml mounts deploy/$from, which is there" test -d "deploy/$from"
     done < <(sed -n 's,^ *- \./\(grafana/[a-z]*\):.*,\1,p' deploy/compose.yaml)
+    expect "the dashboards lie where their provider looks" \
+        "$(sed -n 's,^ *path: ,,p' $grafana/provisioning/dashboards/*.yaml)" \
+        "$(sed -n 's,^ *- \./grafana/dashboards:\(.*\):ro,\1,p' deploy/compose.yaml)"
+    expect_in "Prometheus is where the data source says, for the services" '^up\{.* => 1 @' \
+        "$(podman exec "$(container prometheus)" promtool query instant \
+            "$(sed -n 's,^ *url: ,,p' $grafana/provisioning/datasources/*.yaml)" 'up{job="latte"}' 2>&1)"
     skip "Grafana itself: there is no image of it here"
+}
+
+# Every query of the dashboard as Grafana would send it. Not all have something to tell after so
+# few requests; that they all do under load is for make metrics-test.
+test_dashboard() {
+    local expression answer refused='' n=0 told=0
+    while read -r expression; do
+        expression=${expression//\$job/latte}
+        expression=${expression//\$instance/.*}
+        expression=${expression//\$__rate_interval/1m}
+        answer=$(in_net curl -sS -m 10 -G "$prometheus/api/v1/query" \
+            --data-urlencode "query=$expression")
+        n=$((n + 1))
+        case $(jq -r 'if .status == "success" then .data.result | length else -1 end' <<<"$answer") in
+        '' | -1) refused+="$expression: $answer"$'\n' ;;
+        0) say "      no data for $expression" ;;
+        *) told=$((told + 1)) ;;
+        esac
+    done < <(jq -r '.. | .expr? // empty' deploy/grafana/dashboards/latte.json)
+    expect "Prometheus understands the dashboard's $n queries" "" "$refused"
+    check "$told of them have data, at least 50" test "$told" -ge 50
 }
 
 stop_all() {
@@ -157,5 +171,6 @@ test_limits
 test_sessions
 test_prometheus
 test_grafana_files
+test_dashboard
 stop_all
 finish
