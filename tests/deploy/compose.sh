@@ -123,10 +123,9 @@ test_grafana_files() {
     skip "Grafana itself: there is no image of it here"
 }
 
-# Every query of the dashboard as Grafana would send it. Not all have something to tell after so
-# few requests; that they all do under load is for make metrics-test.
+# Every query of the dashboard as Grafana would send it. What they tell is for make metrics-test.
 test_dashboard() {
-    local expression answer refused='' n=0 told=0
+    local expression answer silent='' n=0
     while read -r expression; do
         expression=${expression//\$job/latte}
         expression=${expression//\$instance/.*}
@@ -134,14 +133,10 @@ test_dashboard() {
         answer=$(in_net curl -sS -m 10 -G "$prometheus/api/v1/query" \
             --data-urlencode "query=$expression")
         n=$((n + 1))
-        case $(jq -r 'if .status == "success" then .data.result | length else -1 end' <<<"$answer") in
-        '' | -1) refused+="$expression: $answer"$'\n' ;;
-        0) say "      no data for $expression" ;;
-        *) told=$((told + 1)) ;;
-        esac
+        [ "$(jq '.data.result | length' <<<"$answer")" -gt 0 ] || silent+="$expression: $answer"$'\n'
     done < <(jq -r '.. | .expr? // empty' deploy/grafana/dashboards/latte.json)
-    expect "Prometheus understands the dashboard's $n queries" "" "$refused"
-    check "$told of them have data, at least 50" test "$told" -ge 50
+    check "the dashboard has $n queries, more than 40" test "$n" -gt 40
+    expect "Prometheus has data for each of them" "" "$silent"
 }
 
 stop_all() {

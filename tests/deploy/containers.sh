@@ -125,7 +125,7 @@ containers_open() {
     store=${DEPLOY_STORE:-$scratch/store}
     # Of a store that stays, the images do. podman's database would have it work in the folders of
     # the run that made it.
-    rm -rf "$store/libpod" "$store/volumes"
+    rm -rf "$store/libpod" "$store/volumes" "$store/secrets"
     trap containers_close EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM

@@ -197,7 +197,8 @@ test_cuda() {
         /usr/local/bin/latte-server 2>&1)
     expect_in "it is linked with cuBLASLt" 'libcublasLt.so.13 => /usr/local/cuda/lib64/' "$libraries"
     expect "ldd finds all libraries" "" "$(grep 'not found' <<<"$libraries")"
-    expect_in "--version runs" '^latte-server [0-9]' "$(once "$cuda_image" --version)"
+    expect_in "--version names both of CUDA's libraries" '^CUDA +runtime 13\.[0-9]+, cuBLASLt 13\.' \
+        "$(once "$cuda_image" --version)"
     expect_in "without a GPU --device cuda:0 ends in a sentence" \
         'latte-server: .*(driver|GPU|CUDA|device).*exit code 1 *$' \
         "$(once "$cuda_image" --device cuda:0 | tr '\n' ' ')"
