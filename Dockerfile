@@ -6,8 +6,9 @@
 # Everything is compiled and run on the same Debian. NVIDIA's image is a source of files alone: its
 # compiler while building, one library in the result. The driver's libcuda comes from the host.
 
-ARG DEBIAN=debian:12.12-slim
-ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
+# Whole names: podman and buildah ask which registry is meant, or give up.
+ARG DEBIAN=docker.io/library/debian:12.12-slim
+ARG CUDA_IMAGE=docker.io/nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 FROM ${DEBIAN} AS source
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]

@@ -3,7 +3,7 @@
 # podman-compose and used. make compose-test.
 #
 # Redis and Prometheus are Debian's (compose.test.yaml). Grafana is not started: there is no image
-# of it here; what it is given is looked at only.
+# of it here; its files are compared with each other, and Prometheus is asked what it would ask.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 # shellcheck source=tests/deploy/containers.sh
@@ -11,6 +11,7 @@ cd "$(dirname "$0")/../.." || exit
 
 image=localhost/latte-server:test
 url=http://127.0.0.1:8080
+prometheus=http://127.0.0.1:9090
 
 compose() {
     # It says what it runs, and of health checks that no systemd is here to run them.
@@ -36,7 +37,7 @@ post() {
 
 # The value of a query to Prometheus, nothing when it has no data.
 query() {
-    in_net curl -sS -m 10 -G http://127.0.0.1:9090/api/v1/query --data-urlencode "query=$1" |
+    in_net curl -sS -m 10 -G "$prometheus/api/v1/query" --data-urlencode "query=$1" |
         jq -r '.data.result[0].value[1] // empty'
 }
 
@@ -44,21 +45,11 @@ has_value() {
     [ -n "$(query "$1")" ] && [ "$(query "$1")" != 0 ]
 }
 
-# The shipped configuration, asking every second; a minimal one while there is none.
+# The shipped configuration, asking every second.
 prepare_prometheus() {
     mkdir -p "$scratch/prometheus"
-    if [ -f deploy/prometheus/prometheus.yml ]; then
-        cp deploy/prometheus/* "$scratch/prometheus/"
-        sed -i -E 's/((scrape|evaluation)_interval): .*/\1: 1s/; s/(scrape_timeout): .*/\1: 1s/' \
-            "$scratch/prometheus/prometheus.yml"
-    else
-        skip "deploy/prometheus is not there: a stand-in for it"
-        cat >"$scratch/prometheus/prometheus.yml" <<END
-global: {scrape_interval: 1s}
-scrape_configs:
-  - {job_name: latte, static_configs: [{targets: ["latte:8080"]}]}
-END
-    fi
+    cp deploy/prometheus/* "$scratch/prometheus/"
+    sed -i -E 's/((scrape|evaluation)_interval): .*/\1: 1s/' "$scratch/prometheus/prometheus.yml"
     chmod -R a+rX "$scratch/prometheus"
     chmod a+x "$scratch" # the container's user passes through
 }
@@ -117,17 +108,35 @@ test_prometheus() {
     check "and counts its requests" has_value "$requests"
 }
 
-# What Grafana would be given; its dashboards and their queries have a test of their own.
+# What Grafana is given: folders where it looks for them, and a Prometheus that is there.
 test_grafana_files() {
-    local from
+    local grafana=deploy/grafana from
     while read -r from; do
-        if [ -d deploy/grafana ]; then
-            check "compose.yaml mounts deploy/$from, which is there" test -d "deploy/$from"
-        else
-            skip "deploy/$from is not there"
-        fi
+        check "compose.yaml mounts deploy/$from, which is there" test -d "deploy/$from"
     done < <(sed -n 's,^ *- \./\(grafana/[a-z]*\):.*,\1,p' deploy/compose.yaml)
+    expect "the dashboards lie where their provider looks" \
+        "$(sed -n 's,^ *path: ,,p' $grafana/provisioning/dashboards/*.yaml)" \
+        "$(sed -n 's,^ *- \./grafana/dashboards:\(.*\):ro,\1,p' deploy/compose.yaml)"
+    expect_in "Prometheus is where the data source says, for the services" '^up\{.* => 1 @' \
+        "$(podman exec "$(container prometheus)" promtool query instant \
+            "$(sed -n 's,^ *url: ,,p' $grafana/provisioning/datasources/*.yaml)" 'up{job="latte"}' 2>&1)"
     skip "Grafana itself: there is no image of it here"
+}
+
+# Every query of the dashboard as Grafana would send it. What they tell is for make metrics-test.
+test_dashboard() {
+    local expression answer silent='' n=0
+    while read -r expression; do
+        expression=${expression//\$job/latte}
+        expression=${expression//\$instance/.*}
+        expression=${expression//\$__rate_interval/1m}
+        answer=$(in_net curl -sS -m 10 -G "$prometheus/api/v1/query" \
+            --data-urlencode "query=$expression")
+        n=$((n + 1))
+        [ "$(jq '.data.result | length' <<<"$answer")" -gt 0 ] || silent+="$expression: $answer"$'\n'
+    done < <(jq -r '.. | .expr? // empty' deploy/grafana/dashboards/latte.json)
+    check "the dashboard has $n queries, more than 40" test "$n" -gt 40
+    expect "Prometheus has data for each of them" "" "$silent"
 }
 
 stop_all() {
@@ -143,7 +152,7 @@ stop_all() {
 
 sh deploy/packages.sh compose
 containers_open
-import_base "docker.io/library/$(docker_arg DEBIAN)"
+import_base "$(docker_arg DEBIAN)"
 expect "compose.yaml and the Dockerfile have one version" "$(docker_arg VERSION)" \
     "$(sed -n 's,.*image: localhost/latte-server:,,p' deploy/compose.yaml)"
 build "the server's image" "$image" --target cpu .
@@ -157,5 +166,6 @@ test_limits
 test_sessions
 test_prometheus
 test_grafana_files
+test_dashboard
 stop_all
 finish

@@ -87,9 +87,9 @@ containers_close() {
         buildah rm -a
         podman umount -a
     } >/dev/null 2>&1
-    # aardvark-dns, whose folder is ours, ends with its last container; if not, it is ended here.
-    local pid
-    pid=$(cat "$scratch"/run/networks/aardvark-dns/aardvark.pid 2>/dev/null) && kill "$pid" 2>/dev/null
+    # aardvark-dns ends with its last container; if not, it and whatever else is in our network is
+    # ended here.
+    [ -z "$netns" ] || ip netns pids "$netns" | xargs -r kill 2>/dev/null
     [ -z "$netns" ] || ip netns del "$netns"
     awk -v a="$scratch/" -v b="$store/" 'index($5, a) == 1 || index($5, b) == 1 { print $5 }' \
         /proc/self/mountinfo | sort -r | xargs -r umount -l
@@ -123,6 +123,9 @@ containers_open() {
     mkdir -p "$cache"
     scratch=$(mktemp -d "$PWD/$cache/scratch.XXXXXX")
     store=${DEPLOY_STORE:-$scratch/store}
+    # Of a store that stays, the images do. podman's database would have it work in the folders of
+    # the run that made it.
+    rm -rf "$store/libpod" "$store/volumes" "$store/secrets"
     trap containers_close EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM

@@ -30,7 +30,7 @@ make_image() {
         echo 'COPY latte-server /usr/local/bin/'
         echo 'USER 10001:10001'
     } >"$folder/Dockerfile"
-    import_base "docker.io/library/$(docker_arg DEBIAN)"
+    import_base "$(docker_arg DEBIAN)"
     build "the image of the pod" "$image" "$folder"
 }
 
