@@ -106,31 +106,13 @@ static cJSON *to_json(yaml_node_t *node)
  */
 
 /* The keywords it knows; another one in a schema fails the test, so that none goes unchecked. */
-static const char *const keywords[] = {"type",
-                                       "required",
-                                       "properties",
-                                       "items",
-                                       "enum",
-                                       "const",
-                                       "oneOf",
-                                       "anyOf",
-                                       "allOf",
-                                       "minimum",
-                                       "maximum",
-                                       "minItems",
-                                       "maxItems",
-                                       "minLength",
-                                       "maxLength",
-                                       "pattern",
-                                       "default",
-                                       "$ref",
-                                       "examples",
-                                       "description",
-                                       "deprecated",
-                                       "maxProperties",
-                                       "exclusiveMinimum",
-                                       "propertyNames",
-                                       "additionalProperties"};
+static const char *const keywords[] = {
+    "type",       "required",      "properties",    "items",
+    "enum",       "const",         "oneOf",         "anyOf",
+    "allOf",      "minimum",       "maximum",       "minItems",
+    "maxItems",   "minLength",     "maxLength",     "pattern",
+    "default",    "$ref",          "examples",      "description",
+    "deprecated", "maxProperties", "propertyNames", "additionalProperties"};
 
 static bool is_of_type(const cJSON *v, const char *type)
 {
@@ -202,9 +184,6 @@ static const char *validate_string(const char *text, yaml_node_t *schema)
 
 static const char *validate_number(double value, yaml_node_t *schema)
 {
-    yaml_node_t *bound = child(schema, "exclusiveMinimum");
-    if (bound && value <= atof(scalar(bound)))
-        return "exclusiveMinimum";
     return is_under(schema, "minimum", value) || is_over(schema, "maximum", value) ? "range" : NULL;
 }
 
