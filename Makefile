@@ -329,9 +329,8 @@ kubernetes-test: ## validate deploy/kubernetes, and run its pod (KUBERNETES_PLAY
 
 # Other people's clients (tests/clients/README.md). The list names every package: pip resolves nothing.
 CLIENTS_VENV := build/clients-venv
-# CLIENT_TESTS: paths and pytest's options. schemathesis does not pass yet: where it is named only.
-CLIENT_TESTS ?= $(filter-out %/test_schemathesis.py,$(wildcard tests/clients/test_*.py))
-test-clients: ## openai, langchain, llm, litellm, lm-eval, aiperf against the server (PyPI)
+CLIENT_TESTS ?= tests/clients# paths and pytest's options
+test-clients: ## openai, langchain, llm, litellm, schemathesis, lm-eval, aiperf against the server (PyPI)
 	@sh deploy/packages.sh clients
 	@$(MAKE) --no-print-directory -j$$(nproc) $(PROGRAMS)
 	@$(MAKE) --no-print-directory $(CLIENTS_VENV)/installed

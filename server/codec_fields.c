@@ -150,9 +150,8 @@ static enum status field_logit_bias(struct reader *r, const struct field *f, con
 }
 
 static const struct field stream_options_fields[] = {
-    {"include_usage", field_bool, offsetof(struct codec_request, include_usage), 0, 0, false},
-    {"continuous_usage_stats", field_bool, offsetof(struct codec_request, continuous_usage), 0, 0,
-     false},
+    {"include_usage", field_bool, offsetof(struct codec_request, include_usage), 0, 0},
+    {"continuous_usage_stats", field_bool, offsetof(struct codec_request, continuous_usage), 0, 0},
     {0},
 };
 
@@ -166,7 +165,7 @@ static enum status field_stream_options(struct reader *r, const struct field *f,
 }
 
 static const struct field from_fields[] = {
-    {"preset", field_string, offsetof(struct codec_request, from_preset), 0, 0, false},
+    {"preset", field_string, offsetof(struct codec_request, from_preset), 0, 0},
     {0},
 };
 
@@ -229,35 +228,31 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
 #define AT(member) offsetof(struct codec_request, member)
 #define FLAG(name, member)                                                                         \
     {                                                                                              \
-        name, field_bool, AT(member), 0, 0, false                                                  \
+        name, field_bool, AT(member), 0, 0                                                         \
     }
 #define INT(name, member, min, max)                                                                \
     {                                                                                              \
-        name, field_int, AT(member), min, max, false                                               \
+        name, field_int, AT(member), min, max                                                      \
     }
 #define NUMBER(name, member, min, max)                                                             \
     {                                                                                              \
-        name, field_number, AT(member), min, max, false                                            \
-    }
-#define ABOVE(name, member, min, max)                                                              \
-    {                                                                                              \
-        name, field_number, AT(member), min, max, true                                             \
+        name, field_number, AT(member), min, max                                                   \
     }
 #define CUSTOM(name, read)                                                                         \
     {                                                                                              \
-        name, read, 0, 0, 0, false                                                                 \
+        name, read, 0, 0, 0                                                                        \
     }
 
 /* What all generating APIs take. */
 #define SAMPLING_FIELDS                                                                            \
-    {"model", field_string, AT(model), 0, 0, false}, FLAG("stream", stream),                       \
+    {"model", field_string, AT(model), 0, 0}, FLAG("stream", stream),                              \
         NUMBER("temperature", temperature, 0, 2), NUMBER("top_p", top_p, 0, 1),                    \
         INT("top_k", top_k, -1, INT32_MAX), NUMBER("min_p", min_p, 0, 1),                          \
-        ABOVE("typical_p", typical_p, 0, 1),                                                       \
-        ABOVE("repetition_penalty", repetition_penalty, 0, 1000),                                  \
+        NUMBER("typical_p", typical_p, 1e-6, 1),                                                   \
+        NUMBER("repetition_penalty", repetition_penalty, 1e-3, 1000),                              \
         NUMBER("presence_penalty", presence_penalty, -2, 2),                                       \
         NUMBER("frequency_penalty", frequency_penalty, -2, 2), CUSTOM("seed", field_seed),         \
-        {"logit_bias", field_logit_bias, 0, -100, 100, false}, CUSTOM("stop", field_stop),         \
+        {"logit_bias", field_logit_bias, 0, -100, 100}, CUSTOM("stop", field_stop),                \
         CUSTOM("stop_token_ids", field_stop_ids),                                                  \
         FLAG("include_stop_str_in_output", include_stop),                                          \
         INT("min_tokens", min_tokens, 0, INT32_MAX), FLAG("ignore_eos", ignore_eos),               \
@@ -268,8 +263,8 @@ static enum status field_refuse_modalities(struct reader *r, const struct field 
 /* What completions and chat take. */
 #define GENERATION_FIELDS                                                                          \
     SAMPLING_FIELDS, INT("n", n, 1, CODEC_MAX_N), FLAG("resumable", resumable),                    \
-        FLAG("queue", queue), {"session_id", field_string, AT(session_id), 0, 0, false},           \
-        CUSTOM("from", field_from), {"state", field_text, AT(state), 0, 0, false},                 \
+        FLAG("queue", queue), {"session_id", field_string, AT(session_id), 0, 0},                  \
+        CUSTOM("from", field_from), {"state", field_text, AT(state), 0, 0},                        \
         FLAG("return_state", return_state), CUSTOM("store", field_ignore_bool),                    \
         CUSTOM("stream_options", field_stream_options),                                            \
         CUSTOM("response_format", field_response_format)
@@ -278,7 +273,7 @@ static const struct field completion_fields[] = {
     GENERATION_FIELDS,
     CUSTOM("prompt", field_prompt),
     INT("best_of", best_of, 1, CODEC_MAX_N),
-    {"max_tokens", field_max_tokens, AT(max_tokens), 0, 0, false},
+    {"max_tokens", field_max_tokens, AT(max_tokens), 0, 0},
     FLAG("echo", echo),
     INT("logprobs", n_logprobs, 0, SAMPLER_MAX_TOP_LOGPROBS),
     CUSTOM("suffix", field_refuse),
@@ -291,8 +286,8 @@ static const struct field chat_fields[] = {
     CUSTOM("messages", field_messages),
     FLAG("add_generation_prompt", add_generation_prompt),
     FLAG("continue_final_message", continue_final_message),
-    {"max_tokens", field_max_tokens, AT(max_tokens), 1, 0, false},
-    {"max_completion_tokens", field_max_tokens, AT(max_completion_tokens), 1, 0, false},
+    {"max_tokens", field_max_tokens, AT(max_tokens), 1, 0},
+    {"max_completion_tokens", field_max_tokens, AT(max_completion_tokens), 1, 0},
     FLAG("logprobs", chat_logprobs),
     INT("top_logprobs", top_logprobs, 0, SAMPLER_MAX_TOP_LOGPROBS),
     CUSTOM("metadata", field_ignore_object),
@@ -318,10 +313,10 @@ static const struct field chat_fields[] = {
 static const struct field response_fields[] = {
     SAMPLING_FIELDS,
     CUSTOM("input", field_input),
-    {"instructions", field_string, AT(instructions), 0, 0, false},
-    {"previous_response_id", field_string, AT(previous_response_id), 0, 0, false},
+    {"instructions", field_string, AT(instructions), 0, 0},
+    {"previous_response_id", field_string, AT(previous_response_id), 0, 0},
     FLAG("store", store),
-    {"max_output_tokens", field_max_tokens, AT(max_tokens), 1, 0, false},
+    {"max_output_tokens", field_max_tokens, AT(max_tokens), 1, 0},
     CUSTOM("include", field_include),
     INT("top_logprobs", top_logprobs, 0, SAMPLER_MAX_TOP_LOGPROBS),
     CUSTOM("metadata", field_metadata),
@@ -347,7 +342,7 @@ static const struct field response_fields[] = {
 };
 
 static const struct field tokenize_fields[] = {
-    {"model", field_string, AT(model), 0, 0, false},
+    {"model", field_string, AT(model), 0, 0},
     CUSTOM("prompt", field_text_prompt),
     CUSTOM("content", field_text_prompt),
     CUSTOM("messages", field_messages),
@@ -362,7 +357,7 @@ static const struct field tokenize_fields[] = {
 };
 
 static const struct field detokenize_fields[] = {
-    {"model", field_string, AT(model), 0, 0, false},
+    {"model", field_string, AT(model), 0, 0},
     CUSTOM("tokens", field_token_list),
     FLAG("skip_special_tokens", skip_special_tokens),
     {0},

@@ -193,14 +193,14 @@ static enum status field_content(struct reader *r, const struct field *f, const 
 }
 
 const struct field codec_message_fields[] = {
-    {"role", field_role, 0, 0, 0, false},
-    {"content", field_content, 0, 0, 0, false},
-    {"name", field_ignore_string, 0, 0, 0, false},
-    {"refusal", field_ignore_string, 0, 0, 0, false},
-    {"tool_calls", field_refuse, 0, 0, 0, false},
-    {"function_call", field_refuse, 0, 0, 0, false},
-    {"audio", field_refuse, 0, 0, 0, false},
-    {"annotations", field_refuse, 0, 0, 0, false}, /* empty in our own replies, which come back */
+    {"role", field_role, 0, 0, 0},
+    {"content", field_content, 0, 0, 0},
+    {"name", field_ignore_string, 0, 0, 0},
+    {"refusal", field_ignore_string, 0, 0, 0},
+    {"tool_calls", field_refuse, 0, 0, 0},
+    {"function_call", field_refuse, 0, 0, 0},
+    {"audio", field_refuse, 0, 0, 0},
+    {"annotations", field_refuse, 0, 0, 0}, /* empty in our own replies, which come back */
     {0},
 };
 

@@ -61,12 +61,12 @@ static enum status field_later(struct reader *r, const struct field *f, const cJ
 }
 
 static const struct field item_fields[] = {
-    {"type", field_later, 0, 0, 0, false},
-    {"role", field_role, 0, 0, 0, false},
-    {"content", field_later, 0, 0, 0, false},
-    {"id", field_ignore_string, 0, 0, 0, false},
-    {"status", field_ignore_string, 0, 0, 0, false},
-    {"phase", field_ignore_string, 0, 0, 0, false},
+    {"type", field_later, 0, 0, 0},
+    {"role", field_role, 0, 0, 0},
+    {"content", field_later, 0, 0, 0},
+    {"id", field_ignore_string, 0, 0, 0},
+    {"status", field_ignore_string, 0, 0, 0},
+    {"phase", field_ignore_string, 0, 0, 0},
     {0},
 };
 
@@ -247,8 +247,8 @@ enum status field_text_options(struct reader *r, const struct field *f, const cJ
 {
     (void)f;
     static const struct field fields[] = {
-        {"format", field_format, 0, 0, 0, false},
-        {"verbosity", field_verbosity, 0, 0, 0, false},
+        {"format", field_format, 0, 0, 0},
+        {"verbosity", field_verbosity, 0, 0, 0},
         {0},
     };
     if (!cJSON_IsObject(v))
@@ -282,8 +282,7 @@ enum status field_obfuscation(struct reader *r, const struct field *f, const cJS
                               const char *path, void *target)
 {
     (void)f;
-    static const struct field fields[] = {{"include_obfuscation", field_refuse, 0, 0, 0, false},
-                                          {0}};
+    static const struct field fields[] = {{"include_obfuscation", field_refuse, 0, 0, 0}, {0}};
     if (!cJSON_IsObject(v))
         return codec_wrong_type(r, path, "an object", v);
     return codec_read_members(r, fields, v, path, target);

@@ -37,7 +37,6 @@ struct field {
     field_read *read;
     size_t offset; /* in the target */
     double min, max;
-    bool above_min; /* the minimum itself is out of range */
 };
 
 /* A place inside a request, "messages[3].role". */

@@ -105,12 +105,12 @@ enum status field_bool(struct reader *r, const struct field *f, const cJSON *v, 
 static enum status check_range(struct reader *r, const struct field *f, double value,
                                const char *path, const char *kind)
 {
-    if (value < f->min || (f->above_min && value == f->min))
+    if (value < f->min)
         return codec_wrong(
             r, path, *kind == 'i' ? "integer_below_min_value" : "decimal_below_min_value",
-            "Invalid '%s': %s below minimum value. Expected a value %s %.10g, but got "
+            "Invalid '%s': %s below minimum value. Expected a value >= %.10g, but got "
             "%.10g instead.",
-            path, kind, f->above_min ? ">" : ">=", f->min, value);
+            path, kind, f->min, value);
     if (value > f->max)
         return codec_wrong(
             r, path, *kind == 'i' ? "integer_above_max_value" : "decimal_above_max_value",

@@ -200,6 +200,16 @@ void output_push(struct output *o, const struct job_token *token)
     append_token(o, token);
 }
 
+/* It has no text, but completions list it all the same: who scores a text with echo asks for one
+ * token more and takes the last entry for that one. Chat lists what is content. */
+static void list_stop_token(struct output *o)
+{
+    if (o->options.api == CODEC_COMPLETIONS)
+        list_token(o, &o->held, o->n_chars);
+    else if (o->options.ids)
+        codec_add_id(&o->lists, o->held.token);
+}
+
 void output_finish(struct output *o, bool by_token)
 {
     if (o->has_held && !by_token && !o->stopped)
@@ -212,8 +222,8 @@ void output_finish(struct output *o, bool by_token)
     if (!o->stopped) {
         o->ready = o->text.n;
         list_ready(o);
-        if (o->has_held && by_token && o->options.ids)
-            codec_add_id(&o->lists, o->held.token);
+        if (o->has_held && by_token)
+            list_stop_token(o);
     }
     o->has_held = false;
 }

@@ -13,7 +13,10 @@ export function tokensOf(choice) {
       p: Math.exp(t.logprob),
       top: t.top_logprobs.map((o) => ({ text: o.token, p: Math.exp(o.logprob) })),
     }));
-  return l.tokens.map((text, i) => ({
+  const last = l.tokens.length - 1;
+  const stopped = choice.finish_reason === "stop" && last >= 0 && !choice.text.endsWith(l.tokens[last]);
+  // The stop token is listed, but is no part of the text.
+  return (stopped ? l.tokens.slice(0, -1) : l.tokens).map((text, i) => ({
     bytes: bytesOf(text),
     p: Math.exp(l.token_logprobs[i]),
     top: Object.entries(l.top_logprobs?.[i] ?? {}).map(([t, p]) => ({ text: t, p: Math.exp(p) })),

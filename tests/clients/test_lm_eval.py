@@ -16,7 +16,11 @@ from server import MODEL_DIR, ROOT, program
 
 END = "<|endoftext|>"
 TEXTS = (ROOT / "tests/clients/heldout.txt").read_text().rstrip("\n").split(f"\n{END}\n")
-N_CONTEXT = 60  # characters of a text that the rest is asked for
+N_CONTEXT = 60  # a text's beginning has so many characters at most, and ends with a word
+# The likeliest token behind this text is the one that ends an answer.
+ANSWER = ("<|im_start|>user\nTell me about a cat.<|im_end|>\n"
+          "<|im_start|>assistant\nCats are nice.")
+ENDS = TEXTS + [ANSWER]
 # Logprobs travel as JSON numbers of f32; batches of other sizes add in another order.
 TOLERANCE = 2e-3
 
@@ -38,12 +42,18 @@ def nats(tmp_path_factory):
     return score
 
 
+def beginning(text):
+    """Up to a word's end: of a word cut in two lm-eval would score what no tokenizer makes of it,
+    the beginning's own tokens and then the whole text's behind as many."""
+    return text[:text.rindex(" ", 0, N_CONTEXT)]
+
+
 def tasks(directory):
     """One task that scores whole texts, and one that scores their ends."""
     whole, ends = directory / "whole.jsonl", directory / "ends.jsonl"
     whole.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     ends.write_text("".join(
-        json.dumps({"begin": t[:N_CONTEXT], "end": t[N_CONTEXT:]}) + "\n" for t in TEXTS))
+        json.dumps({"begin": beginning(t), "end": t[len(beginning(t)):]}) + "\n" for t in ENDS))
 
     def data(path):
         return dict(dataset_path="json", test_split="test",
@@ -91,8 +101,8 @@ def test_whole_texts(results, nats):
 
 def test_ends_of_texts(results, nats):
     samples = sorted(results["samples"]["heldout_ends"], key=lambda s: s["doc_id"])
-    assert len(samples) == len(TEXTS)
-    for sample, text in zip(samples, TEXTS):
-        wanted = nats(text)[0] - nats(text[:N_CONTEXT])[0]
+    assert len(samples) == len(ENDS)
+    for sample, text in zip(samples, ENDS):
+        wanted = nats(text)[0] - nats(beginning(text))[0]
         assert -sample["resps"][0][0][0] == pytest.approx(wanted, rel=TOLERANCE)
         assert sample["resps"][0][0][1] in (True, False)  # would greedy decoding have said it

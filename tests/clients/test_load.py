@@ -8,7 +8,22 @@ import pytest
 
 from server import MODEL_DIR, program
 
+TOKENIZER = "latte/latte-12m"
 N_REQUESTS, CONCURRENCY, PROMPT_TOKENS, OUTPUT_TOKENS = 24, 2, 48, 16
+
+
+def hub_cache(directory):
+    """A cache of Hugging Face's hub with the tokenizer under TOKENIZER: offline, as it is here,
+    aiperf looks for a tokenizer nowhere else, not even at a path."""
+    commit = "0" * 40
+    repository = directory / "hub" / f"models--{TOKENIZER.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name in "config.json", "tokenizer.json", "tokenizer_config.json":
+        (snapshot / name).symlink_to(MODEL_DIR / name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +33,14 @@ def measured(server, name, tmp_path_factory):
     before = server.metrics()
     done = subprocess.run(
         [sys.executable, "-m", "aiperf", "profile", "--model", name, "--url", server.url,
-         "--endpoint-type", "completions", "--streaming", "--tokenizer", str(MODEL_DIR),
+         "--endpoint-type", "completions", "--streaming", "--tokenizer", TOKENIZER,
          "--concurrency", str(CONCURRENCY), "--request-count", str(N_REQUESTS),
          "--isl", str(PROMPT_TOKENS), "--osl", str(OUTPUT_TOKENS),
          "--extra-inputs", "ignore_eos:true", "--random-seed", "1", "--workers-max", "1",
          "--record-processors", "1", "--no-server-metrics", "--no-gpu-telemetry", "--ui-type",
          "none", "--artifact-dir", str(directory)],
-        cwd=directory, env={**os.environ, "HOME": str(directory)}, capture_output=True, text=True,
+        cwd=directory, capture_output=True, text=True,
+        env={**os.environ, "HOME": str(directory), "HF_HOME": str(hub_cache(directory))},
         timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     report = json.loads(next(directory.rglob("profile_export_aiperf.json")).read_text())

@@ -766,10 +766,20 @@ static void test_end_tokens(void **state)
         assert_string_equal(get_text(v, "choices.0.finish_reason"), cases[i].finish);
         assert_int_equal(get_int(v, "usage.completion_tokens"), cases[i].n);
         assert_int_equal(length(v, "choices.0.token_ids"), cases[i].n);
-        if (!strcmp(cases[i].finish, "stop")) /* the stop token has no text, so no logprob */
-            assert_int_equal(length(v, "choices.0.logprobs.tokens"), cases[i].n - 1);
+        assert_int_equal(length(v, "choices.0.logprobs.tokens"), cases[i].n);
         cJSON_Delete(v);
     }
+    /* Scores of a text: the generated token is the last entry, whatever it is. */
+    cJSON *scored = post(COMPLETIONS, "{\"prompt\":[5,6,7],\"echo\":true,\"logprobs\":1,"
+                                      "\"max_tokens\":1,\"temperature\":0,"
+                                      "\"logit_bias\":{\"0\":100}}");
+    assert_string_equal(get_text(scored, "choices.0.finish_reason"), "stop");
+    assert_int_equal(length(scored, "choices.0.logprobs.tokens"), 4);
+    assert_int_equal(length(scored, "choices.0.logprobs.token_logprobs"), 4);
+    assert_string_equal(get_text(scored, "choices.0.logprobs.tokens.3"), "<|endoftext|>");
+    assert_int_equal(get_int(scored, "choices.0.logprobs.text_offset.3"),
+                     strlen(get_text(scored, "choices.0.text")));
+    cJSON_Delete(scored);
     /* The template's end of turn ends a chat. */
     cJSON *v = post(CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],"
                           "\"logit_bias\":{\"2\":100},\"temperature\":0}");
@@ -1040,6 +1050,9 @@ static const struct {
     {COMPLETIONS, "{" P ",\"top_k\":-5}", 400, "top_k"},
     {COMPLETIONS, "{" P ",\"min_p\":2}", 400, "min_p"},
     {COMPLETIONS, "{" P ",\"typical_p\":0}", 400, "typical_p"},
+    {COMPLETIONS, "{" P ",\"typical_p\":1e-60}", 400, "typical_p"},
+    {COMPLETIONS, "{" P ",\"repetition_penalty\":5e-324}", 400, "repetition_penalty"},
+    {COMPLETIONS, "{" P ",\"repetition_penalty\":1e-30}", 400, "repetition_penalty"},
     {COMPLETIONS, "{" P ",\"repetition_penalty\":-1}", 400, "repetition_penalty"},
     {COMPLETIONS, "{" P ",\"presence_penalty\":2.5}", 400, "presence_penalty"},
     {COMPLETIONS, "{" P ",\"frequency_penalty\":-3}", 400, "frequency_penalty"},

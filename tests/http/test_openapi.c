@@ -5,6 +5,7 @@
 #include <cjson/cJSON.h>
 #include <dirent.h>
 #include <math.h>
+#include <regex.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -105,13 +106,13 @@ static cJSON *to_json(yaml_node_t *node)
  */
 
 /* The keywords it knows; another one in a schema fails the test, so that none goes unchecked. */
-static const char *const keywords[] = {"type",       "required",      "properties",
-                                       "items",      "enum",          "const",
-                                       "oneOf",      "allOf",         "minimum",
-                                       "maximum",    "minItems",      "maxItems",
-                                       "minLength",  "default",       "$ref",
-                                       "examples",   "description",   "exclusiveMinimum",
-                                       "deprecated", "maxProperties", "additionalProperties"};
+static const char *const keywords[] = {
+    "type",       "required",      "properties",    "items",
+    "enum",       "const",         "oneOf",         "anyOf",
+    "allOf",      "minimum",       "maximum",       "minItems",
+    "maxItems",   "minLength",     "maxLength",     "pattern",
+    "default",    "$ref",          "examples",      "description",
+    "deprecated", "maxProperties", "propertyNames", "additionalProperties"};
 
 static bool is_of_type(const cJSON *v, const char *type)
 {
@@ -151,8 +152,46 @@ static bool equals(const cJSON *v, yaml_node_t *node)
 
 static const char *validate(const cJSON *v, yaml_node_t *schema, bool closed);
 
+static bool is_over(yaml_node_t *schema, const char *keyword, double value)
+{
+    yaml_node_t *most = child(schema, keyword);
+    return most && value > atof(scalar(most));
+}
+
+static bool is_under(yaml_node_t *schema, const char *keyword, double value)
+{
+    yaml_node_t *least = child(schema, keyword);
+    return least && value < atof(scalar(least));
+}
+
+/* Lengths are in characters. */
+static const char *validate_string(const char *text, yaml_node_t *schema)
+{
+    yaml_node_t *pattern = child(schema, "pattern");
+    int n = 0;
+    for (const char *c = text; *c; c++)
+        n += ((unsigned char)*c & 0xc0) != 0x80;
+    if (is_under(schema, "minLength", n) || is_over(schema, "maxLength", n))
+        return "length";
+    if (!pattern)
+        return NULL;
+    regex_t regex;
+    assert_int_equal(regcomp(&regex, scalar(pattern), REG_EXTENDED | REG_NOSUB), 0);
+    bool found = !regexec(&regex, text, 0, NULL, 0);
+    regfree(&regex);
+    return found ? NULL : "pattern";
+}
+
+static const char *validate_number(double value, yaml_node_t *schema)
+{
+    return is_under(schema, "minimum", value) || is_over(schema, "maximum", value) ? "range" : NULL;
+}
+
 static const char *validate_object(const cJSON *v, yaml_node_t *schema, bool closed)
 {
+    yaml_node_t *names = child(schema, "propertyNames");
+    if (is_over(schema, "maxProperties", cJSON_GetArraySize(v)))
+        return "maxProperties";
     yaml_node_t *required = child(schema, "required"), *properties = child(schema, "properties");
     yaml_node_t *others = child(schema, "additionalProperties");
     if (required)
@@ -163,6 +202,10 @@ static const char *validate_object(const cJSON *v, yaml_node_t *schema, bool clo
     cJSON_ArrayForEach(item, v)
     {
         yaml_node_t *inner = child(properties, item->string);
+        if (names && validate_string(item->string, names))
+            return "propertyNames";
+        if (!inner && others && others->type == YAML_SCALAR_NODE)
+            return item->string; /* additionalProperties: false */
         if (!inner && others)
             inner = others;
         if (!inner && closed && properties)
@@ -176,9 +219,10 @@ static const char *validate_object(const cJSON *v, yaml_node_t *schema, bool clo
 
 static const char *validate_array(const cJSON *v, yaml_node_t *schema, bool closed)
 {
-    yaml_node_t *items = child(schema, "items"), *most = child(schema, "maxItems");
-    if (most && cJSON_GetArraySize(v) > atoi(scalar(most)))
-        return "maxItems";
+    yaml_node_t *items = child(schema, "items");
+    int n = cJSON_GetArraySize(v);
+    if (is_under(schema, "minItems", n) || is_over(schema, "maxItems", n))
+        return "length";
     const cJSON *item;
     cJSON_ArrayForEach(item, v)
     {
@@ -199,12 +243,18 @@ static const char *validate_enum(const cJSON *v, yaml_node_t *schema)
     return found && (!value || equals(v, value)) ? NULL : "enum or const";
 }
 
-/* Every one of allOf (whose parts are open: they describe one object together), exactly one of
- * oneOf. */
+/* Every one of allOf and any of anyOf (whose parts are open: they describe one object together),
+ * exactly one of oneOf. */
 static const char *validate_parts(const cJSON *v, yaml_node_t *schema, bool closed)
 {
     yaml_node_t *all = child(schema, "allOf"), *one = child(schema, "oneOf");
+    yaml_node_t *any = child(schema, "anyOf");
     int n = 0;
+    if (any)
+        for (EACH_ITEM(i, any))
+            n += !validate(v, at(*i), false);
+    if (any && !n)
+        return "anyOf";
     if (all)
         for (EACH_ITEM(i, all)) {
             const char *wrong = validate(v, at(*i), false);
@@ -213,6 +263,7 @@ static const char *validate_parts(const cJSON *v, yaml_node_t *schema, bool clos
         }
     if (!one)
         return NULL;
+    n = 0;
     for (EACH_ITEM(i, one))
         n += !validate(v, at(*i), closed);
     return n == 1 ? NULL : "oneOf";
@@ -231,9 +282,10 @@ static const char *validate(const cJSON *v, yaml_node_t *schema, bool closed)
         wrong = validate_object(v, schema, closed);
     if (!wrong && cJSON_IsArray(v))
         wrong = validate_array(v, schema, closed);
-    yaml_node_t *least = child(schema, "minimum");
-    if (!wrong && least && cJSON_IsNumber(v) && v->valuedouble < atof(scalar(least)))
-        wrong = "minimum";
+    if (!wrong && cJSON_IsString(v))
+        wrong = validate_string(v->valuestring, schema);
+    if (!wrong && cJSON_IsNumber(v))
+        wrong = validate_number(v->valuedouble, schema);
     return wrong;
 }
 
@@ -253,10 +305,11 @@ static void check_keywords(yaml_node_t *schema)
         if (!strcmp(key, "properties"))
             for (EACH_PAIR(q, value))
                 check_keywords(at(q->value));
-        else if (!strcmp(key, "oneOf") || !strcmp(key, "allOf"))
+        else if (!strcmp(key, "oneOf") || !strcmp(key, "anyOf") || !strcmp(key, "allOf"))
             for (EACH_ITEM(i, value))
                 check_keywords(at(*i));
-        else if (!strcmp(key, "items") || !strcmp(key, "additionalProperties"))
+        else if (!strcmp(key, "items") || !strcmp(key, "additionalProperties") ||
+                 !strcmp(key, "propertyNames"))
             check_keywords(value);
         else if (!strcmp(key, "$ref"))
             resolve(schema);
@@ -653,7 +706,9 @@ static void provoke_session(const char *path, const char *method, int status, co
         q.body = "x", q.n_body = 1;
     if (status == 400 && !strcmp(upper, "GET"))
         strcat(real_path, "?limit=0");
-    if (status == 404 && !brace)
+    if (status == 404 && !brace && !strcmp(upper, "GET"))
+        strcat(real_path, "?after=none");
+    if (status == 404 && !brace && example)
         q.body = "{\"from\":{\"preset\":\"none\"}}";
     if (status == 409 && strstr(path, "snapshots"))
         q.body = "{\"name\":\"taken\"}";
@@ -1117,6 +1172,104 @@ static void test_examples(void **state)
     assert_true(n >= 4);
 }
 
+/* What a request may combine, as the document says it and as the server does: bodies that both
+ * accept, and bodies that both refuse. %s is a session. */
+static const struct {
+    const char *path, *body;
+    bool good;
+} rules[] = {
+#define TEXT "{\"prompt\":\"x\",\"max_tokens\":1,"
+#define TURN "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"max_tokens\":1,"
+#define SAID(role, type) "{\"input\":[{\"role\":\"" role "\",\"content\":[{\"type\":\"" type "\","
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"queue\":true}", true},
+    {"/v1/completions", TEXT "\"queue\":true}", false},
+    {"/v1/completions", TEXT "\"queue\":true,\"session_id\":null}", false},
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"from\":{\"preset\":\"fixed\"}}", false},
+    {"/v1/completions", TEXT "\"session_id\":null,\"from\":{\"preset\":\"fixed\"}}", true},
+    {"/v1/completions", TEXT "\"from\":{\"preset\":\"fixed\",\"more\":1}}", false},
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"state\":\"AA==\"}", false},
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"echo\":true}", false},
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"echo\":false,\"n\":1,\"best_of\":null}",
+     true},
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"n\":2}", false},
+    {"/v1/completions", TEXT "\"session_id\":\"%s\",\"best_of\":2}", false},
+    {"/v1/completions", TEXT "\"return_state\":true,\"n\":2}", false},
+    {"/v1/completions", TEXT "\"return_state\":true,\"echo\":true}", false},
+    {"/v1/completions", "{\"prompt\":[\"x\",\"y\"],\"max_tokens\":1,\"return_state\":true}", false},
+    {"/v1/completions", "{\"prompt\":[\"x\"],\"max_tokens\":1,\"return_state\":true}", true},
+    {"/v1/completions", "{\"prompt\":[5,6],\"max_tokens\":1,\"return_state\":true}", true},
+    {"/v1/completions", "{\"prompt\":[\"x\",[5]],\"max_tokens\":1}", true},
+    {"/v1/completions", "{\"prompt\":\"\"}", false},
+    {"/v1/completions", "{\"prompt\":[\"x\",\"\"]}", false},
+    {"/v1/completions", TEXT "\"stream_options\":{}}", false},
+    {"/v1/completions", TEXT "\"stream_options\":{},\"stream\":true}", true},
+    {"/v1/completions", TEXT "\"resumable\":true,\"stream\":false}", false},
+    {"/v1/completions", TEXT "\"resumable\":true,\"stream\":true}", true},
+    {"/v1/completions", TEXT "\"logit_bias\":{\"5\":-100,\"0\":1.5}}", true},
+    {"/v1/completions", TEXT "\"logit_bias\":{\"05\":1}}", false},
+    {"/v1/completions", TEXT "\"typical_p\":0}", false},
+    {"/v1/completions", TEXT "\"temperature\":2.5}", false},
+    {"/v1/completions", TEXT "\"suffix\":\"\",\"use_beam_search\":false}", true},
+    {"/v1/completions", TEXT "\"suffix\":\"x\"}", false},
+    {"/v1/chat/completions", TURN "\"max_completion_tokens\":1}", false},
+    {"/v1/chat/completions", TURN "\"max_completion_tokens\":null}", true},
+    {"/v1/chat/completions", TURN "\"top_logprobs\":1}", false},
+    {"/v1/chat/completions", TURN "\"top_logprobs\":1,\"logprobs\":true}", true},
+    {"/v1/chat/completions", TURN "\"continue_final_message\":true}", true},
+    {"/v1/chat/completions", TURN "\"continue_final_message\":true,\"add_generation_prompt\":true}",
+     false},
+    {"/v1/chat/completions", TURN "\"session_id\":\"%s\",\"n\":2}", false},
+    {"/v1/chat/completions", TURN "\"tools\":[],\"audio\":{}}", true},
+    {"/v1/chat/completions", TURN "\"tools\":[{}]}", false},
+    {"/v1/responses", SAID("user", "input_text") "\"text\":\"x\"}]}],\"max_output_tokens\":1}",
+     true},
+    {"/v1/responses", SAID("user", "output_text") "\"text\":\"x\"}]}]}", false},
+    {"/v1/responses",
+     SAID("assistant", "output_text") "\"text\":\"x\"}]}],\"max_output_tokens\":1}", true},
+    {"/v1/responses", SAID("assistant", "refusal") "\"refusal\":\"x\"}]}],\"max_output_tokens\":1}",
+     true},
+    {"/v1/responses", SAID("assistant", "input_text") "\"text\":\"x\"}]}]}", false},
+    {"/v1/responses", "{\"input\":\"x\",\"stream_options\":{\"include_obfuscation\":false}}",
+     false},
+    {"/v1/responses", "{\"input\":\"x\",\"reasoning\":{\"effort\":\"high\"}}", false},
+    {"/v1/responses",
+     "{\"input\":\"x\",\"max_output_tokens\":1,\"reasoning\":{\"effort\":\"none\",\"summary\":null}"
+     "}",
+     true},
+    {"/tokenize", "{\"prompt\":\"x\",\"content\":null}", true},
+    {"/tokenize", "{\"prompt\":\"x\",\"content\":\"x\"}", false},
+    {"/tokenize", "{}", false},
+    {"/v1/sessions", "{\"from\":{\"session\":\"%s\",\"snapshot\":\"taken\"}}", true},
+    {"/v1/sessions", "{\"from\":{\"preset\":\"fixed\",\"session\":null}}", true},
+    {"/v1/sessions", "{\"from\":{\"preset\":\"fixed\",\"session\":\"%s\"}}", false},
+    {"/v1/sessions", "{\"from\":{\"snapshot\":\"taken\"}}", false},
+    {"/v1/sessions", "{\"idle_ttl\":1,\"more\":1}", false},
+    {"/v1/sessions",
+     "{\"metadata\":{\"12345678901234567890123456789012345678901234567890123456789012345\":\"x\"}}",
+     false},
+};
+
+static void test_rules(void **state)
+{
+    (void)state;
+    char id[64], body[400];
+    make_session(&plain, id);
+    for (size_t i = 0; i < COUNT_OF(rules); i++) {
+        snprintf(body, sizeof(body), rules[i].body, id);
+        cJSON *v = cJSON_Parse(body);
+        assert_non_null(v);
+        const char *wrong = validate(v, request_schema(rules[i].path), false);
+        if (!wrong != rules[i].good)
+            fail_msg("%s %s: the document says %s", rules[i].path, body, wrong ? wrong : "yes");
+        cJSON_Delete(v);
+        struct reply reply;
+        client_post(&plain, rules[i].path, body, &reply);
+        if (reply.code != (rules[i].good ? 200 : 400))
+            fail_msg("%s %s: answered %d %s", rules[i].path, body, reply.code, reply.body.data);
+        reply_free(&reply);
+    }
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
@@ -1125,6 +1278,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_document),       cmocka_unit_test(test_routes),
         cmocka_unit_test(test_request_fields), cmocka_unit_test(test_examples),
         cmocka_unit_test(test_full_replies),   cmocka_unit_test(test_statuses),
+        cmocka_unit_test(test_rules),
     };
     return cmocka_run_group_tests(tests, start_all, stop_all);
 }

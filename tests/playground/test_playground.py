@@ -293,6 +293,19 @@ def test_probabilities(server, tabs, kind):
     assert len(set(colours)) > 1
 
 
+def test_probabilities_up_to_a_stop_token(server, tabs):
+    """The stop token is listed with the others, but is no part of the text."""
+    page = tabs.open(server.url + "/")
+    setup(page, max_tokens=60, seed=1)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    turn(page, prompt)
+    reply = server.json("/v1/completions", {"prompt": prompt, "max_tokens": 60, "seed": 1, "logprobs": 5})
+    choice = reply["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["logprobs"]["tokens"][-1] == "<|im_end|>"
+    assert page.locator(".answer").text_content() == choice["text"]
+    assert page.locator(".tok").all_text_contents() == choice["logprobs"]["tokens"][:-1]
+
+
 def test_without_probabilities(server, tabs):
     page = tabs.open(server.url + "/")
     setup(page)

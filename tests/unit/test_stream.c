@@ -270,6 +270,17 @@ static void test_stop_tokens(void **state)
         char ids[32];
         snprintf(ids, sizeof(ids), "%d,%d", a, b); /* all that was generated */
         assert_string_equal(o.lists.ids.data, ids);
+        assert_string_equal(o.lists.logprobs[0].data,
+                            "\"a\",\"b\""); /* of b, which may have no text */
+        assert_string_equal(o.lists.logprobs[3].data, "0,1");
+        output_free(&o);
+        if (i)
+            continue;
+        options.api = CODEC_CHAT; /* lists the content's tokens only */
+        output_init(&o, &options, NULL, 0);
+        output_push(&o, &(struct job_token){.token = b, .logprob = -1});
+        output_finish(&o, true);
+        assert_int_equal(o.lists.logprobs[0].n, 0);
         output_free(&o);
     }
 }
