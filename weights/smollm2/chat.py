@@ -4,10 +4,12 @@
         --model teacher=../../build/smollm2-teacher --model Macchiato=../../build/smollm2
 
 Each model is served in turn and gets every conversation of chat-prompts.jsonl, its own answers
-before the next question. Greedy decoding without a repetition penalty, 200 tokens at most.
+before the next question. Greedy decoding without a repetition penalty, 200 tokens at most; with
+--sampled as a user gets it, by the model's generation_config.json, with a fixed seed.
 Needs Python alone.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -20,6 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 GREEDY = {"temperature": 0, "repetition_penalty": 1.0}
+SAMPLED = {"seed": 1}
 ANSWER_SECONDS = 600
 
 
@@ -51,9 +54,9 @@ def wait_until_ready(url, process, seconds=600):
 
 
 @contextlib.contextmanager
-def serving(server, directory):
+def serving(server, directory, at_once):
     """The address of a server that ends with the block."""
-    process = subprocess.Popen([server, "--model", str(directory), "--port", "0", "--max-slots", "1",
+    process = subprocess.Popen([server, "--model", str(directory), "--port", "0", "--max-slots", str(at_once),
                                 "--prefix-cache-mb", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         line = next((line for line in process.stdout if "http://" in line), None)
@@ -67,9 +70,9 @@ def serving(server, directory):
         process.wait()
 
 
-def ask(url, messages, max_tokens):
+def ask(url, messages, options):
     """(answer, whether it ended by itself, the server's fingerprint)"""
-    body = {"messages": messages, "max_tokens": max_tokens, **GREEDY}
+    body = {"messages": messages, **options}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     reply = fetch(request, ANSWER_SECONDS)
@@ -77,12 +80,12 @@ def ask(url, messages, max_tokens):
     return choice["message"]["content"], choice["finish_reason"] == "stop", reply["system_fingerprint"]
 
 
-def converse(url, turns, max_tokens):
+def converse(url, turns, options):
     """[(question, answer, ended)], and the fingerprint"""
     messages, out, fingerprint = [], [], ""
     for question in turns:
         messages.append({"role": "user", "content": question})
-        answer, ended, fingerprint = ask(url, messages, max_tokens)
+        answer, ended, fingerprint = ask(url, messages, options)
         messages.append({"role": "assistant", "content": answer})
         out.append((question, answer, ended))
     return out, fingerprint
@@ -99,13 +102,13 @@ def answer_cell(answer, ended):
     return cell(answer) + ("" if ended else " **[cut]**")
 
 
-def markdown(prompts, answers, fingerprints, max_tokens):
+def markdown(prompts, answers, fingerprints, way):
     names = list(answers)
     n_turns = sum(len(p["turns"]) for p in prompts)
     stopped = {name: sum(ended for talk in talks for _, _, ended in talk) for name, talks in answers.items()}
     lines = ["# The same prompts, side by side", "",
-             f"Written by `chat.py`: {len(prompts)} conversations, {n_turns} answers of each model. Greedy decoding, no "
-             f"repetition penalty, {max_tokens} tokens at most; **[cut]** marks an answer that had not ended by then.", "",
+             f"Written by `chat.py`: {len(prompts)} conversations, {n_turns} answers of each model. {way}; "
+             "**[cut]** marks an answer that had not ended by then.", "",
              "| model | ended by itself | served as |", "|---|---:|---|"]
     lines += [f"| {name} | {stopped[name]} of {n_turns} | `{fingerprints[name]}` |" for name in names]
     for i, prompt in enumerate(prompts):
@@ -129,19 +132,25 @@ def main():
     parser.add_argument("--model", type=named, action="append", required=True, metavar="NAME=DIR")
     parser.add_argument("--prompts", type=Path, default=HERE / "chat-prompts.jsonl")
     parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--sampled", action="store_true", help="as the model's generation_config.json says, seed 1")
+    parser.add_argument("--at-once", type=int, default=1, help="conversations; answers are the same")
     parser.add_argument("--only", type=int, help="the first N conversations, to try it out")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     prompts = [json.loads(line) for line in args.prompts.read_text(encoding="utf-8").splitlines()][:args.only]
+    options = {"max_tokens": args.max_tokens, **(SAMPLED if args.sampled else GREEDY)}
+    way = "By the model's `generation_config.json`, seed 1" if args.sampled else "Greedy decoding, no repetition penalty"
     answers, fingerprints = {}, {}
     for name, directory in args.model:
-        with serving(args.server, directory) as url:
+        with (serving(args.server, directory, args.at_once) as url,
+              concurrent.futures.ThreadPoolExecutor(args.at_once) as pool):
             answers[name] = []
-            for prompt in prompts:
-                talk, fingerprints[name] = converse(url, prompt["turns"], args.max_tokens)
+            for prompt, (talk, fingerprints[name]) in zip(
+                    prompts, pool.map(lambda prompt: converse(url, prompt["turns"], options), prompts)):
                 answers[name].append(talk)
                 print(f"{name}: {prompt['id']}", flush=True)
-    args.out.write_text(markdown(prompts, answers, fingerprints, args.max_tokens), encoding="utf-8")
+    way += f", {args.max_tokens} tokens at most"
+    args.out.write_text(markdown(prompts, answers, fingerprints, way), encoding="utf-8")
 
 
 if __name__ == "__main__":
