@@ -236,10 +236,10 @@ class Run:
 
     def put(self, weights):
         """Weights without the base's norms or low-rank updates leave those as they are."""
-        different = set(weights) ^ set(self.student.trained)
-        optional = [name for name in different if not any(part in name for part in TRAINED)]
-        if set(optional) != different or set(optional) & set(weights):
-            raise SystemExit(f"not this run's adapter: {sorted(different)[:3]}")
+        wrong = set(weights) - set(self.student.trained) | {
+            name for name in set(self.student.trained) - set(weights) if any(part in name for part in TRAINED)}
+        if wrong:
+            raise SystemExit(f"not this run's adapter: {sorted(wrong)[:3]}")
         with torch.no_grad():
             for name, value in weights.items():
                 self.student.trained[name].copy_(value)
