@@ -324,8 +324,8 @@ metrics-test: ## Prometheus, its rules and the dashboard against a server under 
 
 kubernetes-test: ## validate deploy/kubernetes, and run its pod (KUBERNETES_PLAY=0: without)
 	@sh deploy/packages.sh build && sh deploy/packages.sh kubernetes
-	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/latte-server
-	@bash tests/deploy/kubernetes.sh $(BUILD)/latte-server
+	@$(MAKE) --no-print-directory -j$$(nproc) CUDA=0 BUILD=build/release-nocuda build/release-nocuda/latte-server
+	@bash tests/deploy/kubernetes.sh build/release-nocuda/latte-server
 
 # Other people's clients (tests/clients/README.md). The list names every package: pip resolves nothing.
 CLIENTS_VENV := build/clients-venv
