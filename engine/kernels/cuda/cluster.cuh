@@ -7,15 +7,18 @@
  *   4 few_mlp_out  x += down
  *
  * A kernel of a graph costs a microsecond or two, however little it does; an exchange between the
- * 16 blocks of a cluster costs a third of one. So whatever the mixing of a head needs is
+ * blocks of a cluster costs a third of one. So whatever the mixing of a head needs is
  * exchanged within its cluster, which computes the RG-LRU of all channels for itself. The output
  * projection, which sums over heads, leaves a partial row a head; the next kernel adds them to x,
  * in order. RMSNorm's scale is a factor of the row, so it is applied to the products' results,
  * and the sum of squares travels beside the rows.
  *
- * Clusters for the mlp, too, were tried (NOTES.md): an H100 has seven places for clusters of 16,
- * so that two of its six came late, each time. Kernels of single blocks find room anywhere, and
- * their weights arrive while the ones before still run: they are asked for before pdl_wait.
+ * Weights are asked for before pdl_wait, while the kernels before still run: that works where all
+ * of a kernel's blocks find room beside those. So the shapes are made to fit a device of 132 SMs
+ * of 227 KB: the mixing has one block on each of 64, few_mlp_in one on each of 64 others, an SM
+ * with either has room for one block of few_mlp_out, and few_settle takes the SMs left over.
+ * Clusters of 16, of which an H100 has places for seven, and clusters for the mlp were slower
+ * (NOTES.md).
  *
  * A row's result does not depend on the other rows or their number: products are of 16 rows,
  * whatever the step has, and sums have one order.
@@ -33,13 +36,14 @@
 enum {
     MIX_CLUSTERS = 8,     /* of the mixing: one a head */
     FEW_ALONE = 2,        /* rows that every block of few_mlp_in sums for itself */
-    CLUSTER_BLOCKS = 16,  /* of a cluster */
-    CLUSTER_ROWS = 16,    /* of a step at most: a tensor core's tile, and a row a block in mixing */
+    CLUSTER_BLOCKS = 8,   /* of a cluster */
+    CLUSTER_ROWS = 16,    /* of a step at most: a tensor core's tile, and two rows a block in mixing */
+    ROW_PIECES = 16,      /* of a row, each with a sum of squares of its own */
     CLUSTER_LATENTS = 16, /* of a head at most */
     CLUSTER_RING_ROWS = 128, /* at most: two threads have a key */
     CLUSTER_THREADS = 256,
     CLUSTER_WARPS = CLUSTER_THREADS / WARP,
-    SQUARES = CLUSTER_BLOCKS * CLUSTER_ROWS,
+    SQUARES = ROW_PIECES * CLUSTER_ROWS,
 };
 
 struct cluster_norm {
@@ -137,13 +141,13 @@ static __device__ __forceinline__ float few_square(float4 x)
     return square;
 }
 
-/* 1 / sqrt(mean square + eps) of row lane % 16, from squares [16 blocks, 16 rows]. */
+/* 1 / sqrt(mean square + eps) of row lane % 16, from squares [ROW_PIECES, 16 rows]. */
 template <int D> static __device__ __forceinline__ float few_scale(const float *squares, float eps)
 {
     float sum = 0;
 #pragma unroll
-    for (int b = 0; b < CLUSTER_BLOCKS; b++)
-        sum += squares[b * CLUSTER_ROWS + threadIdx.x % 16];
+    for (int p = 0; p < ROW_PIECES; p++)
+        sum += squares[p * CLUSTER_ROWS + threadIdx.x % 16];
     return norm_scale(sum, D, eps);
 }
 

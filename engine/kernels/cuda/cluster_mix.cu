@@ -1,14 +1,15 @@
 /* cluster_mix.cu - the mixing of a decode layer of few rows, see cluster.cuh: from the residual
  * stream to each head's share of the output projection.
  *
- * Cluster h serves head h; block b of it has 1/16 of the head's rows of q, k and v, 1/16 of all
+ * Cluster h serves head h; block b of it has 1/8 of the head's rows of q, k and v, 1/8 of all
  * channels of the RG-LRU, of the latents' logits' columns, of the rows of the output projection,
- * and mixes row b of the step: its latents and window.
+ * and mixes rows b and b + 8 of the step: their latents and windows.
  *   x gathered, exchanged                                                     1 cluster_sync
  *   v, q, k; gates, RG-LRU; logits over the block's channels: to the rows' blocks  2 cluster_sync
  *   rope, gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 cluster_sync
  *   output projection over the head's columns, to the head's partial rows
- * Before pdl_wait: weights to shared memory; latents, ring and the RG-LRU's state to registers.
+ * Before pdl_wait: weights to shared memory; latents, ring and the RG-LRU's state to registers,
+ * those of a second row to L2.
  *
  * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
  * 4.2 us at 16.
@@ -19,6 +20,7 @@
 enum {
     LOGIT_TILES = (2 * CLUSTER_LATENTS + 1 + 7) / 8,
     LOGITS = 8 * LOGIT_TILES,
+    BLOCK_ROWS = CLUSTER_ROWS / CLUSTER_BLOCKS, /* that a block mixes, one after the other */
 };
 
 struct mix_call {
@@ -29,13 +31,15 @@ struct mix_call {
 template <int D, int HEAD, int WIDTH> struct mix_shape {
     static constexpr int DIM = D;
     static constexpr int COLUMNS = D / CLUSTER_BLOCKS, TILES = COLUMNS / 8; /* the block's of x */
+    static constexpr int PIECE = D / ROW_PIECES;
     static constexpr int PART = HEAD / CLUSTER_BLOCKS; /* rows of each of q, k, v, the block's */
     static constexpr int QKV = 3 * PART, QKV_TILES = (QKV + 7) / 8;
     static constexpr int QKV_K = D / CLUSTER_WARPS; /* of a warp */
     static constexpr int ROW = D + 8, SLICE = COLUMNS + 8, OUT = HEAD + 8;
     static constexpr int GATE_STEPS = WIDTH / 16; /* of a product of 16 columns */
     static constexpr int GATE_QUADS = GATE_STEPS; /* 16 bytes of both gates' weights, a lane's */
-    static constexpr int CHUNKS = HEAD / 16;      /* of 8 values of a key, a thread's */
+    static constexpr int TURNS = (TILES + CLUSTER_WARPS - 1) / CLUSTER_WARPS; /* of the warps */
+    static constexpr int CHUNKS = HEAD / 16; /* of 8 values of a key, a thread's */
     /* Values: a warp has those of its keys, 8 dimensions of every n-th a lane. */
     static constexpr int EIGHTS = HEAD / 8, VALUE_GROUPS = WARP / EIGHTS;
     static constexpr int VALUES = WARP / 2 / VALUE_GROUPS; /* a lane's */
@@ -43,15 +47,17 @@ template <int D, int HEAD, int WIDTH> struct mix_shape {
     static constexpr int QUADS = HEAD / 4;
     static constexpr int LATENT_GROUPS = CLUSTER_THREADS / QUADS;
     static constexpr int LATENTS = (CLUSTER_LATENTS + LATENT_GROUPS - 1) / LATENT_GROUPS;
-    static_assert(HEAD % 32 == 0 && QKV_K % 32 == 0 && COLUMNS <= 64 && COLUMNS % 16 == 0 &&
-                      WIDTH % 32 == 0 && WIDTH % COLUMNS == 0 && TILES <= CLUSTER_WARPS &&
-                      QUADS <= WARP * 2,
+    static_assert(HEAD % 32 == 0 && QKV_K % 32 == 0 && COLUMNS % 32 == 0 && PIECE % 4 == 0 &&
+                      PIECE <= 64 && D % (ROW_PIECES * CLUSTER_BLOCKS) == 0 && WIDTH % 32 == 0 &&
+                      WIDTH % COLUMNS == 0 && QUADS <= WARP * 2,
                   "tiles of products");
 
     static constexpr int qkv = 0; /* offsets, in bytes */
     static constexpr int latents = qkv + QKV * ROW * 2;
     static constexpr int o = latents + (2 * CLUSTER_LATENTS + 1) * SLICE * 2;
-    static constexpr int rows = o + COLUMNS * OUT * 2;
+    static constexpr int gates = o + COLUMNS * OUT * 2; /* as cluster_prepare has them */
+    static constexpr int gates_bytes = TILES * GATE_QUADS * WARP * 16;
+    static constexpr int rows = gates + gates_bytes;
     /* In the place of the rows, when they have been used: */
     static constexpr int sums = rows; /* [warps, 16, 8 QKV_TILES] */
     static constexpr int local = rows, other = local + GROUPS * HEAD * 4; /* of the mixing */
@@ -61,26 +67,29 @@ template <int D, int HEAD, int WIDTH> struct mix_shape {
     static constexpr int most = sums_bytes > mixing_bytes ? sums_bytes : mixing_bytes;
     static constexpr int z = rows + (rows_bytes > most ? rows_bytes : most);
     static constexpr int mixed = z + CLUSTER_ROWS * SLICE * 2;
-    static constexpr int logits = mixed + CLUSTER_ROWS * OUT * 2;          /* [16 blocks, LOGITS] */
-    static constexpr int z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4; /* [16 blocks] */
-    static constexpr int query = z_squares + CLUSTER_BLOCKS * 4; /* [3, HEAD] f32: q, k, v */
-    static constexpr int squares = query + 3 * HEAD * 4;
+    /* What the cluster's blocks send to the block of a row, for each of its rows: logits [blocks,
+     * LOGITS], z_squares [blocks], query [3, HEAD] f32: q, k, v. */
+    static constexpr int row = mixed + CLUSTER_ROWS * OUT * 2;
+    static constexpr int logits = 0, z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4;
+    static constexpr int query = z_squares + CLUSTER_BLOCKS * 4;
+    static constexpr int row_bytes = query + 3 * HEAD * 4;
+    static constexpr int squares = row + BLOCK_ROWS * row_bytes;
     static constexpr int new_key = squares + SQUARES * 4; /* [HEAD] bf16 */
     static constexpr int new_value = new_key + HEAD * 2;
-    static constexpr int scales = new_value + HEAD * 2;       /* [16] */
-    static constexpr int z_parts = scales + CLUSTER_ROWS * 4; /* [warps, 16] */
-    static constexpr int stats =
-        z_parts + CLUSTER_WARPS * CLUSTER_ROWS * 4;              /* [2, warps]: tops, totals */
+    static constexpr int scales = new_value + HEAD * 2;              /* [16] */
+    static constexpr int z_parts = scales + CLUSTER_ROWS * 4;        /* [tiles, 16] */
+    static constexpr int stats = z_parts + TILES * CLUSTER_ROWS * 4; /* [2, warps]: tops, totals */
     static constexpr int keep = stats + 2 * CLUSTER_WARPS * 4;   /* keep, take, share [16] each */
     static constexpr int share = keep + 3 * CLUSTER_LATENTS * 4; /* p(0|t) */
     static constexpr int fetched = share + 8;
-    static constexpr int angles = fetched + (int)sizeof(bulk_barrier); /* [HEAD / 2] sine, cosine */
-    static constexpr int bytes = angles + HEAD / 2 * 8;
+    static constexpr int angles_bytes = HEAD / 2 * 8; /* [HEAD / 2] sine, cosine, of each row */
+    static constexpr int angles = fetched + (int)sizeof(bulk_barrier);
+    static constexpr int bytes = angles + BLOCK_ROWS * angles_bytes;
 };
 
 /* What a block mixes. */
 struct mix_row {
-    int head, n_keys, newest; /* as struct mix_block of mix.cu */
+    int row, head, n_keys, newest; /* as struct mix_block of mix.cu */
     int64_t slot, position;
     bool here, begins;
 };
@@ -88,6 +97,13 @@ struct mix_row {
 template <class T> static __device__ __forceinline__ T *at(unsigned char *shared, int offset)
 {
     return reinterpret_cast<T *>(shared + offset);
+}
+
+/* Of what a block has for each of its rows, row's. */
+template <class T, class S>
+static __device__ __forceinline__ T *at_row(unsigned char *shared, int row, int offset)
+{
+    return at<T>(shared, S::row + row / CLUSTER_BLOCKS * S::row_bytes + offset);
 }
 
 static __device__ __forceinline__ float exp_below(float a, float b)
@@ -107,18 +123,18 @@ static __device__ __forceinline__ void eight(float x[8], uint4 raw)
 
 /* ---- before pdl_wait ---- */
 
-/* One warp: n rows of K values, 16 bytes at a time. */
+/* All threads: n rows of K values, 16 bytes at a time. */
 template <int K>
 static __device__ __forceinline__ void fetch_short(bf16 *to, int stride, const bf16 *from,
                                                    int64_t from_stride, int n)
 {
     constexpr int CHUNKS = K / 8;
-    for (int i = threadIdx.x % WARP; i < n * CHUNKS; i += WARP)
+    for (int i = threadIdx.x; i < n * CHUNKS; i += CLUSTER_THREADS)
         copy_async_16(to + i / CHUNKS * stride + i % CHUNKS * 8,
                       from + i / CHUNKS * from_stride + i % CHUNKS * 8);
 }
 
-/* One warp. Few bulk copies: each takes its thread 80 cycles or so, however short the row. */
+/* All threads. Few bulk copies: each takes its thread 80 cycles or so, however short the row. */
 template <class S, int D, int HEAD>
 static __device__ __forceinline__ void fetch_weights(const struct mix_call &c, int head, int rank,
                                                      unsigned char *shared)
@@ -128,12 +144,19 @@ static __device__ __forceinline__ void fetch_weights(const struct mix_call &c, i
     bf16 *const qkv = at<bf16>(shared, S::qkv), *const latents = at<bf16>(shared, S::latents);
     const bf16 *const from[3] = {m.q, m.k, m.v};
     bulk_barrier *const fetched = at<bulk_barrier>(shared, S::fetched);
-    if (threadIdx.x % WARP == 0)
-        bulk_begin(fetched, S::QKV * D * (int)sizeof(bf16));
-    __syncwarp();
+    if (threadIdx.x / WARP == CLUSTER_WARPS - 1) {
+        if (threadIdx.x % WARP == 0)
+            bulk_begin(fetched, S::QKV * D * (int)sizeof(bf16) + S::gates_bytes);
+        __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 3; i++)
-        few_fetch<D>(qkv + i * S::PART * S::ROW, S::ROW, from[i] + row * D, D, S::PART, fetched);
+        for (int i = 0; i < 3; i++)
+            few_fetch<D>(qkv + i * S::PART * S::ROW, S::ROW, from[i] + row * D, D, S::PART,
+                         fetched);
+        if (threadIdx.x % WARP == WARP - 1)
+            bulk_copy(shared + S::gates,
+                      (const float4 *)m.prepared + D + rank * S::gates_bytes / 16, S::gates_bytes,
+                      fetched);
+    }
     fetch_short<S::COLUMNS>(latents, S::SLICE, m.latent_q + head * (M + 1) * D + rank * S::COLUMNS,
                             D, (int)M + 1);
     fetch_short<S::COLUMNS>(latents + (M + 1) * S::SLICE, S::SLICE,
@@ -148,7 +171,7 @@ static __device__ __forceinline__ struct mix_row find_row(const struct mix_call 
 {
     /* Three loads that do not wait for each other: any row of the bucket may be read. */
     const int any = row < c.step.rows ? row : c.step.rows - 1, w = c.m.ring_rows;
-    struct mix_row r = {head, 0, 0, c.step.seq_slot[any], c.step.positions[any], false, false};
+    struct mix_row r = {row, head, 0, 0, c.step.seq_slot[any], c.step.positions[any], false, false};
     r.here = row < c.step.sizes->n_rows;
     r.begins = r.position == 0;
     r.n_keys = !r.here ? 0 : r.position < w ? (int)r.position + 1 : w;
@@ -198,11 +221,33 @@ static __device__ __forceinline__ void hold_row(struct held_row<S> *h, const str
     }
 }
 
-/* One warp: sines and cosines of the row's position, for q and k. */
-template <int HEAD>
-static __device__ __forceinline__ void put_angles(const struct mix_call &c, const struct mix_row &r,
-                                                  float2 *angles)
+/* The same to L2 alone. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void prefetch_row(const struct mix_call &c,
+                                                    const struct mix_row &r)
 {
+    const int64_t ring = r.slot * c.m.ring_values + (int64_t)r.head * c.m.ring_rows * HEAD;
+    const int M = c.m.n_latents, at_bf16 = threadIdx.x * 64, at_f32 = threadIdx.x * 32;
+    if (at_bf16 < r.n_keys * HEAD) {
+        prefetch_l2(c.m.ring_k + ring + at_bf16);
+        prefetch_l2(c.m.ring_v + ring + at_bf16);
+    }
+    if (r.here && at_f32 < M * HEAD)
+        prefetch_l2(c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * M * HEAD + at_f32);
+}
+
+template <class S>
+static __device__ __forceinline__ float2 *angles_of(unsigned char *shared, int row)
+{
+    return at<float2>(shared, S::angles + row / CLUSTER_BLOCKS * S::angles_bytes);
+}
+
+/* One warp: sines and cosines of the row's position, for q and k. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void put_angles(const struct mix_call &c, const struct mix_row &r,
+                                                  unsigned char *shared)
+{
+    float2 *const angles = angles_of<S>(shared, r.row);
     for (int i = threadIdx.x % WARP; i < HEAD / 2 && r.here; i += WARP)
         angle(r.position, c.m.frequencies[i], &angles[i].x, &angles[i].y);
 }
@@ -235,30 +280,20 @@ hold_values(struct held_values<S> *h, const struct mix_call &c, const struct mix
     }
 }
 
-/* The RG-LRU's part of a lane: rows g and g + 8, two channels; of the gates' weights, what it
- * feeds to the tensor cores for the warp's 8 channels. */
-template <class S> struct held_channels {
-    uint32_t gate[2][S::GATE_STEPS][2];
+/* The RG-LRU's part of a lane: rows g and g + 8, two channels of a tile. */
+struct held_channels {
     struct rglru_channel constants[2];
     float2 past[2], weight;
     bool begins[2];
 };
 
-template <class S>
-static __device__ __forceinline__ void hold_channels(struct held_channels<S> *h,
+static __device__ __forceinline__ void hold_channels(struct held_channels *h,
                                                      const struct mix_call &c, int tile)
 {
     const struct cluster_mix &m = c.m;
     const int lane = threadIdx.x % WARP, channel = 8 * tile + lane % 4 * 2;
     const float4 *const constants = (const float4 *)m.prepared;
-    const uint4 *const gates = (const uint4 *)(constants + S::DIM);
     int64_t slot[2];
-#pragma unroll
-    for (int q = 0; q < S::GATE_QUADS; q++) {
-        const uint4 raw = load_streaming(gates + (tile * S::GATE_QUADS + q) * WARP + lane);
-        uint32_t *to = &h->gate[0][0][0] + 4 * q;
-        to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
-    }
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int row = lane / 4 + 8 * j, any = row < c.step.rows ? row : c.step.rows - 1;
@@ -279,7 +314,7 @@ static __device__ __forceinline__ void hold_channels(struct held_channels<S> *h,
 
 /* ---- the rows ---- */
 
-/* After pdl_wait: x times the norm's weight as bf16 [16, ROW], with squares [16 blocks, 16 rows];
+/* After pdl_wait: x times the norm's weight as bf16 [16, ROW], with squares [ROW_PIECES, 16 rows];
  * complete when it returns. All threads of the cluster call it. Of many rows each block of the
  * cluster reads its columns and sends them to the others; of up to ALONE rows it is quicker to
  * read all of them. */
@@ -287,68 +322,84 @@ template <class S>
 static __device__ __forceinline__ void gather_rows(const struct mix_call &c, int n_rows,
                                                    unsigned char *shared)
 {
-    constexpr int ALONE = 2, QUADS_HERE = S::COLUMNS / 4;
+    constexpr int ALONE = 2, QUADS_HERE = S::PIECE / 4, PIECES = ROW_PIECES / CLUSTER_BLOCKS;
+    static_assert(PIECES == 2 && ALONE == 2, "two quads a thread either way");
     const int group = threadIdx.x / 16, quad = threadIdx.x % 16, rank = cluster_rank();
-    const bool alone = n_rows <= ALONE;
-    const int column = (alone ? group : rank) * S::COLUMNS + quad * 4, row0 = alone ? 0 : group;
+    const bool alone = n_rows <= ALONE, mine = quad < QUADS_HERE;
     float *const squares = at<float>(shared, S::squares);
     bf16 *const rows = at<bf16>(shared, S::rows);
-    float4 x[ALONE], weight = make_float4(0, 0, 0, 0);
-    if (quad < QUADS_HERE)
-        weight = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+    int row[2], piece[2];
+    float4 x[2], weight[2];
 #pragma unroll
-    for (int i = 0; i < ALONE; i++) {
-        x[i] = make_float4(0, 0, 0, 0);
-        if (row0 + i < n_rows && quad < QUADS_HERE && (alone || i == 0))
-            x[i] = few_load(c.m.x + (int64_t)(row0 + i) * S::DIM + column);
+    for (int i = 0; i < 2; i++) {
+        row[i] = alone ? i : group;
+        piece[i] = alone ? group : rank * PIECES + i;
+        x[i] = weight[i] = make_float4(0, 0, 0, 0);
+        const int column = piece[i] * S::PIECE + quad * 4;
+        if (mine)
+            weight[i] = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+        if (mine && row[i] < n_rows)
+            x[i] = few_load(c.m.x + (int64_t)row[i] * S::DIM + column);
     }
-    if (alone) {
 #pragma unroll
-        for (int i = 0; i < ALONE; i++) {
-            const float square = few_square(x[i]);
+    for (int i = 0; i < 2; i++) {
+        const float square = few_square(x[i]);
+        float *const square_at = squares + piece[i] * CLUSTER_ROWS + row[i];
+        uint2 *const to =
+            reinterpret_cast<uint2 *>(rows + row[i] * S::ROW + piece[i] * S::PIECE + quad * 4);
+        const uint2 y = few_weighed(x[i], weight[i]);
+        if (alone) {
             if (quad == 0)
-                squares[group * CLUSTER_ROWS + i] = square;
-            if (quad < QUADS_HERE)
-                *reinterpret_cast<uint2 *>(rows + i * S::ROW + column) = few_weighed(x[i], weight);
+                *square_at = square;
+            if (mine)
+                *to = y;
+            continue;
         }
-        copy_async_wait<0>(); /* the last warp's weights */
-        __syncthreads();
-        return;
-    }
-    const float square = few_square(x[0]);
-    if (row0 < n_rows) {
-        *cluster_peer(squares + rank * CLUSTER_ROWS + row0, quad) = square;
-        uint2 *const to = reinterpret_cast<uint2 *>(rows + row0 * S::ROW + column);
-        const uint2 y = few_weighed(x[0], weight);
+        if (row[i] >= n_rows)
+            continue;
+        if (quad < CLUSTER_BLOCKS)
+            *cluster_peer(square_at, quad) = square;
 #pragma unroll
         for (int peer = 0; peer < CLUSTER_BLOCKS; peer++)
-            if (quad < QUADS_HERE)
+            if (mine)
                 *cluster_peer(to, peer) = y;
     }
-    copy_async_wait<0>();
-    cluster_sync();
+    copy_async_wait<0>(); /* this thread's weights */
+    if (alone)
+        __syncthreads();
+    else
+        cluster_sync();
 }
 
 /* ---- products of the block, and the RG-LRU ---- */
 
-/* z of the warp's 8 channels; squares of z, a row each, over the warp's channels. */
+/* One warp: z of the 8 channels of a tile; squares of z, a row each, over them. */
 template <class S, int D, int WIDTH>
 static __device__ __forceinline__ void
-step_channels(const struct mix_call &c, const struct held_channels<S> &held, int rank, bool writes,
-              float scale, unsigned char *shared)
+step_channels(const struct mix_call &c, const struct held_channels &held, int tile, int rank,
+              bool writes, float scale, unsigned char *shared)
 {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const bf16 *const rows = at<bf16>(shared, S::rows);
-    const int own = 8 * warp + 2 * t, channel = rank * S::COLUMNS + own;
+    const uint4 *const gates = at<uint4>(shared, S::gates) + tile * S::GATE_QUADS * WARP + lane;
+    const int own = 8 * tile + 2 * t, channel = rank * S::COLUMNS + own;
     const bf16 *const block = rows + rank * S::COLUMNS / WIDTH * WIDTH;
     const bf16 *const from = block + (lane % 8 + lane / 8 % 2 * 8) * S::ROW + lane / 16 * 8;
     float r[4] = {}, i[4] = {};
 #pragma unroll
-    for (int k = 0; k < S::GATE_STEPS; k++) {
-        uint32_t a[4];
-        ldmatrix_x4(a, from + 16 * k);
-        mma_bf16(r, a, held.gate[0][k]);
-        mma_bf16(i, a, held.gate[1][k]);
+    for (int k = 0; k < S::GATE_STEPS; k += 2) { /* a quad has two steps of a gate */
+        const uint4 recurrence = gates[k / 2 * WARP];
+        const uint4 input = gates[(S::GATE_STEPS + k) / 2 * WARP];
+        const uint32_t recurrence_at[2][2] = {{recurrence.x, recurrence.y},
+                                              {recurrence.z, recurrence.w}};
+        const uint32_t input_at[2][2] = {{input.x, input.y}, {input.z, input.w}};
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            uint32_t a[4];
+            ldmatrix_x4(a, from + 16 * (k + j));
+            mma_bf16(r, a, recurrence_at[j]);
+            mma_bf16(i, a, input_at[j]);
+        }
     }
 #pragma unroll
     for (int j = 0; j < 2; j++) {
@@ -366,7 +417,7 @@ step_channels(const struct mix_call &c, const struct held_channels<S> &held, int
         square += __shfl_xor_sync(0xffffffffu, square, 1);
         square += __shfl_xor_sync(0xffffffffu, square, 2);
         if (t == 0)
-            at<float>(shared, S::z_parts)[warp * CLUSTER_ROWS + row] = square;
+            at<float>(shared, S::z_parts)[tile * CLUSTER_ROWS + row] = square;
         *reinterpret_cast<__nv_bfloat162 *>(at<bf16>(shared, S::z) + row * S::SLICE + own) =
             __floats2bfloat162_rn(z.x * held.weight.x, z.y * held.weight.y);
         if (writes && row < c.step.sizes->n_rows)
@@ -386,8 +437,9 @@ static __device__ __forceinline__ void send_qkv(int rank, int n_rows, unsigned c
 #pragma unroll
         for (int w = 0; w < CLUSTER_WARPS; w++)
             y += sums[(w * CLUSTER_ROWS + row) * 8 * S::QKV_TILES + j];
-        float *to = at<float>(shared, S::query) + j / S::PART * HEAD + rank * S::PART + j % S::PART;
-        *cluster_peer(to, row) = y * scales[row];
+        float *to = at_row<float, S>(shared, row, S::query) + j / S::PART * HEAD + rank * S::PART +
+                    j % S::PART;
+        *cluster_peer(to, row % CLUSTER_BLOCKS) = y * scales[row];
     }
 }
 
@@ -401,9 +453,10 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
     if (warp == CLUSTER_WARPS - 1 && lane < n_rows) {
         float square = 0;
 #pragma unroll
-        for (int w = 0; w < S::TILES; w++)
-            square += at<float>(shared, S::z_parts)[w * CLUSTER_ROWS + lane];
-        *cluster_peer(at<float>(shared, S::z_squares) + rank, lane) = square;
+        for (int i = 0; i < S::TILES; i++)
+            square += at<float>(shared, S::z_parts)[i * CLUSTER_ROWS + lane];
+        *cluster_peer(at_row<float, S>(shared, lane, S::z_squares) + rank, lane % CLUSTER_BLOCKS) =
+            square;
     }
     if (8 * warp >= n)
         return;
@@ -411,12 +464,15 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
     few_product<1, S::COLUMNS>(sum, at<bf16>(shared, S::z), S::SLICE,
                                at<bf16>(shared, S::latents) + 8 * warp * S::SLICE, S::SLICE,
                                n - 8 * warp - 1);
-    float *const to = at<float>(shared, S::logits) + rank * LOGITS + 8 * warp + 2 * t;
 #pragma unroll
-    for (int j = 0; j < 2; j++)
-        if (g + 8 * j < n_rows)
-            *reinterpret_cast<float2 *>(cluster_peer(to, g + 8 * j)) =
+    for (int j = 0; j < 2; j++) {
+        const int row = g + 8 * j;
+        float *const to =
+            at_row<float, S>(shared, row, S::logits) + rank * LOGITS + 8 * warp + 2 * t;
+        if (row < n_rows)
+            *reinterpret_cast<float2 *>(cluster_peer(to, row % CLUSTER_BLOCKS)) =
                 make_float2(sum[0][2 * j], sum[0][2 * j + 1]);
+    }
 }
 
 /* ---- one row of the head ---- */
@@ -426,8 +482,8 @@ template <class S, int HEAD>
 static __device__ __forceinline__ void turn(const struct mix_call &c, const struct mix_row &r,
                                             int which, unsigned char *shared)
 {
-    float *const x = at<float>(shared, S::query) + which * HEAD;
-    const float2 *const angles = at<float2>(shared, S::angles);
+    float *const x = at_row<float, S>(shared, r.row, S::query) + which * HEAD;
+    const float2 *const angles = angles_of<S>(shared, r.row);
     bf16 *const key = at<bf16>(shared, S::new_key);
     bf16 *const ring =
         c.m.ring_k + r.slot * c.m.ring_values + ((int64_t)r.head * c.m.ring_rows + r.newest) * HEAD;
@@ -449,7 +505,7 @@ template <class S, int HEAD>
 static __device__ __forceinline__ void put_value(const struct mix_call &c, const struct mix_row &r,
                                                  unsigned char *shared)
 {
-    const float *const v = at<float>(shared, S::query) + 2 * HEAD;
+    const float *const v = at_row<float, S>(shared, r.row, S::query) + 2 * HEAD;
     bf16 *const kept = at<bf16>(shared, S::new_value);
     bf16 *const ring =
         c.m.ring_v + r.slot * c.m.ring_values + ((int64_t)r.head * c.m.ring_rows + r.newest) * HEAD;
@@ -463,8 +519,9 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c, const
                                                  const struct held_row<S> &h, unsigned char *shared)
 {
     const int lane = threadIdx.x % WARP, M = c.m.n_latents;
-    const float *const logits = at<float>(shared, S::logits);
-    float square = lane < CLUSTER_BLOCKS ? at<float>(shared, S::z_squares)[lane] : 0;
+    const float *const logits = at_row<float, S>(shared, r.row, S::logits);
+    const float *const z_squares = at_row<float, S>(shared, r.row, S::z_squares);
+    float square = lane < CLUSTER_BLOCKS ? z_squares[lane] : 0;
     float window = lane < CLUSTER_BLOCKS ? logits[lane * LOGITS] : 0, g = 0, theta = 0;
 #pragma unroll
     for (int b = 0; b < CLUSTER_BLOCKS / 2; b++) { /* half of the blocks a half of the warp */
@@ -500,7 +557,7 @@ template <class S, int HEAD>
 static __device__ __forceinline__ float score(const struct mix_call &c, const struct mix_row &r,
                                               const struct held_row<S> &h, unsigned char *shared)
 {
-    const float *const query = at<float>(shared, S::query);
+    const float *const query = at_row<float, S>(shared, r.row, S::query);
     const int key = threadIdx.x / 2, part = threadIdx.x % 2;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
@@ -571,7 +628,8 @@ step_latents(const struct mix_call &c, const struct mix_row &r, const struct hel
     const float *const keep = at<float>(shared, S::keep);
     if (group >= S::LATENT_GROUPS)
         return;
-    const float4 v = *at<float4>(shared, S::query + (2 * HEAD + first) * 4);
+    const float4 v = *reinterpret_cast<const float4 *>(at_row<float, S>(shared, r.row, S::query) +
+                                                       2 * HEAD + first);
     float *const s =
         c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * c.m.n_latents * HEAD + first;
     float4 sum = make_float4(0, 0, 0, 0);
@@ -645,10 +703,11 @@ static __device__ __forceinline__ void send_mixed(int row, unsigned char *shared
         *cluster_peer(to, part + 4 * i) = __floats2bfloat162_rn(y.x, y.y);
 }
 
+/* r's row, which is held; then, where it is next's turn, that row's state takes its place. */
 template <class S, int D, int HEAD>
 static __device__ __forceinline__ void
-mix_row_of_block(const struct mix_call &c, const struct mix_row &r, const struct held_row<S> &h,
-                 const struct held_values<S> &values, int rank, unsigned char *shared)
+mix_row_of_block(const struct mix_call &c, const struct mix_row &r, struct held_row<S> *h,
+                 struct held_values<S> *values, const struct mix_row &next, unsigned char *shared)
 {
     const int warp = threadIdx.x / WARP;
     if (warp < 2)
@@ -656,12 +715,16 @@ mix_row_of_block(const struct mix_call &c, const struct mix_row &r, const struct
     else if (warp == 2)
         put_value<S, HEAD>(c, r, shared);
     else if (warp == CLUSTER_WARPS - 1)
-        put_gates<S, D>(c, r, h, shared);
+        put_gates<S, D>(c, r, *h, shared);
     __syncthreads();
-    take_values<S, HEAD>(score<S, HEAD>(c, r, h, shared), r, values, shared);
-    step_latents<S, HEAD>(c, r, h, shared);
+    take_values<S, HEAD>(score<S, HEAD>(c, r, *h, shared), r, *values, shared);
+    step_latents<S, HEAD>(c, r, *h, shared);
+    if (next.here) {
+        hold_row<S, HEAD>(h, c, next);
+        hold_values<S, HEAD>(values, c, next);
+    }
     __syncthreads();
-    send_mixed<S, HEAD>(rank, shared);
+    send_mixed<S, HEAD>(r.row, shared);
 }
 
 /* ---- the kernel ---- */
@@ -671,22 +734,27 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     cluster_mix_kernel(const __grid_constant__ struct mix_call c)
 {
     typedef mix_shape<D, HEAD, WIDTH> S;
+    static_assert(BLOCK_ROWS == 2 && S::TURNS == 2, "two rows a block, two tiles a warp");
     DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int head = blockIdx.x / CLUSTER_BLOCKS, rank = cluster_rank();
+    const bool has_second = warp + CLUSTER_WARPS < S::TILES; /* tile of channels */
     cluster_arrive_relaxed(); /* when all blocks have: their shared memory may be written */
 
-    if (warp == CLUSTER_WARPS - 1)
-        fetch_weights<S, D, HEAD>(c, head, rank, shared);
-    const struct mix_row r = find_row(c, head, rank);
-    struct held_channels<S> channels;
-    if (warp < S::TILES)
-        hold_channels<S>(&channels, c, rank * S::TILES + warp);
+    fetch_weights<S, D, HEAD>(c, head, rank, shared);
+    const struct mix_row first = find_row(c, head, rank);
+    const struct mix_row second = find_row(c, head, rank + CLUSTER_BLOCKS);
+    struct held_channels channels, more_channels;
+    hold_channels(&channels, c, rank * S::TILES + warp);
+    hold_channels(&more_channels, c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
     struct held_row<S> held;
-    hold_row<S, HEAD>(&held, c, r);
+    hold_row<S, HEAD>(&held, c, first);
+    prefetch_row<S, HEAD>(c, second);
     const int n_rows = c.step.sizes->n_rows;
     if (warp == CLUSTER_WARPS - 2)
-        put_angles<HEAD>(c, r, at<float2>(shared, S::angles));
+        put_angles<S, HEAD>(c, first, shared);
+    if (warp == CLUSTER_WARPS - 3)
+        put_angles<S, HEAD>(c, second, shared);
     cluster_wait();
 
     pdl_wait();
@@ -701,8 +769,10 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     few_product<S::QKV_TILES, S::QKV_K>(sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
                                         at<bf16>(shared, S::qkv) + warp * S::QKV_K, S::ROW,
                                         S::QKV - 1);
-    if (warp < S::TILES)
-        step_channels<S, D, WIDTH>(c, channels, rank, head == 0, scale, shared);
+    step_channels<S, D, WIDTH>(c, channels, warp, rank, head == 0, scale, shared);
+    if (has_second)
+        step_channels<S, D, WIDTH>(c, more_channels, warp + CLUSTER_WARPS, rank, head == 0, scale,
+                                   shared);
     __syncthreads(); /* the sums lie over the rows */
     float *const sums = at<float>(shared, S::sums) + warp * CLUSTER_ROWS * 8 * S::QKV_TILES;
 #pragma unroll
@@ -712,28 +782,34 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         *reinterpret_cast<float2 *>(to + 8 * 8 * S::QKV_TILES) = make_float2(sum[n][2], sum[n][3]);
     }
     struct held_values<S> values;
-    hold_values<S, HEAD>(&values, c, r);
+    hold_values<S, HEAD>(&values, c, first);
     __syncthreads();
     send_logits<S>(c, rank, n_rows, shared);
     send_qkv<S, HEAD>(rank, n_rows, shared);
     cluster_sync();
 
-    if (r.here)
-        mix_row_of_block<S, D, HEAD>(c, r, held, values, rank, shared);
+    struct mix_row none = first;
+    none.here = false;
+    if (first.here)
+        mix_row_of_block<S, D, HEAD>(c, first, &held, &values, second, shared);
+    if (second.here) {
+        __syncthreads(); /* the first row's share has been read */
+        mix_row_of_block<S, D, HEAD>(c, second, &held, &values, none, shared);
+    }
     cluster_sync();
 
-    if (warp >= S::TILES)
-        return;
-    float out[1][4] = {};
-    few_product<1, HEAD>(out, at<bf16>(shared, S::mixed), S::OUT,
-                         at<bf16>(shared, S::o) + 8 * warp * S::OUT, S::OUT, 7);
-    float *const to =
-        c.m.partials + head * c.m.partial_stride + rank * S::COLUMNS + 8 * warp + 2 * t;
+    for (int tile = warp; tile < S::TILES; tile += CLUSTER_WARPS) {
+        float out[1][4] = {};
+        few_product<1, HEAD>(out, at<bf16>(shared, S::mixed), S::OUT,
+                             at<bf16>(shared, S::o) + 8 * tile * S::OUT, S::OUT, 7);
+        float *const to =
+            c.m.partials + head * c.m.partial_stride + rank * S::COLUMNS + 8 * tile + 2 * t;
 #pragma unroll
-    for (int j = 0; j < 2; j++)
-        if (g + 8 * j < n_rows)
-            *reinterpret_cast<float2 *>(to + (int64_t)(g + 8 * j) * D) =
-                make_float2(out[0][2 * j], out[0][2 * j + 1]);
+        for (int j = 0; j < 2; j++)
+            if (g + 8 * j < n_rows)
+                *reinterpret_cast<float2 *>(to + (int64_t)(g + 8 * j) * D) =
+                    make_float2(out[0][2 * j], out[0][2 * j + 1]);
+    }
 }
 
 /* ---- launching ---- */

@@ -1,7 +1,7 @@
 /* few_mlp.cu - the mlp of a decode layer of few rows, see cluster.cuh: two products, as single
  * blocks.
  *
- * few_mlp_in: a block has 1/128 of the features, their rows of gate and up in shared memory; its
+ * few_mlp_in: a block has 1/64 of the features, their rows of gate and up in shared memory; its
  * warps are 4 quarters of D times gate and up. few_mlp_out: a block has 8 rows of down, each of its
  * warps an eighth of F. Sums of the warps meet in shared memory and are added in order. Before
  * pdl_wait all weights are on their way.
@@ -11,7 +11,10 @@
  */
 #include "engine/kernels/cuda/cluster.cuh"
 
-enum { IN_BLOCKS = 128 };
+enum {
+    IN_BLOCKS = 64,
+    SETTLE_ROWS = 4, /* of a block: few blocks, since few SMs are without one of the others */
+};
 
 struct mlp_call {
     struct few_mlp m;
@@ -42,8 +45,8 @@ template <int D, int F> struct out_shape {
     static_assert(D % 8 == 0 && K % 32 == 0, "tiles of products");
 
     static constexpr int weights = 0;
-    static constexpr int sums = weights + 8 * ROW * 2; /* [warps, 16, 8] */
-    static constexpr int fetched = sums + CLUSTER_WARPS * CLUSTER_ROWS * 8 * 4;
+    static constexpr int sums = weights; /* [warps, 16, 8], when those have been used */
+    static constexpr int fetched = weights + 8 * ROW * 2;
     static constexpr int bytes = fetched + sizeof(bulk_barrier);
 };
 
@@ -65,39 +68,40 @@ static __device__ __forceinline__ float4 sum_heads(const struct few_mlp &m, int6
     return x;
 }
 
-/* A row by a block: between, h and its scale. The bits of what few_mlp_in does by itself. */
+/* A row by CLUSTER_THREADS threads: between, h and its scale. The bits of what few_mlp_in does by
+ * itself. */
 template <int D>
-static __global__ void __launch_bounds__(CLUSTER_THREADS)
+static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS)
     few_settle_kernel(const __grid_constant__ struct mlp_call c)
 {
     constexpr int COLUMNS = D / 16;
-    __shared__ float squares[16];
-    const int group = threadIdx.x / 16, quad = threadIdx.x % 16, row = blockIdx.x;
+    __shared__ float squares[SETTLE_ROWS][16];
+    const int part = threadIdx.x / CLUSTER_THREADS, thread = threadIdx.x % CLUSTER_THREADS;
+    const int group = thread / 16, quad = thread % 16, row = SETTLE_ROWS * blockIdx.x + part;
     const int column = group * COLUMNS + quad * 4;
-    const bool mine = quad < COLUMNS / 4;
+    bool mine = quad < COLUMNS / 4;
     const int64_t at = (int64_t)row * D + column;
     pdl_trigger();
     float4 weight = make_float4(0, 0, 0, 0), x = weight;
     if (mine)
         weight = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
     pdl_wait();
-    if (row >= c.step.sizes->n_rows)
-        return;
+    mine &= row < c.step.sizes->n_rows;
     if (mine)
         x = sum_heads<D>(c.m, at);
     const float square = few_square(x);
     if (quad == 0)
-        squares[group] = square;
+        squares[part][group] = square;
     if (mine) {
         *reinterpret_cast<float4 *>(c.m.between + at) = x;
         *reinterpret_cast<uint2 *>(c.m.h + at) = few_weighed(x, weight);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (thread == 0 && mine) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            sum += squares[i];
+            sum += squares[part][i];
         c.m.scales[row] = norm_scale(sum, D, c.m.norm.eps);
     }
 }
@@ -279,6 +283,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         mma_bf16(sum[1], a1, b1);
     }
     float *to = sums + (warp * CLUSTER_ROWS + g) * 8 + 2 * t;
+    __syncthreads();
     *reinterpret_cast<float2 *>(to) = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
     *reinterpret_cast<float2 *>(to + 64) =
         make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
@@ -298,8 +303,9 @@ template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_cal
 {
     static_assert(CLUSTER_ROWS * D / 4 <= IN_BLOCKS * CLUSTER_THREADS, "few_mlp_in keeps all of z");
     if (c->step.rows > FEW_ALONE)
-        launch(&c->queue, "few_settle", few_settle_kernel<D>, dim3((unsigned)c->step.rows),
-               CLUSTER_THREADS, 0, *call);
+        launch(&c->queue, "few_settle", few_settle_kernel<D>,
+               dim3((unsigned)ceil_div(c->step.rows, SETTLE_ROWS)), SETTLE_ROWS * CLUSTER_THREADS,
+               0, *call);
     launch(&c->queue, "few_mlp_in", few_mlp_in_kernel<D, F>, dim3(IN_BLOCKS), CLUSTER_THREADS,
            (size_t)in_shape<D, F>::bytes, *call);
     launch(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), CLUSTER_THREADS,

@@ -4,6 +4,7 @@
  * latents' logits, RG-LRU and all sums are f32. Configurations that these passes do not know
  * (see knows) are composed by model.c from the single ops.
  */
+#include "engine/kernels/cuda/beside.cuh"
 #include "engine/kernels/cuda/cluster.cuh"
 #include "engine/kernels/cuda/fused.cuh"
 #include "engine/kernels/cuda/stream.cuh"
@@ -15,6 +16,7 @@ extern "C" {
 
 enum {
     CLOSE_UP_THREADS = 256,
+    BESIDE_ROWS = 256, /* up to so many, v, q, k and the RG-LRU do not fill the device */
 };
 
 /* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
@@ -40,6 +42,7 @@ struct layer_scratch {
     int n_prepared;   /* layers that are */
     size_t n_bytes;
     int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */
+    struct beside beside; /* v, q and k, while the queue has the RG-LRU */
 };
 
 /* ---- scratch ---- */
@@ -129,6 +132,9 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
         return fail(err, STATUS_NOMEM, "fused layers: out of memory");
     c->layer = s;
     s->h_layer = -1;
+    const cudaError_t error = beside_open(&s->beside);
+    if (error != cudaSuccess)
+        return fail(err, STATUS_DEVICE, "fused layers: a stream: %s", cudaGetErrorString(error));
     list_items(items, s, &c->options);
     for (int i = 0; i < N_ITEMS; i++) {
         const size_t n_bytes = items[i].row_bytes * (size_t)items[i].rows;
@@ -150,6 +156,7 @@ void layer_scratch_close(struct cuda *c)
     none.config = &config;
     if (!c->layer)
         return;
+    beside_close(&c->layer->beside);
     list_items(items, c->layer, &none);
     for (int i = 0; i < N_ITEMS; i++)
         (void)cudaFree(*items[i].out);
@@ -285,14 +292,28 @@ static device_slab<float> float_slab(const struct slab *slab)
     return {floats(slab->buffer), slab->row_values};
 }
 
+/* v, q and k; stacked: as one matrix, where they can be. */
+static void products(const struct pass *p, struct product vqk, bool is_stacked)
+{
+    const struct linear *const linears[] = {&p->w->v_proj, &p->w->q_proj, &p->w->k_proj};
+    const int n = p->window ? 3 : 1;
+    int64_t column = linears[0]->n_out;
+    fused_product(p->c, &vqk, p->s->wide);
+    for (int i = 1; !is_stacked && i < n; column += linears[i++]->n_out) {
+        struct product q = vqk;
+        q.w = weight_of(linears[i]);
+        q.out = p->s->vqk + column;
+        fused_product(p->c, &q, p->s->wide);
+    }
+}
+
 /* Pass 1: v, q, k and the RG-LRU, all from norm1(x). */
 static void front(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
     const struct linear *const linears[] = {&w->v_proj, &w->q_proj, &w->k_proj};
-    const int n = p->window ? 3 : 1;
     struct product_weight stacked;
-    const bool is_stacked = stack(&stacked, linears, n);
+    const bool is_stacked = stack(&stacked, linears, p->window ? 3 : 1);
     struct product vqk = normed(product_of(p, is_stacked ? stacked : weight_of(linears[0]),
                                            p->s->vqk, vqk_stride(p), OUTPUT_BF16),
                                 p, &w->norm1);
@@ -321,16 +342,16 @@ static void front(const struct pass *p)
         vqk.in = f.h = p->s->h;
         vqk.norm = {};
     }
+    const bool beside = rglru && f.h && vqk.rows <= BESIDE_ROWS;
+    if (beside) {
+        beside_begin(&p->s->beside, &p->c->queue);
+        products(p, vqk, is_stacked);
+        beside_end(&p->s->beside, &p->c->queue);
+    }
     if (rglru && !fused_rglru(p->c, &f))
         rglru_composed(p);
-    fused_product(p->c, &vqk, p->s->wide);
-    int64_t column = linears[0]->n_out;
-    for (int i = 1; !is_stacked && i < n; column += linears[i++]->n_out) {
-        struct product q = vqk;
-        q.w = weight_of(linears[i]);
-        q.out = p->s->vqk + column;
-        fused_product(p->c, &q, p->s->wide);
-    }
+    if (!beside)
+        products(p, vqk, is_stacked);
 }
 
 /* The rows the latents look at, before their norm. */
@@ -353,6 +374,14 @@ static void gates(const struct pass *p, struct mix *m)
     const float *u;
     set_latent_input(p, &u, &q.norm);
     q.in = u;
+    if (beside_join(&p->s->beside, &p->c->queue)) {
+        const bool pdl = p->c->queue.pdl;
+        p->c->queue.pdl = false; /* for the first launch that waits for both */
+        norm_to_bf16(p->c, p->c->converted, u, q.norm, q.w.n_in, NULL, q.rows, q.n_rows);
+        p->c->queue.pdl = pdl;
+        q.in = p->c->converted;
+        q.norm = {};
+    }
     fused_product(p->c, &q, p->s->wide);
     if (!is_stacked) {
         q.w = weight_of(linears[1]);

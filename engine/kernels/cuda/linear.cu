@@ -12,6 +12,13 @@ enum {
     F32_THREADS = 256, /* 16 x 16, each PER x 4 results */
 };
 
+/* Matrices of so many values (the latents' logits) are skinny products up to so many rows: they
+ * fill a few SMs only, and what follows them begins beside them. */
+enum {
+    SMALL_VALUES = 1 << 18,
+    SMALL_ROWS = 192,
+};
+
 /* out[rows, n_out] = in W^T + bias in plain f32, each result summed over n_in in order. A block
  * computes 16 PER x 64 results; bytes: each factor once for every tile of the other. */
 template <int PER>
@@ -87,7 +94,8 @@ void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
 {
     if (stream_large(c, p))
         return;
-    if (c->queue.deterministic || p->rows <= SKINNY_ROWS)
+    const bool small = (int64_t)p->w.n_out * p->w.n_in <= SMALL_VALUES;
+    if (c->queue.deterministic || p->rows <= (small ? SMALL_ROWS : SKINNY_ROWS))
         skinny_product(c, p);
     else
         library_product(c, p, wide);

@@ -89,7 +89,10 @@ static void fill_pieces(struct piece *pieces, const struct step *step, int32_t *
     *n_pieces = n;
 }
 
-static void fill_block(unsigned char *at, const struct layout *l, const struct step *step)
+/* Rows of the form beyond the step's are slot 0, position 0: kernels may read what these name
+ * before they know how many rows there are. */
+static void fill_block(unsigned char *at, const struct form *f, const struct layout *l,
+                       const struct step *step)
 {
     struct step_sizes *sizes = (struct step_sizes *)(at + l->sizes);
     *sizes = (struct step_sizes){
@@ -107,7 +110,12 @@ static void fill_block(unsigned char *at, const struct layout *l, const struct s
     const size_t n_rows = (size_t)step->n_rows, n_seqs = (size_t)step->n_seqs;
     memcpy(at + l->tokens, step->tokens, n_rows * sizeof(int32_t));
     memcpy(at + l->positions, step->positions, n_rows * sizeof(int64_t));
+    memset(at + l->positions + n_rows * sizeof(int64_t), 0,
+           ((size_t)f->rows - n_rows) * sizeof(int64_t));
+    memset(row_slot + n_rows, 0, ((size_t)f->rows - n_rows) * sizeof(int32_t));
     memcpy(at + l->seq_slot, step->seq_slot, n_seqs * sizeof(int32_t));
+    memset(at + l->seq_slot + n_seqs * sizeof(int32_t), 0,
+           ((size_t)f->seqs - n_seqs) * sizeof(int32_t));
     memcpy(at + l->seq_start, step->seq_start, (n_seqs + 1) * sizeof(int32_t));
     if (step->n_logit_rows)
         memcpy(at + l->logit_rows, step->logit_rows, (size_t)step->n_logit_rows * sizeof(int32_t));
@@ -176,7 +184,7 @@ bool gpu_begin(struct backend *b, const struct step *step)
         return true;
 
     gpu_slots_step(g, step);
-    fill_block(g->places[place].staging, &layout, step);
+    fill_block(g->places[place].staging, &form, &layout, step);
     gpu_note(g,
              cudaMemcpyAsync(g->block, g->places[place].staging, layout.n_bytes,
                              cudaMemcpyHostToDevice, g->cuda.queue.stream),
