@@ -15,6 +15,7 @@
  *   layer.cu       the fused layer and head
  *   cluster_mix.cu, few_mlp.cu  a layer of few rows, by clusters
  *   stream.cu, residual.cu      products of large matrices; what follows them
+ *   beside.cu      a second stream, for a branch of a layer
  *   draw.cu        sampling
  *
  * Threads: the engine thread. Memory: device memory is taken in backend_cuda_open and
