@@ -655,18 +655,18 @@ enum status session_keep(struct sessions *t, const char *id, int owner, const ch
     return change_hand_in(t, c, st);
 }
 
-/* To a snapshot, or to where the last turn began: then there is none before it. That either is
- * missing is the request's fault: not found would say that the session is. */
+/* To a snapshot, or to where the last turn began: then there is none before it. Where either is
+ * missing, the session is not as the request takes it to be; not found would say it is gone. */
 static enum status roll_back(const struct session *s, const char *name, struct content *c,
                              struct error *err)
 {
     const struct kept *k = name ? find_kept(s, name) : NULL;
     if (name && !k) {
         (void)no_snapshot(s, name, err);
-        return err->status = STATUS_INVALID;
+        return err->status = STATUS_CONFLICT;
     }
     if (!name && !s->now.has_previous)
-        return fail_field(err, STATUS_INVALID, "snapshot",
+        return fail_field(err, STATUS_CONFLICT, "snapshot",
                           "Session '%s' has no turn to roll back.", s->id);
     session_set_image(&c->image, k ? k->image : s->now.previous);
     session_set_image(&c->previous, NULL);

@@ -166,7 +166,8 @@ enum status session_replace(struct sessions *t, const char *id, int owner, int64
 
 enum status session_keep(struct sessions *t, const char *id, int owner, const char *name,
                          session_done *done, void *context, struct error *err);
-/* name NULL: to where the last turn began. STATUS_INVALID: there is no such snapshot or turn. */
+/* name NULL: to where the last turn began. STATUS_CONFLICT: also where there is no such snapshot or
+ * turn. */
 enum status session_rollback(struct sessions *t, const char *id, int owner, const char *name,
                              session_done *done, void *context, struct error *err);
 enum status session_snapshots(struct sessions *t, const char *id, int owner,

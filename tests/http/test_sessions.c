@@ -633,8 +633,8 @@ static void test_refusals(void **state)
         {"fork", "{\"n\":0}", 400, "n"},
         {"snapshots", "{}", 400, "name"},
         {"snapshots", "{\"name\":\"\"}", 400, "name"},
-        {"rollback", "{}", 400, "snapshot"},
-        {"rollback", "{\"snapshot\":\"none\"}", 400, "snapshot"},
+        {"rollback", "{}", 409, "snapshot"},
+        {"rollback", "{\"snapshot\":\"none\"}", 409, "snapshot"},
         {"rollback", "{\"snapshot\":3}", 400, "snapshot"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
