@@ -435,7 +435,7 @@ static void test_rollback(void **state)
     expect_code(&a, 409);
     done(&a);
     a = post(path_of(&session, "/rollback"), "{\"snapshot\":\"there\"}");
-    expect_code(&a, 404);
+    expect_code(&a, 409);
     done(&a);
 }
 
