@@ -598,10 +598,10 @@ static struct kept *find_kept(const struct session *s, const char *name)
     return NULL;
 }
 
-static enum status no_snapshot(const struct session *s, const char *name, struct error *err)
+static enum status no_snapshot(const struct session *s, const char *name, enum status st,
+                               struct error *err)
 {
-    return fail_field(err, STATUS_NOT_FOUND, "snapshot", "Session '%s' has no snapshot '%.64s'.",
-                      s->id, name);
+    return fail_field(err, st, "snapshot", "Session '%s' has no snapshot '%.64s'.", s->id, name);
 }
 
 enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
@@ -612,7 +612,7 @@ enum status session_image_of(struct sessions *t, const char *id, int owner, cons
     enum status st = find(t, id, owner, &s, err);
     struct kept *k = !st && name ? find_kept(s, name) : NULL;
     if (!st && name && !k)
-        st = no_snapshot(s, name, err);
+        st = no_snapshot(s, name, STATUS_NOT_FOUND, err);
     if (!st)
         *out = session_hold_image(k ? k->image : s->now.image);
     pthread_mutex_unlock(&t->lock);
@@ -661,10 +661,8 @@ static enum status roll_back(const struct session *s, const char *name, struct c
                              struct error *err)
 {
     const struct kept *k = name ? find_kept(s, name) : NULL;
-    if (name && !k) {
-        (void)no_snapshot(s, name, err);
-        return err->status = STATUS_CONFLICT;
-    }
+    if (name && !k)
+        return no_snapshot(s, name, STATUS_CONFLICT, err);
     if (!name && !s->now.has_previous)
         return fail_field(err, STATUS_CONFLICT, "snapshot",
                           "Session '%s' has no turn to roll back.", s->id);
