@@ -9,7 +9,6 @@
 #include <arpa/inet.h>
 #include <math.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,10 +29,41 @@ enum { FIRST_MS = 60, GAP_MS = 20, N_EVENTS = 11, LATE_MS = 150, MAX_ARRIVALS = 
 static struct {
     int fd, port;
     pthread_t thread;
-    atomic_int n_arrivals;
+} known;
+
+/* What it has heard since a run began; the connections' threads write it, with the lock. */
+static struct heard {
+    int n_arrivals;
     double arrivals[MAX_ARRIVALS]; /* seconds, of whole requests */
     char last_body[4096], last_header[4096];
-} known;
+} heard;
+static pthread_mutex_t heard_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void write_down(const char *text, double when)
+{
+    pthread_mutex_lock(&heard_lock);
+    if (heard.n_arrivals < MAX_ARRIVALS)
+        heard.arrivals[heard.n_arrivals++] = when;
+    snprintf(heard.last_body, sizeof(heard.last_body), "%s", strstr(text, "\r\n\r\n") + 4);
+    snprintf(heard.last_header, sizeof(heard.last_header), "%s", text);
+    pthread_mutex_unlock(&heard_lock);
+}
+
+static void start_hearing(void)
+{
+    pthread_mutex_lock(&heard_lock);
+    heard.n_arrivals = 0;
+    pthread_mutex_unlock(&heard_lock);
+}
+
+static const struct heard *what_it_heard(void)
+{
+    static struct heard copy;
+    pthread_mutex_lock(&heard_lock);
+    copy = heard;
+    pthread_mutex_unlock(&heard_lock);
+    return &copy;
+}
 
 static double now_s(void)
 {
@@ -100,18 +130,11 @@ static void tell_stream(int fd, double begin, bool is_chat, bool is_cut, bool ha
 
 static void *serve_one(void *context)
 {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     int fd = (int)(intptr_t)context;
     char *text = calloc(1, 65536);
     if (hear(fd, text, 65536)) {
         double begin = now_s();
-        int i = atomic_fetch_add(&known.n_arrivals, 1);
-        if (i < MAX_ARRIVALS)
-            known.arrivals[i] = begin;
-        pthread_mutex_lock(&lock);
-        snprintf(known.last_body, sizeof(known.last_body), "%s", strstr(text, "\r\n\r\n") + 4);
-        snprintf(known.last_header, sizeof(known.last_header), "%s", text);
-        pthread_mutex_unlock(&lock);
+        write_down(text, begin);
         if (strstr(text, "/500/"))
             say(fd, "HTTP/1.1 500 Oops\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
         else if (strstr(text, "/hang/"))
@@ -192,7 +215,7 @@ static int run_known(const char *mode, const char *words, struct bytes *out)
 {
     char url[80];
     snprintf(url, sizeof(url), "http://127.0.0.1:%d/%s", known.port, mode);
-    known.n_arrivals = 0;
+    start_hearing();
     return run_bench(url, words, out);
 }
 
@@ -252,9 +275,10 @@ static void test_known_times(void **state)
     expect_between(number(json, "output_token_throughput") * duration, 131.9, 132.1, "tokens");
     expect_between(number(json, "request_throughput") * duration, 11.9, 12.1, "requests");
     assert_string_equal(cJSON_GetObjectItem(json, "tokens_from")->valuestring, "usage");
-    assert_non_null(strstr(known.last_body, "\"max_tokens\":9,\"stream\":true,"
-                                            "\"stream_options\":{\"include_usage\":true}}"));
-    assert_null(strstr(known.last_body, "ignore_eos"));
+    const char *body = what_it_heard()->last_body;
+    assert_non_null(strstr(body, "\"max_tokens\":9,\"stream\":true,"
+                                 "\"stream_options\":{\"include_usage\":true}}"));
+    assert_null(strstr(body, "ignore_eos"));
     cJSON_Delete(json);
 }
 
@@ -267,10 +291,11 @@ static void test_chat_and_key(void **state)
                              "--api-key-env BENCH_TEST_KEY --input-tokens 3",
                              0);
     expect_known_times(json); /* the role's event is no token */
-    assert_non_null(strstr(known.last_header, "POST /good/v1/chat/completions "));
-    assert_non_null(strcasestr(known.last_header, "Authorization: Bearer sk-bench\r\n"));
-    assert_non_null(strstr(known.last_body, "\"ignore_eos\":true"));
-    const char *words = strstr(known.last_body, "\"content\":\"");
+    const struct heard *h = what_it_heard();
+    assert_non_null(strstr(h->last_header, "POST /good/v1/chat/completions "));
+    assert_non_null(strcasestr(h->last_header, "Authorization: Bearer sk-bench\r\n"));
+    assert_non_null(strstr(h->last_body, "\"ignore_eos\":true"));
+    const char *words = strstr(h->last_body, "\"content\":\"");
     assert_non_null(words);
     int n_blanks = 0;
     for (words += 11; *words != '"'; words++)
@@ -324,8 +349,9 @@ static void test_rate(void **state)
 {
     (void)state;
     cJSON_Delete(results_of("good", "--rate 50 --burstiness inf --requests 50", 0));
-    assert_int_equal(known.n_arrivals, 50);
-    double span = known.arrivals[49] - known.arrivals[0];
+    const struct heard *h = what_it_heard();
+    assert_int_equal(h->n_arrivals, 50);
+    double span = h->arrivals[49] - h->arrivals[0];
     expect_between(span, 49 * 0.02 - 0.1, 49 * 0.02 + 1.5, "span"); /* 13 s one by one */
 }
 
@@ -387,7 +413,7 @@ static void test_usage_errors(void **state)
             fail_msg("%s: %s", wrong[i], out.data ? out.data : "");
         bytes_free(&out);
     }
-    assert_int_equal(known.n_arrivals, 0);
+    assert_int_equal(what_it_heard()->n_arrivals, 0);
 }
 
 static void test_our_server(void **state)

@@ -19,6 +19,7 @@ static int random_below(int n)
     return (int)((random_state >> 33) % (uint64_t)n);
 }
 
+/* To be ended by image_store_free, which asserts that none is left. */
 static void init_store(struct image_store *store, size_t n_images)
 {
     *store = (struct image_store){0};
@@ -134,7 +135,7 @@ static void check_against_list(int n_hash_bits)
     }
     assert_true(n_found > N && n_missed > N);
     prefixes_close(p);
-    assert_int_equal(store.n_images, 0);
+    image_store_free(&store);
 }
 
 static void test_longest_beginning(void **state)
@@ -169,6 +170,7 @@ static void test_shared(void **state)
     assert_true(add(p, 1, ids, 3));
     assert_int_equal(find(p, 2, 1, ids, 4), 3);
     prefixes_close(p);
+    image_store_free(&store);
 }
 
 /* ---- limits ---- */
@@ -202,6 +204,7 @@ static void test_least_recently_used_goes(void **state)
         assert_int_equal(find(p, 0, 0, ids, 2) > 0, i > 40 - stats.n_entries);
     }
     prefixes_close(p);
+    image_store_free(&store);
 }
 
 /* States that are still to be computed take a half, and then nothing more is reserved. */
@@ -234,6 +237,7 @@ static void test_reserved(void **state)
     assert_int_equal(stats.n_entries, 1);
     assert_int_equal(store.n_images, 1);
     prefixes_close(p);
+    image_store_free(&store);
 }
 
 /* A session that needs the memory gets it, but for what a running job holds. */
@@ -265,7 +269,7 @@ static void test_gives_way(void **state)
     for (int i = 0; i < 4; i++)
         image_release(sessions[i]);
     prefixes_close(p);
-    assert_int_equal(store.n_images, 0);
+    image_store_free(&store);
 }
 
 static void test_many_entries(void **state)
@@ -288,6 +292,7 @@ static void test_many_entries(void **state)
     ids[0] = 1, ids[1] = 0;
     assert_int_equal(find(p, 0, 0, ids, 3), 2);
     prefixes_close(p);
+    image_store_free(&store);
 }
 
 static void test_nothing_is_kept(void **state)
@@ -331,6 +336,7 @@ static void test_out_of_memory(void **state)
     struct image_store store;
     init_store(&store, 10);
     fail_alloc_walk(keep_one, &store);
+    image_store_free(&store);
 }
 
 /* ---- threads ---- */
@@ -382,8 +388,8 @@ static void test_threads(void **state)
     for (int i = 0; i < N; i++)
         pthread_join(threads[i], NULL);
     prefixes_close(p);
-    assert_int_equal(store.n_images, 0);
     assert_int_equal(store.used_bytes, 0);
+    image_store_free(&store);
 }
 
 int main(void)

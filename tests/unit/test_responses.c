@@ -397,5 +397,8 @@ int main(void)
         cmocka_unit_test(test_state),
         cmocka_unit_test(test_out_of_memory),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
+    if (!n_failed) /* a test that failed leaves some */
+        image_store_free(&images);
+    return n_failed;
 }
