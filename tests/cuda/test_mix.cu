@@ -189,7 +189,7 @@ struct mix_case {
     enum dtype ring;
     bool qk_norm;
     float softcap;
-    int64_t start; /* of every second session; the others start at 0 */
+    int64_t start; /* of every second session, w at least; the others start at 0 */
     int n_steps;
 };
 
@@ -572,6 +572,19 @@ static void test_shapes(void **)
           {2, 1, 200, 70, 70, DTYPE_BF16, false, 0, 100, 4}, );
 }
 
+/* The form for frequent shapes, and what is just beyond it. */
+static void test_warps(void **)
+{
+    const int64_t far = (1LL << 40) + 11;
+    CASES({2, 2, 128, 32, 128, DTYPE_BF16, true, 30, far, 5},
+          {2, 2, 64, 31, 127, DTYPE_BF16, false, 0, 200, 5},
+          {1, 1, 96, 1, 33, DTYPE_BF16, true, 0, 40, 12},
+          {2, 2, 128, 7, 1, DTYPE_BF16, false, 0, 9, 6},
+          {1, 1, 96, 19, 10, DTYPE_BF16, false, 0, 129, 22},
+          {2, 2, 96, 33, 128, DTYPE_BF16, false, 0, 200, 4},
+          {2, 2, 96, 16, 130, DTYPE_BF16, false, 0, 200, 4}, );
+}
+
 static void test_rings(void **)
 {
     CASES({2, 1, 96, 16, 130, DTYPE_F8_E4M3, false, 0, 300, 5},
@@ -834,7 +847,7 @@ static int new_seed(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_shapes),     TEST(test_rings),   TEST(test_one_half),
+        TEST(test_shapes),     TEST(test_warps),   TEST(test_rings), TEST(test_one_half),
         TEST(test_neighbours), TEST(test_refused), TEST(test_front),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -642,7 +642,7 @@ step_latents(const struct mix_call &c, const struct mix_row &r, const struct hel
         const float4 old = h.s[j];
         const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
                                        fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
-        *reinterpret_cast<float4 *>(s + l * HEAD) = now;
+        __stcg(reinterpret_cast<float4 *>(s + l * HEAD), now);
         sum = make_float4(fmaf(p, now.x, sum.x), fmaf(p, now.y, sum.y), fmaf(p, now.z, sum.z),
                           fmaf(p, now.w, sum.w));
     }

@@ -1,4 +1,5 @@
-/* mix.cu - launch 2 of a decode layer: one row's latents and window, head by head.
+/* mix.cu - launch 2 of a decode layer: one row's latents and window, head by head, for any shape;
+ * mix_warps.cu has a faster form for some.
  *
  * A block serves one row and one or several query heads that share a kv head. Everything it
  * reads of size is on its way at once: the ring's keys and values go to shared memory in the
@@ -24,46 +25,20 @@
  */
 #include <math.h>
 
-#include "engine/kernels/cuda/fused.cuh"
-#include "engine/kernels/cuda/math.cuh"
+#include "engine/kernels/cuda/mix.cuh"
 
 enum {
     MAX_RING_ROWS = 1024, /* longer ones are worth splitting over several blocks: window.cu */
-    MAX_HEAD_DIM = 256,
-    MAX_LATENTS = 128, /* of a head */
-    BATCH = 4,         /* latents a thread has on their way at a time */
-};
-
-/* Byte offsets into shared memory. */
-struct mix_places {
-    int keys, values;       /* tiles of the ring; sums of groups of threads at the end */
-    int query;              /* [G, d] f32, scaled */
-    int new_key, new_value; /* [d] as the ring has them */
-    int value;              /* [d] f32 */
-    int weights;            /* [G, keys of a tile] */
-    int stats;              /* [warps, G] */
-    int keep, take, share;  /* [G, M] of the latents */
-    int window_share;       /* [G] p(0|t) */
-    int total;
-};
-
-struct mix_call {
-    struct mix m; /* its slabs of rings are the host's */
-    struct device_step step;
-    void *ring_k, *ring_v;
-    int64_t ring_row_values;
-    int head_dim, ring_rows;
-    struct mix_places at;
 };
 
 /* D = 0: any head_dim. HEADS query heads a block. */
 template <int D, int HEADS, class RING> struct mix_shape {
-    static constexpr int d = D, heads = HEADS;
+    static constexpr int d = D, heads = HEADS, latents = MIX_LATENTS;
     static constexpr int threads = D == 0 || D == 256 ? 256 : 128;
     static constexpr int warps = threads / WARP;
     static constexpr int keys = D && D * sizeof(RING) <= 256 ? 128 : 64;
     static constexpr int per_key = threads / keys;                      /* threads */
-    static constexpr int pairs = D ? (D + 63) / 64 : MAX_HEAD_DIM / 64; /* rope's, of a lane */
+    static constexpr int pairs = D ? (D + 63) / 64 : MIX_HEAD_DIM / 64; /* rope's, of a lane */
     typedef RING ring;
 
     static __host__ __device__ constexpr int row_bytes(int dim)
@@ -82,26 +57,6 @@ template <int D, int HEADS, class RING> struct mix_shape {
         return (row_bytes(dim) + 15) / 16 * 16;
     }
 };
-
-/* What a block works on. */
-struct mix_block {
-    int row, head, kv; /* head: the first */
-    int64_t slot, position;
-    int n_keys;  /* ring rows that count, the new one included */
-    int newest;  /* the ring row of this position: its old content does not count */
-    bool begins; /* position 0: the slot's latents hold nothing of this session */
-};
-
-template <class S> static __device__ __forceinline__ int dim_of(const struct mix_call &c)
-{
-    return S::d ? S::d : c.head_dim;
-}
-
-/* exp(a - b) for a <= b; 1 for equal ones, even infinite. */
-static __device__ __forceinline__ float exp_below(float a, float b)
-{
-    return a == b ? 1 : expf(a - b);
-}
 
 /* ---- memory ---- */
 
@@ -180,53 +135,7 @@ static __device__ __forceinline__ void read_eight(float x[8], const unsigned cha
     x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
-/* ---- q, k and v ---- */
-
-/* Angles of this lane's pairs (i, i + d/2), i = lane + 32 p. */
-template <class S> struct mix_angles {
-    float sine[S::pairs], cosine[S::pairs];
-};
-
-template <class S>
-static __device__ __forceinline__ void find_angles(struct mix_angles<S> *a,
-                                                   const struct mix_call &c, int64_t position)
-{
-    const int half = dim_of<S>(c) / 2;
-#pragma unroll
-    for (int p = 0; p < S::pairs; p++) {
-        const int i = (int)threadIdx.x % WARP + WARP * p;
-        a->sine[p] = 0, a->cosine[p] = 1;
-        if (i < half)
-            angle(position, c.m.frequencies[i], &a->sine[p], &a->cosine[p]);
-    }
-}
-
-/* One warp: a head of q or k, normed and turned; low[p] and high[p] are a lane's pairs. */
-template <class S>
-static __device__ __forceinline__ void turn_head(float low[S::pairs], float high[S::pairs],
-                                                 const struct mix_call &c, const bf16 *x,
-                                                 const float *norm, const struct mix_angles<S> &a)
-{
-    const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
-    float square = 0;
-#pragma unroll
-    for (int p = 0; p < S::pairs; p++) {
-        const int i = lane + WARP * p;
-        low[p] = i < half ? to_float(x[i]) : 0;
-        high[p] = i < half ? to_float(x[i + half]) : 0;
-        square += fmaf(low[p], low[p], high[p] * high[p]);
-    }
-    const float scale = norm ? 1 / sqrtf(warp_sum(square) / (float)dim + c.m.qk_eps) : 1;
-#pragma unroll
-    for (int p = 0; p < S::pairs; p++) {
-        const int i = lane + WARP * p;
-        float x0 = low[p], x1 = high[p];
-        if (norm && i < half)
-            x0 *= scale * norm[i], x1 *= scale * norm[i + half];
-        low[p] = fmaf(x0, a.cosine[p], -x1 * a.sine[p]);
-        high[p] = fmaf(x0, a.sine[p], x1 * a.cosine[p]);
-    }
-}
+/* ---- q ---- */
 
 template <class S>
 static __device__ __forceinline__ void put_query(const struct mix_call &c,
@@ -248,80 +157,6 @@ static __device__ __forceinline__ void put_query(const struct mix_call &c,
     }
 }
 
-/* Where this position's key or value belongs in the ring. */
-template <class S>
-static __device__ __forceinline__ typename S::ring *ring_row(const struct mix_call &c,
-                                                             const struct mix_block &b, void *ring)
-{
-    return static_cast<typename S::ring *>(ring) + b.slot * c.ring_row_values +
-           ((int64_t)b.kv * c.ring_rows + b.newest) * dim_of<S>(c);
-}
-
-/* Of the blocks that share a kv head, the first writes the ring; none reads that row. */
-static __device__ __forceinline__ bool writes_ring(const struct mix_call &c,
-                                                   const struct mix_block &b)
-{
-    return b.head % (c.m.window.n_heads / c.m.window.n_kv_heads) == 0;
-}
-
-template <class S>
-static __device__ __forceinline__ void put_key(const struct mix_call &c, const struct mix_block &b,
-                                               unsigned char *shared, const struct mix_angles<S> &a)
-{
-    typedef typename S::ring ring;
-    const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
-    ring *key = reinterpret_cast<ring *>(shared + c.at.new_key);
-    ring *out = ring_row<S>(c, b, c.ring_k);
-    const bool writes = writes_ring(c, b);
-    float low[S::pairs], high[S::pairs];
-    turn_head<S>(low, high, c, c.m.k + b.row * c.m.stride + (int64_t)b.kv * dim, c.m.k_norm, a);
-#pragma unroll
-    for (int p = 0; p < S::pairs; p++) {
-        const int i = lane + WARP * p;
-        if (i < half) {
-            key[i] = from_float<ring>(low[p]);
-            key[i + half] = from_float<ring>(high[p]);
-            if (writes)
-                out[i] = key[i], out[i + half] = key[i + half];
-        }
-    }
-}
-
-template <class S>
-static __device__ __forceinline__ void put_value(const struct mix_call &c,
-                                                 const struct mix_block &b, unsigned char *shared)
-{
-    typedef typename S::ring ring;
-    const int dim = dim_of<S>(c);
-    const bf16 *v = c.m.v + b.row * c.m.stride + (int64_t)b.kv * dim;
-    float *value = reinterpret_cast<float *>(shared + c.at.value);
-    ring *kept = reinterpret_cast<ring *>(shared + c.at.new_value);
-    ring *out = c.ring_rows ? ring_row<S>(c, b, c.ring_v) : nullptr;
-    const bool writes = c.ring_rows && writes_ring(c, b);
-#pragma unroll
-    for (int p = 0; p < 2 * S::pairs; p++) {
-        const int i = (int)threadIdx.x % WARP + WARP * p;
-        if (i < dim) {
-            value[i] = to_float(v[i]);
-            if (c.ring_rows)
-                kept[i] = from_float<ring>(value[i]);
-            if (writes)
-                out[i] = kept[i];
-        }
-    }
-}
-
-/* ---- the softmax of the gates, and what it does to the latents' maxima and sums ---- */
-
-/* theta of a block's head (or g, its queries) number i. */
-static __device__ __forceinline__ float
-gate_value(const struct mix_call &c, const struct mix_block &b, int head, int i, bool query)
-{
-    const int n_latents = c.m.latents.n_latents;
-    const int n = query ? n_latents + c.m.latents.gated_window : n_latents;
-    return (query ? c.m.g : c.m.theta)[b.row * c.m.gate_stride + (b.head + head) * n + i];
-}
-
 /* The head whose gates are this warp's work; the last warps, since the first have q and k. */
 template <class S> static __device__ __forceinline__ int gate_head(void)
 {
@@ -329,67 +164,11 @@ template <class S> static __device__ __forceinline__ int gate_head(void)
     return head < S::heads ? head : -1;
 }
 
-static __device__ __forceinline__ int64_t latent_at(const struct mix_call &c,
-                                                    const struct mix_block &b,
-                                                    const struct device_slab<float> &slab, int head)
-{
-    return b.slot * slab.row_values + (int64_t)(b.head + head) * c.m.latents.n_latents;
-}
-
-/* One warp, one head. before, sum: m and alpha of latent `lane`, fetched early. */
-template <class S>
-static __device__ __forceinline__ void put_gates(const struct mix_call &c,
-                                                 const struct mix_block &b, unsigned char *shared,
-                                                 int head, float before, float sum)
-{
-    constexpr int parts = MAX_LATENTS / WARP;
-    const int lane = threadIdx.x % WARP, n = c.m.latents.n_latents;
-    const bool gated = c.m.latents.gated_window;
-    float *m = c.m.m.data + latent_at(c, b, c.m.m, head);
-    float *alpha = c.m.alpha.data + latent_at(c, b, c.m.alpha, head);
-    float theta[parts], p[parts], top = -INFINITY, total = 0, window = 0;
-    if (gated)
-        top = window = gate_value(c, b, head, 0, true);
-#pragma unroll
-    for (int j = 0; j < parts; j++) {
-        const int l = lane + WARP * j;
-        theta[j] = l < n ? gate_value(c, b, head, l, false) : 0;
-        p[j] = l < n ? gate_value(c, b, head, l + gated, true) : -INFINITY;
-        top = fmaxf(top, p[j]);
-    }
-    top = warp_max(top);
-#pragma unroll
-    for (int j = 0; j < parts; j++) {
-        p[j] = lane + WARP * j < n ? exp_below(p[j], top) : 0;
-        total += p[j];
-    }
-    window = gated ? exp_below(window, top) : 0;
-    total = 1 / (warp_sum(total) + window);
-    if (lane == 0)
-        reinterpret_cast<float *>(shared + c.at.window_share)[head] = gated ? window * total : 1;
-
-#pragma unroll
-    for (int j = 0; j < parts; j++) {
-        const int l = lane + WARP * j;
-        if (l >= n)
-            continue;
-        if (j && !b.begins)
-            before = m[l], sum = alpha[l];
-        const float now = b.begins ? theta[j] : fmaxf(before, theta[j]);
-        const float keep = b.begins ? 0 : exp_below(before, now), take = exp_below(theta[j], now);
-        const float sum_now = b.begins ? take : fmaf(sum, keep, take);
-        m[l] = now;
-        alpha[l] = sum_now;
-        reinterpret_cast<float *>(shared + c.at.keep)[head * n + l] = keep;
-        reinterpret_cast<float *>(shared + c.at.take)[head * n + l] = take;
-        reinterpret_cast<float *>(shared + c.at.share)[head * n + l] = p[j] * total / sum_now;
-    }
-}
-
 /* ---- latents: a thread has 4 dimensions of every n_groups-th latent ---- */
 
 template <class S>
-static __device__ __forceinline__ void fetch_latents(float4 held[BATCH], const struct mix_call &c,
+static __device__ __forceinline__ void fetch_latents(float4 held[MIX_BATCH],
+                                                     const struct mix_call &c,
                                                      const struct mix_block &b, int head, int first)
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
@@ -397,7 +176,7 @@ static __device__ __forceinline__ void fetch_latents(float4 held[BATCH], const s
     const float *s = c.m.s.data + b.slot * c.m.s.row_values +
                      ((int64_t)(b.head + head) * c.m.latents.n_latents) * dim + quad * 4;
 #pragma unroll
-    for (int j = 0; j < BATCH; j++) {
+    for (int j = 0; j < MIX_BATCH; j++) {
         const int l = first + j * n_groups;
         held[j] = make_float4(0, 0, 0, 0);
         if (head < S::heads && l < c.m.latents.n_latents && !b.begins)
@@ -408,7 +187,7 @@ static __device__ __forceinline__ void fetch_latents(float4 held[BATCH], const s
 /* s = s keep + take v, and the head's sum of share * s, of this thread's part. */
 template <class S>
 static __device__ __forceinline__ void
-step_latents(float4 *sum, const float4 held[BATCH], const struct mix_call &c,
+step_latents(float4 *sum, const float4 held[MIX_BATCH], const struct mix_call &c,
              const struct mix_block &b, const unsigned char *shared, int head, int first, float4 v)
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
@@ -419,7 +198,7 @@ step_latents(float4 *sum, const float4 held[BATCH], const struct mix_call &c,
     float *s =
         c.m.s.data + b.slot * c.m.s.row_values + ((int64_t)(b.head + head) * n) * dim + quad * 4;
 #pragma unroll
-    for (int j = 0; j < BATCH; j++) {
+    for (int j = 0; j < MIX_BATCH; j++) {
         const int l = first + j * n_groups;
         if (l >= n)
             continue;
@@ -427,7 +206,7 @@ step_latents(float4 *sum, const float4 held[BATCH], const struct mix_call &c,
         const float4 old = held[j];
         const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
                                        fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
-        *reinterpret_cast<float4 *>(s + (int64_t)l * dim) = now;
+        __stcg(reinterpret_cast<float4 *>(s + (int64_t)l * dim), now);
         *sum = make_float4(fmaf(p, now.x, sum->x), fmaf(p, now.y, sum->y), fmaf(p, now.z, sum->z),
                            fmaf(p, now.w, sum->w));
     }
@@ -436,12 +215,12 @@ step_latents(float4 *sum, const float4 held[BATCH], const struct mix_call &c,
 /* sums [groups, heads, d] of the block's groups of threads. held: the first batch. */
 template <class S>
 static __device__ __forceinline__ void
-mix_latents(float *sums, float4 held[BATCH], const struct mix_call &c, const struct mix_block &b,
-            const unsigned char *shared)
+mix_latents(float *sums, float4 held[MIX_BATCH], const struct mix_call &c,
+            const struct mix_block &b, const unsigned char *shared)
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
     const int group = (int)threadIdx.x / quads, quad = (int)threadIdx.x % quads;
-    const int stride = n_groups * BATCH;
+    const int stride = n_groups * MIX_BATCH;
     if (group >= n_groups)
         return;
     const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
@@ -450,13 +229,13 @@ mix_latents(float *sums, float4 held[BATCH], const struct mix_call &c, const str
         float4 sum = make_float4(0, 0, 0, 0);
         for (int first = group; first < c.m.latents.n_latents; first += stride) {
             const bool more = first + stride < c.m.latents.n_latents;
-            float4 next[BATCH];
+            float4 next[MIX_BATCH];
             if (more || h + 1 < S::heads)
                 fetch_latents<S>(next, c, b, more ? h : h + 1, more ? first + stride : group);
             step_latents<S>(&sum, held, c, b, shared, h, first, v);
             if (more || h + 1 < S::heads) {
 #pragma unroll
-                for (int j = 0; j < BATCH; j++)
+                for (int j = 0; j < MIX_BATCH; j++)
                     held[j] = next[j];
             }
         }
@@ -597,25 +376,6 @@ static __device__ __forceinline__ void put_window(float *sums, const struct mix_
 
 /* ---- the block ---- */
 
-static __device__ __forceinline__ struct mix_block find_block(const struct mix_call &c, int heads)
-{
-    struct mix_block b;
-    b.row = blockIdx.y;
-    b.head = (int)blockIdx.x * heads;
-    b.kv = b.head / (c.m.window.n_heads / c.m.window.n_kv_heads);
-    b.slot = c.step.seq_slot[b.row];
-    b.position = c.step.positions[b.row];
-    b.begins = b.position == 0;
-    b.n_keys = b.newest = 0;
-    if (c.ring_rows) {
-        b.n_keys = b.position < c.ring_rows ? (int)b.position + 1 : c.ring_rows;
-        b.newest = (c.ring_rows & (c.ring_rows - 1)) == 0
-                       ? (int)(b.position & (c.ring_rows - 1))
-                       : (int)((uint64_t)b.position % (uint32_t)c.ring_rows);
-    }
-    return b;
-}
-
 /* Heads of q, then k, then v, one a warp and turn. */
 template <class S>
 static __device__ __forceinline__ void put_row(const struct mix_call &c, const struct mix_block &b,
@@ -668,7 +428,7 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
     DYNAMIC_SHARED(unsigned char, shared);
     pdl_trigger();
     const bool latents = c.m.latents.n_latents > 0;
-    const struct mix_block b = find_block(c, S::heads);
+    const struct mix_block b = find_block(c, (int)blockIdx.y, (int)blockIdx.x * S::heads);
     if (b.row >= c.step.sizes->n_rows) {
         pdl_wait();
         return;
@@ -681,7 +441,7 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
         fetch_tile<S>(c, b, values, S::value_pitch(dim), c.ring_v, 0);
     }
     const int my_head = latents ? gate_head<S>() : -1, lane = (int)threadIdx.x % WARP;
-    float4 held[BATCH] = {};
+    float4 held[MIX_BATCH] = {};
     float before = 0, sum = 0;
     if (latents && (int)threadIdx.x / n_lanes < S::threads / n_lanes)
         fetch_latents<S>(held, c, b, 0, (int)threadIdx.x / n_lanes);
@@ -689,10 +449,13 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
         before = c.m.m.data[latent_at(c, b, c.m.m, my_head) + lane];
         sum = c.m.alpha.data[latent_at(c, b, c.m.alpha, my_head) + lane];
     }
+    struct mix_frequencies<S> frequencies;
     struct mix_angles<S> angles = {
     };
-    if (c.ring_rows && (int)threadIdx.x / WARP <= S::heads)
-        find_angles<S>(&angles, c, b.position);
+    if (c.ring_rows && (int)threadIdx.x / WARP <= S::heads) {
+        read_frequencies<S>(&frequencies, c);
+        find_angles<S>(&angles, frequencies, b.position);
+    }
 
     pdl_wait();
     put_row<S>(c, b, shared, angles);
@@ -830,13 +593,13 @@ static bool mix_fits(const struct cuda *c, const struct mix *m, int head_dim)
 {
     const bool window = m->q && m->window.ring_rows;
     const int n_latents = m->latents.n_latents;
-    if (!c->step.decode || head_dim % 8 || head_dim < 8 || head_dim > MAX_HEAD_DIM)
+    if (!c->step.decode || head_dim % 8 || head_dim < 8 || head_dim > MIX_HEAD_DIM)
         return false;
     if (window &&
         (m->window.ring_rows > MAX_RING_ROWS || m->ring_k.row_values % head_dim ||
          m->ring_k.row_values != m->ring_v.row_values || m->ring_k.dtype != m->ring_v.dtype))
         return false;
-    if (n_latents > MAX_LATENTS || (n_latents && m->s.row_values % 4))
+    if (n_latents > MIX_LATENTS || (n_latents && m->s.row_values % 4))
         return false;
     return !n_latents || m->theta;
 }
@@ -860,6 +623,8 @@ bool fused_mix(struct cuda *c, const struct mix *m)
     call.ring_k = m->ring_k.buffer->data;
     call.ring_v = m->ring_v.buffer->data;
     call.ring_row_values = m->ring_k.row_values;
+    if (mix_by_warps(c, &call))
+        return true;
     switch (m->ring_k.dtype) {
     case DTYPE_BF16:
         return run_dim<bf16>(c, &call);

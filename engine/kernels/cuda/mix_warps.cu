@@ -1,0 +1,478 @@
+/* mix_warps.cu - one row's latents and window, for the shapes that most models have: head_dim 64,
+ * 96 or 128, a bf16 ring of at most 128 rows, no kv head shared, at most 32 latents a head.
+ *
+ * A block serves a head of one row after the other. Each of its four warps works for itself: on
+ * its quarter of the ring, which it copied, with a maximum and a total of its own, and on its
+ * quarter of the latents. The block meets twice a row: when q, k, v and gates are there, and to
+ * add the quarters up. Once a warp has read its keys, it asks for the next row's, and so it does
+ * with values and latents: memory does not wait for sums.
+ *
+ * Products go through the tensor cores with the ring as the first factor, 16 keys or dimensions
+ * at a time. The second has eight columns for one vector: three of them hold it as a sum of
+ * bf16 values (SPLITS), exact to 24 bits; the other five are zero. So keys and values are
+ * never turned into f32, and a warp's part of the ring takes 2 D / 8 pairs of instructions.
+ *
+ * Bytes as mix.cu's: 49 KB of ring and 2 * 6.3 KB of latents a row and head at d = 96, M = 16,
+ * w = 128. A block's first row is on its way as a whole before pdl_wait. Four blocks of 54 KB run
+ * on an SM.
+ *
+ * A head's sums run in one order, given by the shape alone.
+ */
+#include <math.h>
+
+#include "engine/kernels/cuda/mix.cuh"
+
+enum {
+    KEYS = 128,
+    WARPS = 4,
+    OWN = KEYS / WARPS, /* ring rows of a warp */
+    SPLITS = 3,
+    GATES_WARP = 3,
+    BLOCK_SHARED = 1024, /* bytes a block takes of an SM beside what it asks for */
+    ALIKE = 8,           /* ring rows after which `turn` is the same again */
+};
+
+/* Byte offsets into shared memory. */
+template <int D> struct warps_shape {
+    static constexpr int d = D, heads = 1, latents = WARP, warps = WARPS, threads = WARPS * WARP;
+    static constexpr int pairs = (D + 63) / 64;
+    typedef bf16 ring;
+    static constexpr int units = D / 8; /* 16-byte pieces of a ring row */
+    static constexpr int row_bytes = D * 2;
+    static constexpr int quads = D / 4;          /* lanes that a latent takes */
+    static constexpr int at_once = WARP / quads; /* latents of a warp at a time */
+    static constexpr int keys = 0, values = KEYS * row_bytes;
+    static constexpr int query = values + KEYS * row_bytes;   /* [SPLITS, D] bf16, scaled */
+    static constexpr int locals = query + SPLITS * row_bytes; /* [WARPS, D] f32 */
+    static constexpr int rests = locals + WARPS * D * 4;      /* [WARPS * at_once, D] f32 */
+    static constexpr int tops = rests + WARPS * at_once * D * 4, totals = tops + WARPS * 4;
+    static constexpr int shared = totals + WARPS * 4; /* what mix.cuh places comes after */
+};
+
+/* Where 16 bytes of a ring row lie: units change places so that the eight rows of a matrix that
+ * ldmatrix reads are in different banks. */
+template <int D> static __device__ __forceinline__ int turn(int row)
+{
+    return D % 64 ? row >> 1 & 3 : row & 7;
+}
+
+/* Start copying this warp's rows of the ring, if they are wanted; zeros for those that do not
+ * count. A group of copies in any case. */
+template <class S>
+static __device__ __forceinline__ void fetch_own(unsigned char *to, const bf16 *from,
+                                                 const struct mix_block &b, bool wanted)
+{
+    const int lane = threadIdx.x % WARP, first = (int)threadIdx.x / WARP * OWN;
+#pragma unroll
+    for (int j = 0; wanted && j < ALIKE * S::units / WARP; j++) {
+        const int i = lane + WARP * j, row = first + i / S::units, unit = i % S::units;
+        unsigned char *const there = to + row * S::row_bytes + (unit ^ turn<S::d>(row)) * 16;
+        const bf16 *const here = from + row * S::d + unit * 8;
+#pragma unroll
+        for (int k = 0; k < OWN; k += ALIKE)
+            copy_async_16(there + k * S::row_bytes, here + k * S::d,
+                          row + k < b.n_keys && row + k != b.newest);
+    }
+    copy_async_commit();
+}
+
+/* The index-th part of x as a sum of bf16 values. */
+static __device__ __forceinline__ bf16 split(float x, int index)
+{
+    const bf16 high = from_float<bf16>(x);
+    const float rest = x - to_float(high);
+    const bf16 middle = from_float<bf16>(rest);
+    return index == 0 ? high : index == 1 ? middle : from_float<bf16>(rest - to_float(middle));
+}
+
+static __device__ __forceinline__ uint32_t pair_bits(bf16 low, bf16 high)
+{
+    return (uint32_t)__bfloat16_as_ushort(low) | (uint32_t)__bfloat16_as_ushort(high) << 16;
+}
+
+/* One warp: the query, normed, turned, scaled and split. */
+template <class S>
+static __device__ __forceinline__ void
+put_split_query(const struct mix_call &c, const struct mix_block &b, unsigned char *shared,
+                const struct mix_angles<S> &a)
+{
+    const int lane = threadIdx.x % WARP;
+    bf16 *const query = reinterpret_cast<bf16 *>(shared + S::query);
+    float low[S::pairs], high[S::pairs];
+    turn_head<S>(low, high, c, c.m.q + b.row * c.m.stride + (int64_t)b.head * S::d, c.m.q_norm, a);
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = lane + WARP * p;
+        if (i >= S::d / 2)
+            continue;
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            query[s * S::d + i] = split(low[p] * c.m.window.scale, s);
+            query[s * S::d + i + S::d / 2] = split(high[p] * c.m.window.scale, s);
+        }
+    }
+}
+
+/* The four threads of a group hold columns of one row: their sum. */
+static __device__ __forceinline__ float sum_of_four(float x)
+{
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+/* Scores of the warp's keys; score[i] of lane (g, t): key g + 8 i. */
+template <class S>
+static __device__ __forceinline__ void score_own(float score[OWN / 8], const struct mix_call &c,
+                                                 const struct mix_block &b,
+                                                 const unsigned char *shared)
+{
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int first = (int)threadIdx.x / WARP * OWN;
+    const unsigned char *const query = shared + S::query + g * S::row_bytes + t * 4;
+    uint32_t q[S::d / 16][2];
+#pragma unroll
+    for (int k = 0; k < S::d / 16; k++) {
+        q[k][0] = g < SPLITS ? *reinterpret_cast<const uint32_t *>(query + k * 32) : 0;
+        q[k][1] = g < SPLITS ? *reinterpret_cast<const uint32_t *>(query + k * 32 + 16) : 0;
+    }
+#pragma unroll
+    for (int tile = 0; tile < OWN / 16; tile++) {
+        const int key = first + tile * 16 + lane % 16;
+        const bool is_new = key == b.newest;
+        const unsigned char *const row =
+            shared + (is_new ? c.at.new_key : S::keys + key * S::row_bytes);
+        const int x = is_new ? 0 : turn<S::d>(key);
+        float sum[4] = {};
+#pragma unroll
+        for (int k = 0; k < S::d / 16; k++) {
+            uint32_t a[4];
+            ldmatrix_x4(a, row + ((2 * k + lane / 16) ^ x) * 16);
+            mma_bf16(sum, a, q[k]);
+        }
+        score[2 * tile] = sum_of_four(sum[0] + sum[1]);
+        score[2 * tile + 1] = sum_of_four(sum[2] + sum[3]);
+    }
+    const float cap = c.m.window.softcap;
+#pragma unroll
+    for (int i = 0; i < OWN / 8; i++) {
+        if (cap > 0)
+            score[i] = cap * tanhf(score[i] / cap);
+        if (first + g + 8 * i >= b.n_keys)
+            score[i] = -INFINITY;
+    }
+}
+
+/* Weights in place of scores; the warp's maximum and total. */
+static __device__ __forceinline__ void weigh_own(float score[OWN / 8], float *top, float *total)
+{
+    float most = -INFINITY, sum = 0;
+#pragma unroll
+    for (int i = 0; i < OWN / 8; i++)
+        most = fmaxf(most, score[i]);
+#pragma unroll
+    for (int o = 4; o < WARP; o *= 2)
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
+#pragma unroll
+    for (int i = 0; i < OWN / 8; i++) {
+        score[i] = score[i] == -INFINITY ? 0 : expf(score[i] - most);
+        sum += score[i];
+    }
+#pragma unroll
+    for (int o = 4; o < WARP; o *= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    *top = most;
+    *total = sum;
+}
+
+/* local[D] = the warp's values times their weights. */
+template <class S>
+static __device__ __forceinline__ void take_own(float *local, const float weight[OWN / 8],
+                                                const struct mix_call &c, const struct mix_block &b,
+                                                const unsigned char *shared)
+{
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int first = (int)threadIdx.x / WARP * OWN;
+    float sum[S::d / 16][4] = {};
+#pragma unroll
+    for (int tile = 0; tile < OWN / 16; tile++) {
+        uint32_t w[2]; /* keys 2 t and 2 t + 1, then those plus 8 */
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float of_rows = weight[2 * tile + i];
+            const float even = __shfl_sync(0xffffffffu, of_rows, 8 * t);
+            const float odd = __shfl_sync(0xffffffffu, of_rows, 8 * t + 4);
+            w[i] = g < SPLITS ? pair_bits(split(even, g), split(odd, g)) : 0;
+        }
+        const int key = first + tile * 16 + lane % 8 + lane / 16 * 8;
+        const bool is_new = key == b.newest;
+        const unsigned char *const row =
+            shared + (is_new ? c.at.new_value : S::values + key * S::row_bytes);
+        const int x = is_new ? 0 : turn<S::d>(key);
+#pragma unroll
+        for (int m = 0; m < S::d / 16; m++) {
+            uint32_t a[4];
+            ldmatrix_x4_trans(a, row + ((2 * m + lane / 8 % 2) ^ x) * 16);
+            mma_bf16(sum[m], a, w);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < S::d / 16; m++) {
+        const float low = sum_of_four(sum[m][0] + sum[m][1]);
+        const float high = sum_of_four(sum[m][2] + sum[m][3]);
+        if (t == m % 4) {
+            local[m * 16 + g] = low;
+            local[m * 16 + g + 8] = high;
+        }
+    }
+}
+
+/* The warp's latents: number at_once * warp + group, and so on in steps of at_once * WARPS. */
+template <class S>
+static __device__ __forceinline__ void fetch_latents(float4 held[MIX_BATCH], int first,
+                                                     const float *s, int n, bool begins)
+{
+    const int quad = (int)threadIdx.x % WARP % S::quads;
+#pragma unroll
+    for (int j = 0; j < MIX_BATCH; j++) {
+        const int l = first + j * WARPS * S::at_once;
+        held[j] = make_float4(0, 0, 0, 0);
+        if (l < n && !begins)
+            held[j] = *reinterpret_cast<const float4 *>(s + l * S::d + quad * 4);
+    }
+}
+
+/* s = s keep + take v; *sum += share s. */
+template <class S>
+static __device__ __forceinline__ void
+step_latents(float4 *sum, const float4 held[MIX_BATCH], int first, float *s, int n,
+             const struct mix_call &c, const unsigned char *shared)
+{
+    const int quad = (int)threadIdx.x % WARP % S::quads;
+    const float *const keep = reinterpret_cast<const float *>(shared + c.at.keep);
+    const float *const take = reinterpret_cast<const float *>(shared + c.at.take);
+    const float *const share = reinterpret_cast<const float *>(shared + c.at.share);
+    const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
+    float k[MIX_BATCH], t[MIX_BATCH], p[MIX_BATCH];
+#pragma unroll
+    for (int j = 0; j < MIX_BATCH; j++) { /* all at once: shared memory takes its time */
+        const int l = min(first + j * WARPS * S::at_once, n - 1);
+        k[j] = keep[l], t[j] = take[l], p[j] = share[l];
+    }
+#pragma unroll
+    for (int j = 0; j < MIX_BATCH; j++) {
+        const int l = first + j * WARPS * S::at_once;
+        if (l >= n)
+            continue;
+        const float4 old = held[j];
+        const float4 now =
+            make_float4(fmaf(old.x, k[j], t[j] * v.x), fmaf(old.y, k[j], t[j] * v.y),
+                        fmaf(old.z, k[j], t[j] * v.z), fmaf(old.w, k[j], t[j] * v.w));
+        __stcg(reinterpret_cast<float4 *>(s + l * S::d + quad * 4), now);
+        *sum = make_float4(fmaf(p[j], now.x, sum->x), fmaf(p[j], now.y, sum->y),
+                           fmaf(p[j], now.z, sum->z), fmaf(p[j], now.w, sum->w));
+    }
+}
+
+/* out = window local + latents, the warps' parts in order; window: p(0|t). */
+template <class S>
+static __device__ __forceinline__ void put_sum(const struct mix_call &c, const struct mix_block &b,
+                                               const unsigned char *shared, float window)
+{
+    const float *const locals = reinterpret_cast<const float *>(shared + S::locals);
+    const float *const rests = reinterpret_cast<const float *>(shared + S::rests);
+    const float *const tops = reinterpret_cast<const float *>(shared + S::tops);
+    const float *const totals = reinterpret_cast<const float *>(shared + S::totals);
+    const int i = threadIdx.x;
+    if (i >= S::d)
+        return;
+    float top = -INFINITY, local = 0, total = 0, rest = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++)
+        top = fmaxf(top, tops[w]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        const float scale = exp_below(tops[w], top);
+        local = fmaf(scale, locals[w * S::d + i], local);
+        total = fmaf(scale, totals[w], total);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS * S::at_once; w++)
+        rest += rests[w * S::d + i];
+    rest = fmaf(window, local / total, rest);
+    c.m.out[((int64_t)b.row * c.m.window.n_heads + b.head) * S::d + i] = from_float<bf16>(rest);
+}
+
+/* m and alpha of latent `lane`, for the warp that has the gates. */
+template <class S>
+static __device__ __forceinline__ void fetch_gates(float *m, float *alpha, const struct mix_call &c,
+                                                   const struct mix_block &b)
+{
+    const int lane = threadIdx.x % WARP;
+    *m = *alpha = 0;
+    if ((int)threadIdx.x / WARP == GATES_WARP && lane < c.m.latents.n_latents && !b.begins) {
+        *m = c.m.m.data[latent_at(c, b, c.m.m, 0) + lane];
+        *alpha = c.m.alpha.data[latent_at(c, b, c.m.alpha, 0) + lane];
+    }
+}
+
+/* What the row's products and gates give, each by a warp; m and alpha: as they were. */
+template <class S>
+static __device__ __forceinline__ void put_row(const struct mix_call &c, const struct mix_block &b,
+                                               unsigned char *shared, float m, float alpha,
+                                               const struct mix_angles<S> &angles)
+{
+    const int warp = threadIdx.x / WARP;
+    if (warp == 0)
+        put_split_query<S>(c, b, shared, angles);
+    else if (warp == 1)
+        put_key<S>(c, b, shared, angles);
+    else if (warp == 2)
+        put_value<S>(c, b, shared);
+    else if (warp == GATES_WARP)
+        put_gates<S>(c, b, shared, 0, m, alpha);
+}
+
+/* The head's rings of a slot. */
+template <class S>
+static __device__ __forceinline__ const bf16 *ring_of(const void *ring, const struct mix_call &c,
+                                                      const struct mix_block &b)
+{
+    return static_cast<const bf16 *>(ring) + b.slot * c.ring_row_values +
+           (int64_t)b.kv * c.ring_rows * S::d;
+}
+
+template <class S>
+static __device__ __forceinline__ float *latents_of(const struct mix_call &c,
+                                                    const struct mix_block &b)
+{
+    return c.m.s.data + b.slot * c.m.s.row_values + (int64_t)b.head * c.m.latents.n_latents * S::d;
+}
+
+/* grid: heads, and blocks that share the rows out. */
+template <class S>
+__global__ void __launch_bounds__(S::threads, 4)
+    mix_warps_kernel(const __grid_constant__ struct mix_call c)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    pdl_trigger();
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int n_rows = c.step.sizes->n_rows;
+    if ((int)blockIdx.y >= n_rows) {
+        pdl_wait();
+        return;
+    }
+    struct mix_block b = find_block(c, (int)blockIdx.y, (int)blockIdx.x);
+    fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, b), b, true);
+    fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, b), b, true);
+    const int first = warp * S::at_once + lane / S::quads; /* of this lane's latents */
+    const int n_latents = lane < S::quads * S::at_once ? c.m.latents.n_latents : 0;
+    float4 held[MIX_BATCH];
+    fetch_latents<S>(held, first, latents_of<S>(c, b), n_latents, b.begins);
+    float m, alpha;
+    fetch_gates<S>(&m, &alpha, c, b);
+    struct mix_frequencies<S> frequencies;
+    struct mix_angles<S> angles = {
+    };
+    if (warp < 2) {
+        read_frequencies<S>(&frequencies, c);
+        find_angles<S>(&angles, frequencies, b.position);
+    }
+
+    pdl_wait();
+    for (;;) {
+        const int next_row = b.row + (int)gridDim.y;
+        const bool more = next_row < n_rows;
+        const int64_t next_slot = c.step.seq_slot[more ? next_row : b.row];
+        const int64_t next_position = c.step.positions[more ? next_row : b.row];
+        put_row<S>(c, b, shared, m, alpha, angles);
+        if (more && warp < 2)
+            find_angles<S>(&angles, frequencies, next_position);
+        copy_async_wait<1>(); /* the keys */
+        __syncthreads();
+
+        const float window = *reinterpret_cast<const float *>(shared + c.at.window_share);
+        float score[OWN / 8], top, total;
+        score_own<S>(score, c, b, shared);
+        weigh_own(score, &top, &total);
+        if (lane == 0) {
+            reinterpret_cast<float *>(shared + S::tops)[warp] = top;
+            reinterpret_cast<float *>(shared + S::totals)[warp] = total;
+        }
+        const struct mix_block next = block_of(c, next_row, b.head, next_slot, next_position);
+        fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, next), next, more);
+        copy_async_wait<1>(); /* the values */
+        __syncwarp();
+        take_own<S>(reinterpret_cast<float *>(shared + S::locals) + warp * S::d, score, c, b,
+                    shared);
+        __syncwarp();
+        fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, next), next, more);
+
+        float *const s = latents_of<S>(c, b);
+        float4 rest = make_float4(0, 0, 0, 0);
+        for (int l = first; l < n_latents; l += MIX_BATCH * WARPS * S::at_once) {
+            if (l != first)
+                fetch_latents<S>(held, l, s, n_latents, b.begins);
+            step_latents<S>(&rest, held, l, s, n_latents, c, shared);
+        }
+        if (n_latents)
+            reinterpret_cast<float4 *>(shared + S::rests)[first * S::quads + lane % S::quads] =
+                rest;
+        if (more) {
+            fetch_latents<S>(held, first, latents_of<S>(c, next), n_latents, next.begins);
+            fetch_gates<S>(&m, &alpha, c, next);
+        }
+        __syncthreads();
+        put_sum<S>(c, b, shared, window);
+        if (!more)
+            break;
+        b = next;
+    }
+}
+
+/* ---- launching ---- */
+
+template <class S> static bool run(struct cuda *c, struct mix_call *call)
+{
+    int at = S::shared;
+    const auto place = [&at](int n_bytes) {
+        const int offset = at;
+        at = (at + n_bytes + 15) / 16 * 16;
+        return offset;
+    };
+    const int n_gates = call->m.latents.n_latents * (int)sizeof(float);
+    call->at.new_key = place(S::row_bytes);
+    call->at.new_value = place(S::row_bytes);
+    call->at.value = place(S::d * (int)sizeof(float));
+    call->at.keep = place(n_gates);
+    call->at.take = place(n_gates);
+    call->at.share = place(n_gates);
+    call->at.window_share = place(sizeof(float));
+    if ((size_t)at > shared_limit(&c->queue))
+        return false;
+    const int heads = call->m.window.n_heads, rows = c->step.rows;
+    const int of_sm = ((int)shared_limit(&c->queue) + BLOCK_SHARED) / (at + BLOCK_SHARED);
+    const int room = c->queue.n_sms * of_sm / heads; /* rows at a time */
+    const int turns = room > 0 ? ceil_div(rows, room) : rows;
+    const dim3 grid((unsigned)heads, (unsigned)ceil_div(rows, turns));
+    launch(&c->queue, "fused_mix", mix_warps_kernel<S>, grid, S::threads, (size_t)at, *call);
+    return true;
+}
+
+bool mix_by_warps(struct cuda *c, struct mix_call *call)
+{
+    const int n_latents = call->m.latents.n_latents;
+    if (call->ring_rows < 1 || call->ring_rows > KEYS || n_latents < 1 || n_latents > WARP ||
+        call->m.window.n_heads != call->m.window.n_kv_heads || call->m.ring_k.dtype != DTYPE_BF16 ||
+        call->ring_row_values % 8)
+        return false;
+    switch (call->head_dim) {
+    case 64:
+        return run<warps_shape<64>>(c, call);
+    case 96:
+        return run<warps_shape<96>>(c, call);
+    case 128:
+        return run<warps_shape<128>>(c, call);
+    default:
+        return false;
+    }
+}
