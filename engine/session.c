@@ -378,13 +378,15 @@ enum status session_show(struct sessions *t, const char *id, int owner, struct s
     return st;
 }
 
-enum status session_delete(struct sessions *t, const char *id, int owner, session_done *done,
-                           void *context, struct error *err)
+enum status session_delete(struct sessions *t, const char *id, int owner, int64_t version,
+                           session_done *done, void *context, struct error *err)
 {
     struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
     struct session *s = session_find_owned(t, id, owner); /* also one that is lost */
     enum status st = !s ? session_not_found(id, err) : s->in_turn ? in_a_turn(s, err) : STATUS_OK;
+    if (!st)
+        st = check_version(s, version, err);
     if (!st)
         st = change_new(&c, s, done, context, err);
     if (!st)
@@ -557,12 +559,14 @@ void session_end_turn(struct session *s, struct session_turn *turn)
 
 /* ---- states ---- */
 
-enum status session_image(struct sessions *t, const char *id, int owner, struct image **out,
-                          struct session_info *info, struct error *err)
+enum status session_image(struct sessions *t, const char *id, int owner, int64_t version,
+                          struct image **out, struct session_info *info, struct error *err)
 {
     struct session *s = NULL;
     pthread_mutex_lock(&t->lock);
     enum status st = find(t, id, owner, &s, err);
+    if (!st)
+        st = check_version(s, version, err);
     if (!st)
         st = session_describe_copy(s, info, err);
     if (!st)
@@ -632,14 +636,16 @@ static enum status check_new_name(const struct session *s, const char *name, str
     return STATUS_OK;
 }
 
-enum status session_keep(struct sessions *t, const char *id, int owner, const char *name,
-                         session_done *done, void *context, struct error *err)
+enum status session_keep(struct sessions *t, const char *id, int owner, int64_t version,
+                         const char *name, session_done *done, void *context, struct error *err)
 {
     struct session *s = NULL;
     struct change *c = NULL;
     CHECK(strlen(name) < SESSION_NAME_BYTES);
     pthread_mutex_lock(&t->lock);
     enum status st = find_idle(t, id, owner, &s, err);
+    if (!st)
+        st = check_version(s, version, err);
     if (!st)
         st = check_new_name(s, name, err);
     if (!st)
@@ -674,13 +680,16 @@ static enum status roll_back(const struct session *s, const char *name, struct c
     return STATUS_OK;
 }
 
-enum status session_rollback(struct sessions *t, const char *id, int owner, const char *name,
-                             session_done *done, void *context, struct error *err)
+enum status session_rollback(struct sessions *t, const char *id, int owner, int64_t version,
+                             const char *name, session_done *done, void *context,
+                             struct error *err)
 {
     struct session *s = NULL;
     struct change *c = NULL;
     pthread_mutex_lock(&t->lock);
     enum status st = find_idle(t, id, owner, &s, err);
+    if (!st)
+        st = check_version(s, version, err);
     if (!st)
         st = change_new(&c, s, done, context, err);
     if (!st)

@@ -125,8 +125,8 @@ enum status session_create(struct sessions *t, const struct session_request *req
                            session_done *done, void *context, struct error *err);
 enum status session_show(struct sessions *t, const char *id, int owner, struct session_info *out,
                          struct error *err);
-enum status session_delete(struct sessions *t, const char *id, int owner, session_done *done,
-                           void *context, struct error *err);
+enum status session_delete(struct sessions *t, const char *id, int owner, int64_t version,
+                           session_done *done, void *context, struct error *err);
 
 /* Up to max of the owner's sessions, newest first, those after the one named `after` (NULL: from
  * the first). has_more: there are others. */
@@ -153,8 +153,8 @@ enum status session_commit(struct sessions *t, struct session_turn *turn, struct
 void session_abandon(struct sessions *t, struct session_turn *turn);
 
 /* The session's image, kept for the caller; *out NULL for one without tokens. */
-enum status session_image(struct sessions *t, const char *id, int owner, struct image **out,
-                          struct session_info *info, struct error *err);
+enum status session_image(struct sessions *t, const char *id, int owner, int64_t version,
+                          struct image **out, struct session_info *info, struct error *err);
 /* The image of one of its snapshots, or the session's own for a name of NULL; kept for the caller.
  */
 enum status session_image_of(struct sessions *t, const char *id, int owner, const char *name,
@@ -164,12 +164,13 @@ enum status session_replace(struct sessions *t, const char *id, int owner, int64
                             struct image *image, session_done *done, void *context,
                             struct error *err);
 
-enum status session_keep(struct sessions *t, const char *id, int owner, const char *name,
-                         session_done *done, void *context, struct error *err);
+enum status session_keep(struct sessions *t, const char *id, int owner, int64_t version,
+                         const char *name, session_done *done, void *context, struct error *err);
 /* name NULL: to where the last turn began. STATUS_CONFLICT: also where there is no such snapshot or
  * turn. */
-enum status session_rollback(struct sessions *t, const char *id, int owner, const char *name,
-                             session_done *done, void *context, struct error *err);
+enum status session_rollback(struct sessions *t, const char *id, int owner, int64_t version,
+                             const char *name, session_done *done, void *context,
+                             struct error *err);
 enum status session_snapshots(struct sessions *t, const char *id, int owner,
                               struct session_snapshot out[SESSION_MAX_SNAPSHOTS], int *n,
                               struct error *err);

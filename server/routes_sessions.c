@@ -208,6 +208,21 @@ static struct errand *errand_new(const struct place *p)
     return e;
 }
 
+/* The same for what is about a session as it is: at the version that If-Match names, if any. */
+static struct errand *errand_new_if_match(const struct place *p)
+{
+    int64_t version;
+    struct error err;
+    if (call_if_match(p->http, &version, &err)) {
+        refuse(p, &err);
+        return NULL;
+    }
+    struct errand *e = errand_new(p);
+    if (e)
+        e->version = version;
+    return e;
+}
+
 /* An errand that is over, or goes on without its request, has its last words in here. */
 static void errand_wait(struct errand *e)
 {
@@ -440,12 +455,12 @@ static void remove_session(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    struct errand *e = find_place(http, context, &p) ? errand_new(&p) : NULL;
+    struct errand *e = find_place(http, context, &p) ? errand_new_if_match(&p) : NULL;
     if (!e)
         return;
     e->n_waiting = 1;
     enum status st =
-        session_delete(p.routes->storage.sessions, e->id, p.owner, on_deleted, e, &err);
+        session_delete(p.routes->storage.sessions, e->id, p.owner, e->version, on_deleted, e, &err);
     errand_handed_in(e, st, &err);
 }
 
@@ -464,8 +479,8 @@ static void end_fork(struct errand *e)
         return;
     }
     for (int i = 0; i < e->n_made; i++)
-        session_delete(e->place.routes->storage.sessions, e->children[i].id, e->place.owner, NULL,
-                       NULL, &ignored);
+        session_delete(e->place.routes->storage.sessions, e->children[i].id, e->place.owner,
+                       SESSION_ANY_VERSION, NULL, NULL, &ignored);
     refuse(&e->place, &e->error);
 }
 
@@ -489,8 +504,8 @@ static enum status fork_session(struct errand *e, struct error *err)
     const struct place *p = &e->place;
     struct session_info parent;
     struct image *image = NULL;
-    enum status st =
-        session_image(p->routes->storage.sessions, e->id, p->owner, &image, &parent, err);
+    enum status st = session_image(p->routes->storage.sessions, e->id, p->owner, e->version, &image,
+                                   &parent, err);
     if (st)
         return st;
     e->children = calloc((size_t)e->n_children, sizeof(*e->children));
@@ -521,7 +536,7 @@ static void post_fork(struct http_request *http, void *context)
     cJSON_Delete(tree);
     if (st)
         refuse(&p, &err);
-    struct errand *e = st ? NULL : errand_new(&p);
+    struct errand *e = st ? NULL : errand_new_if_match(&p);
     if (!e)
         return;
     e->n_children = (int)n;
@@ -548,12 +563,13 @@ static void post_snapshot(struct http_request *http, void *context)
     enum status st = request_json_name(tree, "", "name", &name, &err);
     if (!st && !name)
         st = fail_field(&err, STATUS_INVALID, "name", "Missing required parameter: 'name'.");
-    struct errand *e = st ? NULL : errand_new(&p);
+    struct errand *e = st ? NULL : errand_new_if_match(&p);
     if (st)
         refuse(&p, &err);
     if (e) {
         e->n_waiting = 1;
-        st = session_keep(p.routes->storage.sessions, e->id, p.owner, name, on_snapshot, e, &err);
+        st = session_keep(p.routes->storage.sessions, e->id, p.owner, e->version, name, on_snapshot,
+                          e, &err);
         errand_handed_in(e, st, &err);
     }
     cJSON_Delete(tree);
@@ -591,13 +607,13 @@ static void post_rollback(struct http_request *http, void *context)
     if (!begin(http, context, names, &p, &tree))
         return;
     enum status st = request_json_name(tree, "", "snapshot", &name, &err);
-    struct errand *e = st ? NULL : errand_new(&p);
+    struct errand *e = st ? NULL : errand_new_if_match(&p);
     if (st)
         refuse(&p, &err);
     if (e) {
         e->n_waiting = 1;
-        st =
-            session_rollback(p.routes->storage.sessions, e->id, p.owner, name, on_session, e, &err);
+        st = session_rollback(p.routes->storage.sessions, e->id, p.owner, e->version, name,
+                              on_session, e, &err);
         errand_handed_in(e, st, &err);
     }
     cJSON_Delete(tree);
@@ -642,11 +658,11 @@ static void get_state(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    struct errand *e = find_place(http, context, &p) ? errand_new(&p) : NULL;
+    struct errand *e = find_place(http, context, &p) ? errand_new_if_match(&p) : NULL;
     if (!e)
         return;
-    enum status st =
-        session_image(p.routes->storage.sessions, e->id, p.owner, &e->image, &e->info, &err);
+    enum status st = session_image(p.routes->storage.sessions, e->id, p.owner, e->version,
+                                   &e->image, &e->info, &err);
     if (st) {
         refuse(&p, &err);
     } else if (!e->image) {
@@ -697,13 +713,11 @@ static void put_state(struct http_request *http, void *context)
 {
     struct place p;
     struct error err;
-    struct errand *e = find_place(http, context, &p) ? errand_new(&p) : NULL;
+    struct errand *e = find_place(http, context, &p) ? errand_new_if_match(&p) : NULL;
     if (!e)
         return;
     const char *body = http_body(http, &e->n_body);
-    enum status st = call_if_match(http, &e->version, &err);
-    if (!st)
-        st = session_show(p.routes->storage.sessions, e->id, p.owner, &e->info, &err);
+    enum status st = session_show(p.routes->storage.sessions, e->id, p.owner, &e->info, &err);
     if (!st && !(e->body = malloc(e->n_body ? e->n_body : 1)))
         st = fail(&err, STATUS_NOMEM, "out of memory for the state of a session");
     if (st) {

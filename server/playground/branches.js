@@ -1,6 +1,5 @@
 // branches.js - what is done with sessions: open, fork, go back, keep, carry away, delete.
 
-import { ApiError } from "./api.js";
 import * as sessions from "./sessions.js";
 import * as store from "./store.js";
 import { $, bytes, pointsOf, say, showSession, showSnapshots, showTurns, state } from "./view.js";
@@ -91,7 +90,7 @@ export async function fork() {
 }
 
 export async function rollBackTo(name) {
-  take(await sessions.rollback(state.session.id, name));
+  take(await sessions.rollback(state.session, name));
   dropUnapplied();
   const { marks } = state.text;
   state.text.turns = [...(Object.hasOwn(marks, name) ? marks[name] : state.text.turns)];
@@ -160,8 +159,7 @@ export async function deleteSession() {
 }
 
 export async function undoTurn() {
-  await expectVersion();
-  take(await sessions.rollback(state.session.id));
+  take(await sessions.rollback(state.session));
   const turn = state.text.turns.pop();
   state.text.undo = false;
   bridge();
@@ -170,11 +168,4 @@ export async function undoTurn() {
   showTurns();
   showSession();
   $("prompt").focus();
-}
-
-/** Rolling back has no If-Match: look first. */
-export async function expectVersion() {
-  const now = await sessions.retrieve(state.session.id), { version, id } = state.session;
-  if (now.version !== version)
-    throw new ApiError(`Session '${id}' is at version ${now.version}; expected version ${version}.`, { status: 412 });
 }

@@ -11,7 +11,10 @@ const path = (id, more = "") => `v1/sessions/${encodeURIComponent(id)}${more}`;
 
 export const retrieve = (id) => api.json(path(id));
 export const remove = (id) => api.json(path(id), { method: "DELETE" });
-export const rollback = (id, snapshot) => api.json(path(id, "/rollback"), { json: snapshot === undefined ? {} : { snapshot } });
+/** Of a session as the page knows it: where it has moved on, nothing changes (412). */
+export const rollback = ({ id, version }, snapshot) => api.json(path(id, "/rollback"), {
+  json: snapshot === undefined ? {} : { snapshot }, headers: { "If-Match": `"${version}"` },
+});
 export const snapshots = async (id) => (await api.json(path(id, "/snapshots"))).data;
 export const snapshot = (id, name) => api.json(path(id, "/snapshots"), { json: { name } });
 export const exported = async (id) => (await api.send(path(id, "/state"))).blob();

@@ -2,7 +2,7 @@
 
 import { api, ApiError, Generation, LostError, StoppedError } from "./api.js";
 import { tokensOf } from "./answer.js";
-import { dropUnapplied, expectVersion, remember, take } from "./branches.js";
+import { dropUnapplied, remember, take } from "./branches.js";
 import { median, milliseconds, Stopwatch } from "./plot.js";
 import { act, clearBanner, explain, newest, showBanner } from "./problems.js";
 import { clearMarks, sampling } from "./sampling.js";
@@ -189,8 +189,7 @@ export async function regenerate() {
   const turn = state.text.turns.at(-1);
   let back = false;
   await act(async () => {
-    await expectVersion();
-    take(await sessions.rollback(state.session.id));
+    take(await sessions.rollback(state.session));
     state.text.turns.pop();
     state.text.undo = false;
     back = true;

@@ -666,9 +666,9 @@ static void provoke_session(const char *path, const char *method, int status, co
                             struct reply *reply)
 {
     char id[64], real_path[200], body[300], upper[16];
-    static const char *const xml[] = {"Content-Type: text/xml", NULL}, *const stale[] = {
-                                                                           "If-Match: \"99\"",
-                                                                           NULL};
+    static const char *const xml[] = {"Content-Type: text/xml", NULL};
+    static const char *const stale[] = {"If-Match: \"99\"", NULL};
+    static const char *const unreadable[] = {"If-Match: seven", NULL};
     const struct server *s = status == 401   ? &keyed
                              : status == 410 ? &damaged
                              : status == 413 ? &small
@@ -704,7 +704,9 @@ static void provoke_session(const char *path, const char *method, int status, co
         q.body = "{";
     if (status == 400 && import)
         q.body = "x", q.n_body = 1;
-    if (status == 400 && !strcmp(upper, "GET"))
+    if (status == 400 && brace && !example && !import)
+        q.headers = unreadable;
+    else if (status == 400 && !strcmp(upper, "GET"))
         strcat(real_path, "?limit=0");
     if (status == 404 && !brace && !strcmp(upper, "GET"))
         strcat(real_path, "?after=none");

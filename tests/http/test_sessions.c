@@ -611,6 +611,59 @@ static void test_if_match(void **state)
     free(body);
 }
 
+static int count_sessions(void)
+{
+    struct answer a = send_text(&server, "GET", "/v1/sessions?limit=100", NULL, NULL);
+    int n = cJSON_GetArraySize(member(a.json, "data"));
+    assert_true(n < 100);
+    done(&a);
+    return n;
+}
+
+/* What is asked of a session at a version that it is not at leaves it as it was. */
+static void test_if_match_of_changes(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *method, *what, *body, *good;
+    } cases[] = {
+        {"POST", "/rollback", "{}", "If-Match: \"2\""},
+        {"POST", "/snapshots", "{\"name\":\"a\"}", "If-Match: 3"},
+        {"POST", "/fork", "{}", "If-Match: \"3\""},
+        {"GET", "/state", NULL, NULL}, /* bytes: test_export_and_import */
+        {"DELETE", "", NULL, "If-Match: *"},
+    };
+    struct id session = session_with_turns();
+    const int n_sessions = count_sessions();
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        const char *body = cases[i].body, *path = path_of(&session, cases[i].what);
+        struct answer a = send_text(&server, cases[i].method, path, body ? strdup(body) : NULL,
+                                    "If-Match: \"1\"");
+        expect_code(&a, 412);
+        done(&a);
+        a = send_text(&server, cases[i].method, path, body ? strdup(body) : NULL, "If-Match: one");
+        expect_code(&a, 400);
+        assert_string_equal(member(member(a.json, "error"), "param")->valuestring, "If-Match");
+        done(&a);
+    }
+    struct answer a = send_text(&server, "GET", path_of(&session, ""), NULL, NULL);
+    assert_int_equal(number(a.json, "version"), 2);
+    done(&a);
+    a = send_text(&server, "GET", path_of(&session, "/snapshots"), NULL, NULL);
+    assert_int_equal(cJSON_GetArraySize(member(a.json, "data")), 0);
+    done(&a);
+    assert_int_equal(count_sessions(), n_sessions);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        const char *body = cases[i].body;
+        if (!cases[i].good)
+            continue;
+        a = send_text(&server, cases[i].method, path_of(&session, cases[i].what),
+                      body ? strdup(body) : NULL, cases[i].good);
+        expect_code(&a, 200);
+        done(&a);
+    }
+}
+
 /* ---- the resource ---------------------------------------------------------------------------- */
 
 static void test_refusals(void **state)
@@ -801,6 +854,7 @@ int main(void)
         cmocka_unit_test(test_export_and_import),
         cmocka_unit_test(test_one_turn_at_a_time),
         cmocka_unit_test(test_if_match),
+        cmocka_unit_test(test_if_match_of_changes),
         cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_list_and_delete),
         cmocka_unit_test(test_tiers),

@@ -199,7 +199,7 @@ static void check_member(struct world *w, const struct member *m)
     struct image *image = NULL;
     struct error err;
     refresh(w, m);
-    if (session_image(w->at->sessions, m->id, OWNER, &image, &info, &err))
+    if (session_image(w->at->sessions, m->id, OWNER, SESSION_ANY_VERSION, &image, &info, &err))
         fail_msg("%s: %s", w->label, err.text);
     session_info_free(&info);
     if (info.version != m->version || info.position != m->position)
@@ -241,7 +241,10 @@ static void destroy(struct world *w, struct member *m)
     if (!m->exists)
         return;
     refresh(w, m);
-    await_good(&a, session_delete(w->at->sessions, m->id, OWNER, on_done, &a, &err), &err);
+    const int64_t version = (int64_t)m->version;
+    assert_int_equal(session_delete(w->at->sessions, m->id, OWNER, version + 1, on_done, &a, &err),
+                     STATUS_PRECONDITION);
+    await_good(&a, session_delete(w->at->sessions, m->id, OWNER, version, on_done, &a, &err), &err);
     m->exists = false;
     struct session_info info;
     for (int i = 0; i < w->n_sides; i++) {
@@ -331,8 +334,9 @@ static void fork_session(struct world *w, const struct member *from, struct memb
         return;
     struct history history = from->now;
     refresh(w, from);
-    assert_int_equal(session_image(w->at->sessions, from->id, OWNER, &image, &info, &err),
-                     STATUS_OK);
+    assert_int_equal(
+        session_image(w->at->sessions, from->id, OWNER, SESSION_ANY_VERSION, &image, &info, &err),
+        STATUS_OK);
     session_info_free(&info);
     destroy(w, to);
     create(w, to, image, &history);
@@ -349,7 +353,12 @@ static void keep_snapshot(struct world *w, struct member *m)
         return;
     snprintf(name, sizeof(name), "s%d", m->n_snapshots);
     refresh(w, m);
-    await_good(&a, session_keep(w->at->sessions, m->id, OWNER, name, on_done, &a, &err), &err);
+    const int64_t version = (int64_t)m->version;
+    assert_int_equal(
+        session_keep(w->at->sessions, m->id, OWNER, version + 1, name, on_done, &a, &err),
+        STATUS_PRECONDITION);
+    await_good(&a, session_keep(w->at->sessions, m->id, OWNER, version, name, on_done, &a, &err),
+               &err);
     m->snapshots[m->n_snapshots++] = m->now;
 }
 
@@ -363,9 +372,12 @@ static void roll_back(struct world *w, struct member *m, bool to_snapshot)
     int i = to_snapshot ? history_below(m->n_snapshots) : 0;
     snprintf(name, sizeof(name), "s%d", i);
     refresh(w, m);
-    await_good(&a,
-               session_rollback(w->at->sessions, m->id, OWNER, to_snapshot ? name : NULL, on_done,
-                                &a, &err),
+    const char *const to = to_snapshot ? name : NULL;
+    const int64_t version = (int64_t)m->version;
+    assert_int_equal(
+        session_rollback(w->at->sessions, m->id, OWNER, version + 1, to, on_done, &a, &err),
+        STATUS_PRECONDITION);
+    await_good(&a, session_rollback(w->at->sessions, m->id, OWNER, version, to, on_done, &a, &err),
                &err);
     m->now = to_snapshot ? m->snapshots[i] : m->previous;
     m->has_previous = false;
@@ -386,8 +398,9 @@ static void carry_over(struct world *w, const struct member *from, struct member
         return;
     refresh(w, from);
     refresh(w, to);
-    assert_int_equal(session_image(w->at->sessions, from->id, OWNER, &image, &info, &err),
-                     STATUS_OK);
+    assert_int_equal(
+        session_image(w->at->sessions, from->id, OWNER, SESSION_ANY_VERSION, &image, &info, &err),
+        STATUS_OK);
     session_info_free(&info);
     hold(w, image);
     image_write(image, &file);
