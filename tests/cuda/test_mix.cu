@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "engine/kernels/cuda/fused.cuh"
+#include "engine/kernels/cuda/mix.cuh"
 
 extern "C" {
 #include "tests/unit/unit.h"
@@ -572,7 +572,7 @@ static void test_shapes(void **)
           {2, 1, 200, 70, 70, DTYPE_BF16, false, 0, 100, 4}, );
 }
 
-/* The form for frequent shapes, and what is just beyond it. */
+/* The form of mix_warps.cu, and what is just beyond it. */
 static void test_warps(void **)
 {
     const int64_t far = (1LL << 40) + 11;
@@ -581,8 +581,35 @@ static void test_warps(void **)
           {1, 1, 96, 1, 33, DTYPE_BF16, true, 0, 40, 12},
           {2, 2, 128, 7, 1, DTYPE_BF16, false, 0, 9, 6},
           {1, 1, 96, 19, 10, DTYPE_BF16, false, 0, 129, 22},
+          {1, 1, 64, 3, 128, DTYPE_BF16, false, 0, 128, 160}, /* rings half full */
           {2, 2, 96, 33, 128, DTYPE_BF16, false, 0, 200, 4},
           {2, 2, 96, 16, 130, DTYPE_BF16, false, 0, 200, 4}, );
+}
+
+static void test_which_form(void **)
+{
+    static const struct {
+        mix_case shape;
+        bool by_warps;
+    } cases[] = {
+        {{2, 2, 96, 16, 128, DTYPE_BF16, true, 30, 200, 1}, true},
+        {{2, 2, 64, 1, 1, DTYPE_BF16, false, 0, 200, 1}, true},
+        {{3, 3, 128, 32, 128, DTYPE_BF16, false, 0, 200, 1}, true},
+        {{2, 2, 96, 33, 128, DTYPE_BF16, false, 0, 200, 1}, false},
+        {{2, 2, 96, 16, 130, DTYPE_BF16, false, 0, 200, 1}, false},
+        {{2, 2, 96, 16, 128, DTYPE_F8_E4M3, false, 0, 200, 1}, false},
+        {{4, 2, 96, 16, 128, DTYPE_BF16, false, 0, 200, 1}, false},
+        {{2, 2, 80, 16, 128, DTYPE_BF16, false, 0, 200, 1}, false},
+        {{2, 2, 96, 0, 128, DTYPE_BF16, false, 0, 200, 1}, false},
+    };
+    for (const auto &x : cases) {
+        say = &x.shape;
+        struct device dev;
+        mix_memory mem(x.shape);
+        const struct mix m = mem.call(x.shape);
+        if (mix_is_by_warps(&m) != x.by_warps)
+            fail_msg("%s: %s", case_name(), x.by_warps ? "not taken" : "taken");
+    }
 }
 
 static void test_rings(void **)
@@ -669,6 +696,7 @@ static void test_neighbours(void **)
 {
     static const mix_case cases[] = {
         {3, 3, 96, 16, 128, DTYPE_BF16, true, 0, 1000, 1},
+        {2, 2, 128, 32, 128, DTYPE_BF16, true, 30, 1000, 1},
         {4, 2, 96, 16, 130, DTYPE_BF16, true, 0, 1000, 1},
         {2, 2, 64, 8, 20, DTYPE_BF16, false, 0, 1000, 1},
         {4, 2, 128, 8, 20, DTYPE_F8_E4M3, false, 0, 1000, 1},
@@ -847,8 +875,8 @@ static int new_seed(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_shapes),     TEST(test_warps),   TEST(test_rings), TEST(test_one_half),
-        TEST(test_neighbours), TEST(test_refused), TEST(test_front),
+        TEST(test_shapes),   TEST(test_warps),      TEST(test_which_form), TEST(test_rings),
+        TEST(test_one_half), TEST(test_neighbours), TEST(test_refused),    TEST(test_front),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

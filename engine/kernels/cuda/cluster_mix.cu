@@ -89,7 +89,7 @@ template <int D, int HEAD, int WIDTH> struct mix_shape {
 
 /* What a block mixes. */
 struct mix_row {
-    int row, head, n_keys, newest; /* as struct mix_block of mix.cu */
+    int row, head, n_keys, newest; /* as struct mix_block of mix.cuh */
     int64_t slot, position;
     bool here, begins;
 };

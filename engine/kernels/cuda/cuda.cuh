@@ -11,7 +11,7 @@
  *   latent.cu      latent: one row, and prompts by pieces
  *   window.cu      window: one row (long rings split), and prompts by tiles
  *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones
- *   mix.cu         one row of a layer's mixing, fused; mix_warps.cu for the most frequent shapes
+ *   mix.cu         one row of a layer's mixing, fused; mix_warps.cu for some shapes
  *   layer.cu       the fused layer and head
  *   cluster_mix.cu, few_mlp.cu  a layer of few rows, by clusters
  *   stream.cu, residual.cu      products of large matrices; what follows them

@@ -95,7 +95,7 @@ void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
     if (stream_large(c, p))
         return;
     const bool small = (int64_t)p->w.n_out * p->w.n_in <= SMALL_VALUES;
-    if (c->queue.deterministic || p->rows <= (small ? SMALL_ROWS : SKINNY_ROWS))
+    if (c->queue.deterministic || p->rows <= (small ? (int)SMALL_ROWS : (int)SKINNY_ROWS))
         skinny_product(c, p);
     else
         library_product(c, p, wide);

@@ -7,18 +7,15 @@
  * while the rest arrives. A ring longer than a tile of keys is walked tile by tile with a
  * running maximum.
  *
- * Before pdl_wait a block fetches its slot's state: a layer's state
- * is touched by this kernel alone within a step, steps are ordered by the copy of their arrays,
- * and those arrays are never written by a kernel. Only q, k, v and the gates come from the
- * kernels just before.
+ * Before pdl_wait a block fetches its slot's state: a layer's state is touched by this kernel alone
+ * within a step, steps are ordered by the copy of their arrays, and those arrays are never written
+ * by a kernel. Only q, k, v and the gates come from the kernels just before.
  *
  * Bytes of a row and kv head with G query heads: 2 w d ring values read and 2 d written; G latent
- * tensors of M (d + 2) f32 read and written. At d = 96, M = 16, w = 128, bf16: 49 KB + 2 * 6.3 KB,
- * so 1024 rows of 8 heads move 0.5 GB: 165 us at 3.08 TB/s. Four blocks of 128 threads and 53 KB
- * of shared memory run on an SM.
+ * tensors of M (d + 2) f32 read and written.
  *
  * Tried: two stages of shared memory and a loop over items, so that the next item arrives while
- * one is computed, 42 us instead of 34 at 128 rows; see NOTES.md.
+ * one is computed: slower, since fewer blocks fit (NOTES.md). mix_warps.cu loops with one stage.
  *
  * A head's sums run in one order, given by the shape alone: whole tiles of keys in ring order,
  * latents by thread, then groups of threads one after the other.
@@ -623,7 +620,7 @@ bool fused_mix(struct cuda *c, const struct mix *m)
     call.ring_k = m->ring_k.buffer->data;
     call.ring_v = m->ring_v.buffer->data;
     call.ring_row_values = m->ring_k.row_values;
-    if (mix_by_warps(c, &call))
+    if (mix_is_by_warps(m) && mix_by_warps(c, &call))
         return true;
     switch (m->ring_k.dtype) {
     case DTYPE_BF16:

@@ -1,5 +1,5 @@
 /* mix.cuh - one row's mixing, what its two forms have in common: mix.cu for any shape, and
- * mix_warps.cu for the most frequent ones. A block serves a row and one or several query heads.
+ * mix_warps.cu for some. A block serves a row and one or several query heads.
  *
  * S, a form's shape: d (0: any head_dim), heads (query heads of a block), latents (of a head, at
  * most), threads, warps, pairs (of rope, a lane), ring (the type of keys and values).
@@ -16,16 +16,17 @@ enum {
     MIX_BATCH = 4,      /* latents a thread has on their way at a time */
 };
 
-/* Byte offsets into shared memory. */
+/* Byte offsets into shared memory, G query heads a block. */
 struct mix_places {
-    int keys, values;       /* tiles of the ring; sums of groups of threads at the end */
-    int query;              /* [G, d] f32, scaled */
     int new_key, new_value; /* [d] as the ring has them */
     int value;              /* [d] f32 */
-    int weights;            /* [G, keys of a tile] */
-    int stats;              /* [warps, G] */
     int keep, take, share;  /* [G, M] of the latents */
     int window_share;       /* [G] p(0|t) */
+    /* Of mix.cu alone. */
+    int keys, values; /* tiles of the ring; sums of groups of threads at the end */
+    int query;        /* [G, d] f32, scaled */
+    int weights;      /* [G, keys of a tile] */
+    int stats;        /* [warps, G] */
     int total;
 };
 
@@ -277,7 +278,9 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
 
 /* ---- launching ---- */
 
-/* mix_warps.cu, where it knows the shape; call without places. False: nothing was launched. */
+/* mix_warps.cu: whether it knows the shape, and, for those, call without places. False: there is
+ * too little shared memory; nothing was launched. */
+bool mix_is_by_warps(const struct mix *m);
 bool mix_by_warps(struct cuda *c, struct mix_call *call);
 
 #endif

@@ -1,20 +1,21 @@
-/* mix_warps.cu - one row's latents and window, for the shapes that most models have: head_dim 64,
- * 96 or 128, a bf16 ring of at most 128 rows, no kv head shared, at most 32 latents a head.
+/* mix_warps.cu - one row's latents and window where head_dim is 64, 96 or 128, the ring bf16 and of
+ * at most 128 rows, no kv head shared, and a head has at most 32 latents.
  *
  * A block serves a head of one row after the other. Each of its four warps works for itself: on
  * its quarter of the ring, which it copied, with a maximum and a total of its own, and on its
  * quarter of the latents. The block meets twice a row: when q, k, v and gates are there, and to
  * add the quarters up. Once a warp has read its keys, it asks for the next row's, and so it does
- * with values and latents: memory does not wait for sums.
+ * with values and its first latents: memory does not wait for sums.
  *
  * Products go through the tensor cores with the ring as the first factor, 16 keys or dimensions
  * at a time. The second has eight columns for one vector: three of them hold it as a sum of
  * bf16 values (SPLITS), exact to 24 bits; the other five are zero. So keys and values are
  * never turned into f32, and a warp's part of the ring takes 2 D / 8 pairs of instructions.
  *
- * Bytes as mix.cu's: 49 KB of ring and 2 * 6.3 KB of latents a row and head at d = 96, M = 16,
- * w = 128. A block's first row is on its way as a whole before pdl_wait. Four blocks of 54 KB run
- * on an SM.
+ * Bytes of a row and head: mix.cu's with one query head. At d = 96, M = 16, w = 128 49 KB of ring
+ * and 2 * 6.3 KB of latents, so 1024 rows of 8 heads move 0.5 GB: 165 us at 3.08 TB/s; what memory
+ * gives to copies of that kind, and what this kernel takes, is in NOTES.md. What a block needs of
+ * its first row is asked for before pdl_wait, but for latents beyond a warp's first.
  *
  * A head's sums run in one order, given by the shape alone.
  */
@@ -28,11 +29,11 @@ enum {
     OWN = KEYS / WARPS, /* ring rows of a warp */
     SPLITS = 3,
     GATES_WARP = 3,
+    BLOCKS = 4,          /* of an SM, if shared memory suffices; registers leave room for no more */
     BLOCK_SHARED = 1024, /* bytes a block takes of an SM beside what it asks for */
     ALIKE = 8,           /* ring rows after which `turn` is the same again */
 };
 
-/* Byte offsets into shared memory. */
 template <int D> struct warps_shape {
     static constexpr int d = D, heads = 1, latents = WARP, warps = WARPS, threads = WARPS * WARP;
     static constexpr int pairs = (D + 63) / 64;
@@ -41,6 +42,7 @@ template <int D> struct warps_shape {
     static constexpr int row_bytes = D * 2;
     static constexpr int quads = D / 4;          /* lanes that a latent takes */
     static constexpr int at_once = WARP / quads; /* latents of a warp at a time */
+    /* Byte offsets into shared memory. */
     static constexpr int keys = 0, values = KEYS * row_bytes;
     static constexpr int query = values + KEYS * row_bytes;   /* [SPLITS, D] bf16, scaled */
     static constexpr int locals = query + SPLITS * row_bytes; /* [WARPS, D] f32 */
@@ -350,7 +352,7 @@ static __device__ __forceinline__ float *latents_of(const struct mix_call &c,
 
 /* grid: heads, and blocks that share the rows out. */
 template <class S>
-__global__ void __launch_bounds__(S::threads, 4)
+__global__ void __launch_bounds__(S::threads, BLOCKS)
     mix_warps_kernel(const __grid_constant__ struct mix_call c)
 {
     DYNAMIC_SHARED(unsigned char, shared);
@@ -399,6 +401,7 @@ __global__ void __launch_bounds__(S::threads, 4)
             reinterpret_cast<float *>(shared + S::totals)[warp] = total;
         }
         const struct mix_block next = block_of(c, next_row, b.head, next_slot, next_position);
+        __syncwarp();
         fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, next), next, more);
         copy_async_wait<1>(); /* the values */
         __syncwarp();
@@ -450,29 +453,30 @@ template <class S> static bool run(struct cuda *c, struct mix_call *call)
     if ((size_t)at > shared_limit(&c->queue))
         return false;
     const int heads = call->m.window.n_heads, rows = c->step.rows;
-    const int of_sm = ((int)shared_limit(&c->queue) + BLOCK_SHARED) / (at + BLOCK_SHARED);
-    const int room = c->queue.n_sms * of_sm / heads; /* rows at a time */
-    const int turns = room > 0 ? ceil_div(rows, room) : rows;
+    const int fit = ((int)shared_limit(&c->queue) + BLOCK_SHARED) / (at + BLOCK_SHARED);
+    const int room = c->queue.n_sms * (fit < BLOCKS ? fit : BLOCKS) / heads; /* rows at a time */
+    const int turns = room > 0 && rows > room ? ceil_div(rows, room) : 1;
     const dim3 grid((unsigned)heads, (unsigned)ceil_div(rows, turns));
     launch(&c->queue, "fused_mix", mix_warps_kernel<S>, grid, S::threads, (size_t)at, *call);
     return true;
 }
 
+bool mix_is_by_warps(const struct mix *m)
+{
+    const int d = m->window.head_dim, n = m->latents.n_latents;
+    return m->q && m->window.ring_rows >= 1 && m->window.ring_rows <= KEYS && n >= 1 && n <= WARP &&
+           m->window.n_heads == m->window.n_kv_heads && m->ring_k.dtype == DTYPE_BF16 &&
+           m->ring_k.row_values % 8 == 0 && (d == 64 || d == 96 || d == 128);
+}
+
 bool mix_by_warps(struct cuda *c, struct mix_call *call)
 {
-    const int n_latents = call->m.latents.n_latents;
-    if (call->ring_rows < 1 || call->ring_rows > KEYS || n_latents < 1 || n_latents > WARP ||
-        call->m.window.n_heads != call->m.window.n_kv_heads || call->m.ring_k.dtype != DTYPE_BF16 ||
-        call->ring_row_values % 8)
-        return false;
     switch (call->head_dim) {
     case 64:
         return run<warps_shape<64>>(c, call);
     case 96:
         return run<warps_shape<96>>(c, call);
-    case 128:
-        return run<warps_shape<128>>(c, call);
     default:
-        return false;
+        return run<warps_shape<128>>(c, call);
     }
 }
