@@ -96,10 +96,13 @@ static const char script_put[] = SCRIPT_HELPERS
     "if lease ~= '' then redis.call('DEL', p..'l:'..id) end\n"
     "return {'OK'}\n";
 
-/* id */
+/* id, expected ('' any) */
 static const char script_delete[] =
-    SCRIPT_HELPERS "if redis.call('EXISTS', p..'l:'..ARGV[1]) == 1 then return {'TURN'} end\n"
-                   "if redis.call('EXISTS', p..'s:'..ARGV[1]) == 1 then remove(ARGV[1]) end\n"
+    SCRIPT_HELPERS "local rev = redis.call('HGET', p..'s:'..ARGV[1], 'rev')\n"
+                   "if redis.call('EXISTS', p..'l:'..ARGV[1]) == 1 then return {'TURN'} end\n"
+                   "if not rev then return {'OK'} end\n"
+                   "if ARGV[2] ~= '' and rev ~= ARGV[2] then return {'CHANGED'} end\n"
+                   "remove(ARGV[1])\n"
                    "return {'OK'}\n";
 
 /* How many at most: those overdue, unless they are in a turn. */

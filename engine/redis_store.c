@@ -133,12 +133,12 @@ static void put_command(const struct redis_store *s, const struct redis_change *
     redis_store_hex(text->id, c->key);
     redis_call(out, c->is_delete ? &s->remove : &s->put, s->prefix);
     redis_add_text(out, text->id);
+    redis_add_text(out, c->expected);
     if (c->is_delete)
         return;
     snprintf(text->expires, sizeof(text->expires), "%lld", (long long)c->expires);
     snprintf(text->max_sessions, sizeof(text->max_sessions), "%d", c->max_sessions);
     snprintf(text->max_of_owner, sizeof(text->max_of_owner), "%d", c->max_of_owner);
-    redis_add_text(out, c->expected);
     redis_add_text(out, c->revision);
     redis_add_text(out, c->lease);
     redis_add_text(out, c->owner);
@@ -151,7 +151,8 @@ static void put_command(const struct redis_store *s, const struct redis_change *
     redis_add(out, c->origin, c->n_origin);
 }
 
-static enum status refuse(const redisReply *reply, struct error *err)
+/* changed: what it is that another change came first. */
+static enum status refuse(const redisReply *reply, enum status changed, struct error *err)
 {
     const redisReply *word = reply->element[0];
     const char *n = reply->elements > 1 ? reply->element[1]->str : "";
@@ -159,7 +160,7 @@ static enum status refuse(const redisReply *reply, struct error *err)
         return fail_field(err, STATUS_NOT_FOUND, "session_id",
                           "The session is gone: it was deleted, or its time was over.");
     if (is_word(word, "CHANGED"))
-        return fail_field(err, STATUS_CONFLICT, "session_id",
+        return fail_field(err, changed, "session_id",
                           "Another server changed the session meanwhile; nothing was done.");
     if (is_word(word, "TURN"))
         return fail_field(err, STATUS_CONFLICT, "session_id",
@@ -192,7 +193,7 @@ static bool settle(const struct redis_store *s, struct redis_change *c, const re
     }
     if (is_word(reply->element[0], "OK"))
         return true;
-    refuse(reply, &c->error);
+    refuse(reply, c->is_versioned ? STATUS_PRECONDITION : STATUS_CONFLICT, &c->error);
     if (!is_word(reply->element[0], "LACKS") || c->is_restored || !c->restore)
         return true;
     c->is_restored = true;
@@ -484,7 +485,7 @@ static enum status read_fetched(const struct redis_store *s, struct redis_fetche
     if (n && is_word(reply->element[0], "NONE"))
         return STATUS_OK;
     if (n && is_word(reply->element[0], "TURN"))
-        return refuse(reply, err);
+        return refuse(reply, STATUS_CONFLICT, err);
     if (n < 3 || !reply->element[1]->str)
         return strange(s, err);
     out->is_there = true;

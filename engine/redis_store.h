@@ -81,7 +81,8 @@ enum status redis_store_read(struct redis_store *s, const uint8_t name[IMAGE_NAM
 struct redis_change {
     uint8_t key[16];                /* of the session */
     char revision[REDIS_HEX_BYTES]; /* that it makes */
-    char expected[REDIS_HEX_BYTES]; /* that it was made of; empty: the session is new, or any */
+    char expected[REDIS_HEX_BYTES]; /* that it was made of; empty: the session is new, or any that a
+                                     * delete finds */
     char lease[REDIS_HEX_BYTES];    /* of a turn; empty: none */
     char owner[REDIS_HEX_BYTES];
     const char *record, *origin; /* [n_record], [n_origin], borrowed; of the new state, or 0 */
@@ -91,6 +92,7 @@ struct redis_change {
     int64_t expires;    /* Unix seconds, 0: never */
     int max_sessions, max_of_owner; /* for a new one; 0: no limit */
     bool is_delete;
+    bool is_versioned; /* another change that came first is a PRECONDITION, not a CONFLICT */
     /* Called once, by the committing thread, when Redis lacks a state: write it and fill `names`
      * anew; false: it cannot be had. */
     bool (*restore)(struct redis_change *change);

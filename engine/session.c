@@ -102,6 +102,16 @@ static enum status check_version(const struct session *s, int64_t version, struc
                       (unsigned long long)s->now.version, (long long)version);
 }
 
+/* A change of the session as it is at this version, which has been checked. */
+static enum status change_at(struct change **out, struct session *s, int64_t version,
+                             session_done *done, void *context, struct error *err)
+{
+    enum status st = change_new(out, s, done, context, err);
+    if (!st)
+        (*out)->is_versioned = version != SESSION_ANY_VERSION;
+    return st;
+}
+
 void session_tag_owner(const struct sessions *t, struct session *s)
 {
     if (s->owner >= 0 && s->owner < t->options.n_owners)
@@ -385,10 +395,10 @@ enum status session_delete(struct sessions *t, const char *id, int owner, int64_
     pthread_mutex_lock(&t->lock);
     struct session *s = session_find_owned(t, id, owner); /* also one that is lost */
     enum status st = !s ? session_not_found(id, err) : s->in_turn ? in_a_turn(s, err) : STATUS_OK;
-    if (!st)
+    if (!st && !s->why) /* a lost one's is not known */
         st = check_version(s, version, err);
     if (!st)
-        st = change_new(&c, s, done, context, err);
+        st = change_at(&c, s, s->why ? SESSION_ANY_VERSION : version, done, context, err);
     if (!st)
         c->is_delete = true;
     return change_hand_in(t, c, st);
@@ -588,7 +598,7 @@ enum status session_replace(struct sessions *t, const char *id, int owner, int64
     if (!st)
         st = session_quota_check_state(t->quota, s->owner, s->now.previous, err);
     if (!st)
-        st = change_new(&c, s, done, context, err);
+        st = change_at(&c, s, version, done, context, err);
     if (!st)
         advance(&c->next, image);
     return change_hand_in(t, c, st);
@@ -649,7 +659,7 @@ enum status session_keep(struct sessions *t, const char *id, int owner, int64_t 
     if (!st)
         st = check_new_name(s, name, err);
     if (!st)
-        st = change_new(&c, s, done, context, err);
+        st = change_at(&c, s, version, done, context, err);
     if (!st) {
         struct kept *k = &c->next.kept[c->next.n_kept++];
         k->image = session_hold_image(s->now.image);
@@ -681,8 +691,7 @@ static enum status roll_back(const struct session *s, const char *name, struct c
 }
 
 enum status session_rollback(struct sessions *t, const char *id, int owner, int64_t version,
-                             const char *name, session_done *done, void *context,
-                             struct error *err)
+                             const char *name, session_done *done, void *context, struct error *err)
 {
     struct session *s = NULL;
     struct change *c = NULL;
@@ -691,7 +700,7 @@ enum status session_rollback(struct sessions *t, const char *id, int owner, int6
     if (!st)
         st = check_version(s, version, err);
     if (!st)
-        st = change_new(&c, s, done, context, err);
+        st = change_at(&c, s, version, done, context, err);
     if (!st)
         st = roll_back(s, name, &c->next, err);
     return change_hand_in(t, c, st);

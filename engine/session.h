@@ -125,6 +125,9 @@ enum status session_create(struct sessions *t, const struct session_request *req
                            session_done *done, void *context, struct error *err);
 enum status session_show(struct sessions *t, const char *id, int owner, struct session_info *out,
                          struct error *err);
+/* version, here and below: the one that the session must be at, or SESSION_ANY_VERSION; at another
+ * nothing is done (PRECONDITION), also when another server's change comes between. A session that
+ * is lost is deleted at any. */
 enum status session_delete(struct sessions *t, const char *id, int owner, int64_t version,
                            session_done *done, void *context, struct error *err);
 

@@ -74,14 +74,16 @@ static void append_whole(struct sessions *t)
     }
 }
 
-/* Redis would make a session anew whose revision is not known: that of a turn always is. */
+/* Redis would make a session anew whose revision is not known, or delete any: that of a turn always
+ * is. */
 static enum status check_submit(const struct sessions *t, const struct change *c, struct error *err)
 {
     const struct session *s = c->session;
     if (c->entry.payload.failed || c->shared.names.failed)
         return fail(err, STATUS_NOMEM, "out of memory for the change of a session");
-    if (sessions_are_shared(t) && !s->is_new && !c->is_delete && !*s->revision)
-        return fail_field(err, STATUS_CONFLICT, "session_id",
+    if (sessions_are_shared(t) && !s->is_new && (!c->is_delete || c->is_versioned) && !*s->revision)
+        return fail_field(err, c->is_versioned ? STATUS_PRECONDITION : STATUS_CONFLICT,
+                          "session_id",
                           "Another server changed the session meanwhile; nothing was done.");
     return STATUS_OK;
 }

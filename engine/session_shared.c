@@ -331,7 +331,7 @@ void shared_append(struct sessions *t, struct change *c, size_t n_origin)
     struct redis_change *r = &c->shared;
     memcpy(r->key, s->key, sizeof(r->key));
     redis_store_random(r->revision);
-    if (!s->is_new)
+    if (!s->is_new && (!c->is_delete || c->is_versioned))
         memcpy(r->expected, s->revision, sizeof(r->expected));
     if (c->turn)
         memcpy(r->lease, s->lease, sizeof(r->lease));
@@ -346,6 +346,7 @@ void shared_append(struct sessions *t, struct change *c, size_t n_origin)
     r->max_sessions = t->options.max_sessions;
     r->max_of_owner = s->owner >= 0 ? t->options.quota.max_sessions : 0;
     r->is_delete = c->is_delete;
+    r->is_versioned = c->is_versioned;
     r->restore = restore;
     r->user = c;
     c->store = t->options.store;

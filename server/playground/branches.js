@@ -104,7 +104,7 @@ export async function rollBackTo(name) {
 
 export async function makeSnapshot() {
   const name = $("snapshot-name").value.trim() || `at ${state.session.position}`;
-  await sessions.snapshot(state.session.id, name);
+  await sessions.snapshot(state.session, name);
   state.text.marks[name] = state.text.turns.filter(isApplied);
   remember();
   $("snapshot-name").value = "";
@@ -115,7 +115,7 @@ export async function makeSnapshot() {
 }
 
 export async function exportState() {
-  const blob = await sessions.exported(state.session.id), link = document.createElement("a");
+  const blob = await sessions.exported(state.session), link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
   link.download = `latte-${state.session.id.slice(5, 13)}-${state.session.position}.state`;
   link.click();
@@ -129,7 +129,7 @@ export async function importState(file) {
   try {
     await sessions.imported(made.id, file);
   } catch (e) {
-    await sessions.remove(made.id).catch(() => {});
+    await sessions.remove(made).catch(() => {});
     throw e;
   }
   state.all = await sessions.list();
@@ -148,7 +148,7 @@ function confirmed(text) {
 export async function deleteSession() {
   const s = state.session;
   if (!(await confirmed(`Delete “${sessions.nameOf(s)}” with its state and its snapshots? Branches that were forked from it stay.`))) return;
-  await sessions.remove(s.id);
+  await sessions.remove(s);
   store.dropText(s.id);
   state.points.delete(s.id);
   state.all = await sessions.list();

@@ -10,14 +10,17 @@ const PAGE = 100, MAX_PAGES = 5, IDLE_S = 7 * 86400;
 const path = (id, more = "") => `v1/sessions/${encodeURIComponent(id)}${more}`;
 
 export const retrieve = (id) => api.json(path(id));
-export const remove = (id) => api.json(path(id), { method: "DELETE" });
-/** Of a session as the page knows it: where it has moved on, nothing changes (412). */
-export const rollback = ({ id, version }, snapshot) => api.json(path(id, "/rollback"), {
-  json: snapshot === undefined ? {} : { snapshot }, headers: { "If-Match": `"${version}"` },
-});
 export const snapshots = async (id) => (await api.json(path(id, "/snapshots"))).data;
-export const snapshot = (id, name) => api.json(path(id, "/snapshots"), { json: { name } });
-export const exported = async (id) => (await api.send(path(id, "/state"))).blob();
+
+/** A session as the page knows it: where it has moved on, nothing is done (412). */
+const known = ({ version }) => ({ "If-Match": `"${version}"` });
+
+export const remove = (s) => api.json(path(s.id), { method: "DELETE", headers: known(s) });
+export const rollback = (s, snapshot) => api.json(path(s.id, "/rollback"), {
+  json: snapshot === undefined ? {} : { snapshot }, headers: known(s),
+});
+export const snapshot = (s, name) => api.json(path(s.id, "/snapshots"), { json: { name }, headers: known(s) });
+export const exported = async (s) => (await api.send(path(s.id, "/state"), { headers: known(s) })).blob();
 export const imported = (id, bytes) => api.json(path(id, "/state"), {
   method: "PUT", body: bytes, headers: { "Content-Type": "application/octet-stream" },
 });

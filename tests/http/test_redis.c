@@ -650,7 +650,7 @@ static atomic_bool is_killed;
 static void *tell(void *context)
 {
     struct teller *t = context;
-    for (int i = 0; !atomic_load(&is_killed); i++) {
+    for (int i = 0; !atomic_load(&is_killed) && t->talk.n < TALK_MAX_IDS - 100; i++) {
         int seed = 100 * t->number + i, max_tokens = 1 + (seed * 7) % 24;
         struct server *s = &servers[(t->number + i) % 2];
         t->n_prompt = talk_prompt(t->prompt, seed);
@@ -714,8 +714,14 @@ static void test_kills(void **state)
             talk_check(&tellers[i].talk, lives, 7 * i, NULL);
         }
         start(dies, more);
-        for (int i = 0; i < N; i++)
-            talk_check(&tellers[i].talk, dies, 7 * i + 1, NULL);
+        for (int i = 0; i < N; i++) {
+            struct talk *t = &tellers[i].talk;
+            talk_check(t, dies, 7 * i + 1, NULL);
+            if (t->n > TALK_MAX_IDS / 3) { /* a fast machine's: a new one in its place */
+                talk_do(t, dies, "DELETE", "", NULL, 200);
+                talk_open(t, dies, NULL);
+            }
+        }
     }
     print_message("%d kills, %d turns were acknowledged before\n", ROUNDS, n_acknowledged);
     assert_true(n_acknowledged > N);

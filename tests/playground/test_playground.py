@@ -619,6 +619,9 @@ def test_two_tabs(server, tabs):
     setup(two)
     expect(two.locator("#f-version")).to_have_text("1")
     turn(two, " Then Lucy")
+    two.locator("#snapshot-name").fill("lucy")
+    two.locator("#snapshot-make").click()
+    expect(two.locator("#snapshots li")).to_have_count(1)
     start(one, " Then Peter")
     expect(one.locator("#banner")).to_contain_text("The session has moved on")
     assert one.locator("#prompt").input_value() == " Then Peter"
@@ -629,10 +632,17 @@ def test_two_tabs(server, tabs):
     one.locator("#send").click()
     expect(one.locator("#f-version")).to_have_text("3")
     finished(one)
-    # Taking back a turn that is not the last any more is refused, too.
-    two.locator("#regenerate").click()
-    expect(two.locator("#banner")).to_contain_text("The session has moved on")
-    assert server.session(session_of(one))["version"] == 3
+    # What two does to the session as it knows it is refused, too.
+    before = server.session(session_of(one))
+    for control in ("#regenerate", "#undo", "#snapshots li button", "#snapshot-make", "#export"):
+        with two.expect_response(lambda r: r.status == 412):
+            two.locator(control).click()
+        expect(two.locator("#banner")).to_contain_text("The session has moved on")
+    two.locator("#delete").click()
+    with two.expect_response(lambda r: r.status == 412):
+        two.locator("#confirm-yes").click()
+    now = server.session(session_of(one))
+    assert (now["version"], now["position"]) == (3, before["position"])
     two.locator("#newest").click()
     expect(two.locator("#f-version")).to_have_text("3")
     # While one of them is in a turn.

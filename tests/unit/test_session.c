@@ -334,9 +334,12 @@ static void fork_session(struct world *w, const struct member *from, struct memb
         return;
     struct history history = from->now;
     refresh(w, from);
+    const int64_t version = (int64_t)from->version;
     assert_int_equal(
-        session_image(w->at->sessions, from->id, OWNER, SESSION_ANY_VERSION, &image, &info, &err),
-        STATUS_OK);
+        session_image(w->at->sessions, from->id, OWNER, version + 1, &image, &info, &err),
+        STATUS_PRECONDITION);
+    assert_int_equal(session_image(w->at->sessions, from->id, OWNER, version, &image, &info, &err),
+                     STATUS_OK);
     session_info_free(&info);
     destroy(w, to);
     create(w, to, image, &history);
@@ -362,6 +365,39 @@ static void keep_snapshot(struct world *w, struct member *m)
     m->snapshots[m->n_snapshots++] = m->now;
 }
 
+/* What another side knows of the session, in a shared store: not what happens now. */
+static struct side *other_side(struct world *w, const struct member *m)
+{
+    struct side *here = w->at, *other = &w->sides[w->at == w->sides];
+    if (w->n_sides < 2)
+        return NULL;
+    w->at = other;
+    refresh(w, m);
+    w->at = here;
+    return other;
+}
+
+/* There the session still is at a version that it was at: nothing asked for at that is done. */
+static void expect_stale(struct world *w, const struct member *m, int64_t version,
+                         struct side *there)
+{
+    struct side *here = w->at;
+    struct error err;
+    for (int i = 0; there && i < 3; i++) {
+        struct awaited a = {0};
+        struct sessions *sessions = there->sessions;
+        w->at = there;
+        enum status st =
+            i == 0   ? session_delete(sessions, m->id, OWNER, version, on_done, &a, &err)
+            : i == 1 ? session_keep(sessions, m->id, OWNER, version, "stale", on_done, &a, &err)
+                     : session_rollback(sessions, m->id, OWNER, version, NULL, on_done, &a, &err);
+        if (i == 2 && st == STATUS_CONFLICT) /* it had no turn to roll back */
+            break;
+        assert_int_equal(await(&a, st, &err), STATUS_PRECONDITION);
+    }
+    w->at = here;
+}
+
 static void roll_back(struct world *w, struct member *m, bool to_snapshot)
 {
     struct awaited a = {0};
@@ -374,6 +410,7 @@ static void roll_back(struct world *w, struct member *m, bool to_snapshot)
     refresh(w, m);
     const char *const to = to_snapshot ? name : NULL;
     const int64_t version = (int64_t)m->version;
+    struct side *const other = other_side(w, m);
     assert_int_equal(
         session_rollback(w->at->sessions, m->id, OWNER, version + 1, to, on_done, &a, &err),
         STATUS_PRECONDITION);
@@ -383,6 +420,7 @@ static void roll_back(struct world *w, struct member *m, bool to_snapshot)
     m->has_previous = false;
     assert_int_equal(a.info.version, m->version + 1);
     take_info(m, &a);
+    expect_stale(w, m, version, other);
     check_member(w, m);
 }
 
