@@ -645,13 +645,8 @@ const struct served_model *call_model(struct http_request *http, struct routes *
 
 void call_start(struct call *c)
 {
-    struct error err;
     c->item = (struct work_item){.run = prepare_on_worker, .done = on_prepared};
     c->body = http_body(c->http, &c->n_body);
-    if (call_if_match(c->http, &c->version, &err)) {
-        call_fail(c, &err, NULL);
-        return;
-    }
     if (c->n_body > INLINE_BYTES) {
         prepare_by_worker(c);
         return;
@@ -670,6 +665,12 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
     if (!model)
         return;
     struct outcome *outcome = NULL;
+    struct error err;
+    int64_t version;
+    if (call_if_match(http, &version, &err)) {
+        http_fail(http, &err, NULL);
+        return;
+    }
     if (generates && !once_admit(http, r, api, &outcome))
         return;
     if (generates && atomic_load(&r->draining)) {
@@ -688,6 +689,7 @@ void call_post(struct http_request *http, struct routes *r, enum codec_api api)
                        .model = model,
                        .api = api,
                        .owner = http_key_index(http),
+                       .version = version,
                        .outcome = outcome};
     http_on_close(http, on_close, c);
     call_start(c);

@@ -18,15 +18,21 @@ const char *status_name(enum status status)
     return status < STATUS_COUNT ? names[status] : "unknown";
 }
 
-/* A text that was cut may end in half a character: take that away. */
-static void trim(char *text)
+/* What is no UTF-8 is left out: a character that the end of the text cut in half, or a format's
+ * precision within it, or bytes that somebody sent. */
+static void mend(char *text)
 {
-    size_t n = strlen(text), start = n;
-    for (int back = 0; back < 3 && start && (text[start - 1] & 0xc0) == 0x80; back++)
-        start--;
-    if (start && (unsigned char)text[start - 1] >= 0xc0 &&
-        utf8_next(text + start - 1, n - start + 1) == 0)
-        text[start - 1] = '\0';
+    size_t n = strlen(text), to = 0;
+    for (size_t at = 0; at < n;) {
+        int length = utf8_next(text + at, n - at);
+        size_t step = length > 0 ? (size_t)length : length ? (size_t)-length : n - at;
+        if (length > 0) {
+            memmove(text + to, text + at, step);
+            to += step;
+        }
+        at += step;
+    }
+    text[to] = '\0';
 }
 
 static void fill(struct error *err, enum status status, const char *field, const char *format,
@@ -35,8 +41,8 @@ static void fill(struct error *err, enum status status, const char *field, const
     err->status = status;
     snprintf(err->field, sizeof(err->field), "%s", field);
     vsnprintf(err->text, sizeof(err->text), format, args);
-    trim(err->field);
-    trim(err->text);
+    mend(err->field);
+    mend(err->text);
 }
 
 enum status fail(struct error *err, enum status status, const char *format, ...)
@@ -72,11 +78,11 @@ enum status fail_context(struct error *err, const char *format, ...)
     va_start(args, format);
     vsnprintf(prefix, sizeof(prefix), format, args);
     va_end(args);
-    trim(prefix);
+    mend(prefix);
     memcpy(text, err->text, sizeof(text));
     int room = (int)(sizeof(text) - strlen(prefix) - sizeof(": "));
     snprintf(err->text, sizeof(err->text), "%s: %.*s", prefix, room, text);
-    trim(err->text);
+    mend(err->text);
     return err->status;
 }
 

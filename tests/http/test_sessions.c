@@ -596,6 +596,16 @@ static void test_one_turn_at_a_time(void **state)
     assert_same(&first, &again);
 }
 
+static void expect_status(const char *body, const char *const *headers, int code)
+{
+    struct client_request request = {.path = COMPLETIONS, .body = body, .headers = headers};
+    struct reply reply;
+    client_send(&server, &request, &reply);
+    if (reply.code != code)
+        fail_msg("status %d, expected %d: %s", reply.code, code, reply.body.data);
+    reply_free(&reply);
+}
+
 static void test_if_match(void **state)
 {
     (void)state;
@@ -608,6 +618,12 @@ static void test_if_match(void **state)
     expect_code(&a, 200);
     assert_int_equal(number(member(a.json, "session"), "version"), 3);
     done(&a);
+    /* An unreadable one is told also to a repetition. */
+    static const char *const once[] = {"Idempotency-Key: matched", NULL};
+    static const char *const wrong[] = {"Idempotency-Key: matched", "If-Match: three", NULL};
+    expect_status(body, once, 200);
+    expect_status(body, once, 200);
+    expect_status(body, wrong, 400);
     free(body);
 }
 

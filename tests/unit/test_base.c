@@ -78,6 +78,20 @@ static void test_cut_error(void **state)
         fail_context(&err, "%s", many);
         assert_non_null(strstr(err.text, ": the reason"));
     }
+    static const char *const cut[] = {"", "", "", "\xf0\x9f\x8d\xb5", "\xf0\x9f\x8d\xb5"};
+    for (int n = 1; n <= 5; n++) { /* in the middle of a sentence */
+        struct error err;
+        char expected[40];
+        fail(&err, STATUS_INVALID, "no '%.*s'", n, "\xf0\x9f\x8d\xb5\xf0");
+        snprintf(expected, sizeof(expected), "no '%s'", cut[n - 1]);
+        assert_string_equal(err.text, expected);
+    }
+    struct error err;
+    fail(&err, STATUS_INVALID, "no '%s'",
+         "a\xff\xc3\xa9\xc0\x80"
+         "b\xed\xa0\x80");
+    assert_string_equal(err.text, "no 'a\xc3\xa9"
+                                  "b'");
 }
 
 static void test_check(void **state)
