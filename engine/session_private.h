@@ -117,8 +117,7 @@ struct change {
     struct session *session; /* in_turn until it is done */
     struct content next;     /* owned */
     bool is_delete, is_whole;
-    bool
-        is_versioned; /* it was asked for at the session's version, which counts with others, too */
+    bool is_versioned; /* asked for at a version: if another server's came first, PRECONDITION */
     struct redis_change shared; /* in place of the entry, whose payload has its bytes */
     struct state_store *store;  /* borrowed, of a shared one */
     struct session_snapshot snapshot;
