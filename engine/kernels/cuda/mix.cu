@@ -161,51 +161,22 @@ template <class S> static __device__ __forceinline__ int gate_head(void)
     return head < S::heads ? head : -1;
 }
 
-/* ---- latents: a thread has 4 dimensions of every n_groups-th latent ---- */
+/* ---- latents ---- */
 
-template <class S>
-static __device__ __forceinline__ void fetch_latents(float4 held[MIX_BATCH],
-                                                     const struct mix_call &c,
-                                                     const struct mix_block &b, int head, int first)
-{
-    const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
-    const int quad = (int)threadIdx.x % quads;
-    const float *s = c.m.s.data + b.slot * c.m.s.row_values +
-                     ((int64_t)(b.head + head) * c.m.latents.n_latents) * dim + quad * 4;
-#pragma unroll
-    for (int j = 0; j < MIX_BATCH; j++) {
-        const int l = first + j * n_groups;
-        held[j] = make_float4(0, 0, 0, 0);
-        if (head < S::heads && l < c.m.latents.n_latents && !b.begins)
-            held[j] = *reinterpret_cast<const float4 *>(s + (int64_t)l * dim);
-    }
-}
-
-/* s = s keep + take v, and the head's sum of share * s, of this thread's part. */
 template <class S>
 static __device__ __forceinline__ void
 step_latents(float4 *sum, const float4 held[MIX_BATCH], const struct mix_call &c,
-             const struct mix_block &b, const unsigned char *shared, int head, int first, float4 v)
+             const unsigned char *shared, int head, float *s, int first, int stride, float4 v)
 {
-    const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
-    const int quad = (int)threadIdx.x % quads, n = c.m.latents.n_latents;
+    const int n = c.m.latents.n_latents;
     const float *keep = reinterpret_cast<const float *>(shared + c.at.keep) + head * n;
     const float *take = reinterpret_cast<const float *>(shared + c.at.take) + head * n;
     const float *share = reinterpret_cast<const float *>(shared + c.at.share) + head * n;
-    float *s =
-        c.m.s.data + b.slot * c.m.s.row_values + ((int64_t)(b.head + head) * n) * dim + quad * 4;
 #pragma unroll
     for (int j = 0; j < MIX_BATCH; j++) {
-        const int l = first + j * n_groups;
-        if (l >= n)
-            continue;
-        const float k = keep[l], t = take[l], p = share[l];
-        const float4 old = held[j];
-        const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
-                                       fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
-        __stcg(reinterpret_cast<float4 *>(s + (int64_t)l * dim), now);
-        *sum = make_float4(fmaf(p, now.x, sum->x), fmaf(p, now.y, sum->y), fmaf(p, now.z, sum->z),
-                           fmaf(p, now.w, sum->w));
+        const int l = first + j * stride;
+        if (l < n)
+            step_latent(sum, s + l * dim_of<S>(c), held[j], v, keep[l], take[l], share[l]);
     }
 }
 
@@ -217,19 +188,21 @@ mix_latents(float *sums, float4 held[MIX_BATCH], const struct mix_call &c,
 {
     const int dim = dim_of<S>(c), quads = dim / 4, n_groups = S::threads / quads;
     const int group = (int)threadIdx.x / quads, quad = (int)threadIdx.x % quads;
-    const int stride = n_groups * MIX_BATCH;
+    const int n = c.m.latents.n_latents, batch = n_groups * MIX_BATCH;
     if (group >= n_groups)
         return;
     const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
 #pragma unroll
     for (int h = 0; h < S::heads; h++) {
+        float *const s = latents_of<S>(c, b, h, quad);
         float4 sum = make_float4(0, 0, 0, 0);
-        for (int first = group; first < c.m.latents.n_latents; first += stride) {
-            const bool more = first + stride < c.m.latents.n_latents;
+        for (int first = group; first < n; first += batch) {
+            const bool more = first + batch < n;
             float4 next[MIX_BATCH];
             if (more || h + 1 < S::heads)
-                fetch_latents<S>(next, c, b, more ? h : h + 1, more ? first + stride : group);
-            step_latents<S>(&sum, held, c, b, shared, h, first, v);
+                fetch_latents<S>(next, c, more ? s : latents_of<S>(c, b, h + 1, quad),
+                                 more ? first + batch : group, n_groups, b.begins ? 0 : n);
+            step_latents<S>(&sum, held, c, shared, h, s, first, n_groups, v);
             if (more || h + 1 < S::heads) {
 #pragma unroll
                 for (int j = 0; j < MIX_BATCH; j++)
@@ -439,13 +412,12 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
     }
     const int my_head = latents ? gate_head<S>() : -1, lane = (int)threadIdx.x % WARP;
     float4 held[MIX_BATCH] = {};
-    float before = 0, sum = 0;
+    float before, sum;
     if (latents && (int)threadIdx.x / n_lanes < S::threads / n_lanes)
-        fetch_latents<S>(held, c, b, 0, (int)threadIdx.x / n_lanes);
-    if (my_head >= 0 && lane < c.m.latents.n_latents && !b.begins) {
-        before = c.m.m.data[latent_at(c, b, c.m.m, my_head) + lane];
-        sum = c.m.alpha.data[latent_at(c, b, c.m.alpha, my_head) + lane];
-    }
+        fetch_latents<S>(held, c, latents_of<S>(c, b, 0, (int)threadIdx.x % n_lanes),
+                         (int)threadIdx.x / n_lanes, S::threads / n_lanes,
+                         b.begins ? 0 : c.m.latents.n_latents);
+    fetch_gates(&before, &sum, c, b, my_head);
     struct mix_frequencies<S> frequencies;
     struct mix_angles<S> angles = {
     };

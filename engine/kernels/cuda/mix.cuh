@@ -226,6 +226,18 @@ static __device__ __forceinline__ int64_t latent_at(const struct mix_call &c,
     return b.slot * slab.row_values + (int64_t)(b.head + head) * c.m.latents.n_latents;
 }
 
+/* m and alpha of latent `lane` of this warp's head, -1: none, as they were. */
+static __device__ __forceinline__ void fetch_gates(float *m, float *alpha, const struct mix_call &c,
+                                                   const struct mix_block &b, int head)
+{
+    const int lane = threadIdx.x % WARP;
+    *m = *alpha = 0;
+    if (head >= 0 && lane < c.m.latents.n_latents && !b.begins) {
+        *m = c.m.m.data[latent_at(c, b, c.m.m, head) + lane];
+        *alpha = c.m.alpha.data[latent_at(c, b, c.m.alpha, head) + lane];
+    }
+}
+
 /* One warp, one head. before, sum: m and alpha of latent `lane`, fetched early. */
 template <class S>
 static __device__ __forceinline__ void put_gates(const struct mix_call &c,
@@ -274,6 +286,43 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
         reinterpret_cast<float *>(shared + c.at.take)[head * n + l] = take;
         reinterpret_cast<float *>(shared + c.at.share)[head * n + l] = p[j] * total / sum_now;
     }
+}
+
+/* ---- latents: a thread has 4 dimensions of latents first, first + stride, ... ---- */
+
+/* Dimensions 4 quad on of the head's first latent. */
+template <class S>
+static __device__ __forceinline__ float *latents_of(const struct mix_call &c,
+                                                    const struct mix_block &b, int head, int quad)
+{
+    return c.m.s.data + b.slot * c.m.s.row_values +
+           (int64_t)(b.head + head) * c.m.latents.n_latents * dim_of<S>(c) + quad * 4;
+}
+
+/* MIX_BATCH of them, below n; zeros for others. */
+template <class S>
+static __device__ __forceinline__ void fetch_latents(float4 held[MIX_BATCH],
+                                                     const struct mix_call &c, const float *s,
+                                                     int first, int stride, int n)
+{
+#pragma unroll
+    for (int j = 0; j < MIX_BATCH; j++) {
+        const int l = first + j * stride;
+        held[j] = l < n ? *reinterpret_cast<const float4 *>(s + l * dim_of<S>(c))
+                        : make_float4(0, 0, 0, 0);
+    }
+}
+
+/* One of them: s = s keep + take v, old being what was there; *sum += share s. The store is spelled
+ * out, since the compiler makes four of 4 bytes of an assignment. */
+static __device__ __forceinline__ void step_latent(float4 *sum, float *s, float4 old, float4 v,
+                                                   float keep, float take, float share)
+{
+    const float4 now = make_float4(fmaf(old.x, keep, take * v.x), fmaf(old.y, keep, take * v.y),
+                                   fmaf(old.z, keep, take * v.z), fmaf(old.w, keep, take * v.w));
+    __stcg(reinterpret_cast<float4 *>(s), now);
+    *sum = make_float4(fmaf(share, now.x, sum->x), fmaf(share, now.y, sum->y),
+                       fmaf(share, now.z, sum->z), fmaf(share, now.w, sum->w));
 }
 
 /* ---- launching ---- */

@@ -29,7 +29,7 @@ enum {
     OWN = KEYS / WARPS, /* ring rows of a warp */
     SPLITS = 3,
     GATES_WARP = 3,
-    BLOCKS = 4,          /* of an SM, if shared memory suffices; registers leave room for no more */
+    BLOCKS = 4,          /* of an SM, if shared memory suffices: of 128 registers a thread */
     BLOCK_SHARED = 1024, /* bytes a block takes of an SM beside what it asks for */
     ALIKE = 8,           /* ring rows after which `turn` is the same again */
 };
@@ -42,6 +42,7 @@ template <int D> struct warps_shape {
     static constexpr int row_bytes = D * 2;
     static constexpr int quads = D / 4;          /* lanes that a latent takes */
     static constexpr int at_once = WARP / quads; /* latents of a warp at a time */
+    static constexpr int stride = WARPS * at_once;
     /* Byte offsets into shared memory. */
     static constexpr int keys = 0, values = KEYS * row_bytes;
     static constexpr int query = values + KEYS * row_bytes;   /* [SPLITS, D] bf16, scaled */
@@ -228,51 +229,35 @@ static __device__ __forceinline__ void take_own(float *local, const float weight
     }
 }
 
-/* The warp's latents: number at_once * warp + group, and so on in steps of at_once * WARPS. */
+/* The warp's latents, of which `held` are the first, step on; rests [WARPS * at_once, D]. */
 template <class S>
-static __device__ __forceinline__ void fetch_latents(float4 held[MIX_BATCH], int first,
-                                                     const float *s, int n, bool begins)
-{
-    const int quad = (int)threadIdx.x % WARP % S::quads;
-#pragma unroll
-    for (int j = 0; j < MIX_BATCH; j++) {
-        const int l = first + j * WARPS * S::at_once;
-        held[j] = make_float4(0, 0, 0, 0);
-        if (l < n && !begins)
-            held[j] = *reinterpret_cast<const float4 *>(s + l * S::d + quad * 4);
-    }
-}
-
-/* s = s keep + take v; *sum += share s. */
-template <class S>
-static __device__ __forceinline__ void
-step_latents(float4 *sum, const float4 held[MIX_BATCH], int first, float *s, int n,
-             const struct mix_call &c, const unsigned char *shared)
+static __device__ __forceinline__ void step_own(float4 held[MIX_BATCH], const struct mix_call &c,
+                                                const struct mix_block &b, unsigned char *shared,
+                                                int first, int n_latents)
 {
     const int quad = (int)threadIdx.x % WARP % S::quads;
     const float *const keep = reinterpret_cast<const float *>(shared + c.at.keep);
     const float *const take = reinterpret_cast<const float *>(shared + c.at.take);
     const float *const share = reinterpret_cast<const float *>(shared + c.at.share);
+    float *const s = latents_of<S>(c, b, 0, quad);
     const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
-    float k[MIX_BATCH], t[MIX_BATCH], p[MIX_BATCH];
+    float4 rest = make_float4(0, 0, 0, 0);
+    for (int l = first; l < n_latents; l += MIX_BATCH * S::stride) {
+        if (l != first)
+            fetch_latents<S>(held, c, s, l, S::stride, b.begins ? 0 : n_latents);
+        float k[MIX_BATCH], t[MIX_BATCH], p[MIX_BATCH];
 #pragma unroll
-    for (int j = 0; j < MIX_BATCH; j++) { /* all at once: shared memory takes its time */
-        const int l = min(first + j * WARPS * S::at_once, n - 1);
-        k[j] = keep[l], t[j] = take[l], p[j] = share[l];
-    }
+        for (int j = 0; j < MIX_BATCH; j++) { /* all at once: shared memory takes its time */
+            const int own = min(l + j * S::stride, n_latents - 1);
+            k[j] = keep[own], t[j] = take[own], p[j] = share[own];
+        }
 #pragma unroll
-    for (int j = 0; j < MIX_BATCH; j++) {
-        const int l = first + j * WARPS * S::at_once;
-        if (l >= n)
-            continue;
-        const float4 old = held[j];
-        const float4 now =
-            make_float4(fmaf(old.x, k[j], t[j] * v.x), fmaf(old.y, k[j], t[j] * v.y),
-                        fmaf(old.z, k[j], t[j] * v.z), fmaf(old.w, k[j], t[j] * v.w));
-        __stcg(reinterpret_cast<float4 *>(s + l * S::d + quad * 4), now);
-        *sum = make_float4(fmaf(p[j], now.x, sum->x), fmaf(p[j], now.y, sum->y),
-                           fmaf(p[j], now.z, sum->z), fmaf(p[j], now.w, sum->w));
+        for (int j = 0; j < MIX_BATCH; j++)
+            if (l + j * S::stride < n_latents)
+                step_latent(&rest, s + (l + j * S::stride) * S::d, held[j], v, k[j], t[j], p[j]);
     }
+    if (n_latents)
+        reinterpret_cast<float4 *>(shared + S::rests)[first * S::quads + quad] = rest;
 }
 
 /* out = window local + latents, the warps' parts in order; window: p(0|t). */
@@ -304,19 +289,6 @@ static __device__ __forceinline__ void put_sum(const struct mix_call &c, const s
     c.m.out[((int64_t)b.row * c.m.window.n_heads + b.head) * S::d + i] = from_float<bf16>(rest);
 }
 
-/* m and alpha of latent `lane`, for the warp that has the gates. */
-template <class S>
-static __device__ __forceinline__ void fetch_gates(float *m, float *alpha, const struct mix_call &c,
-                                                   const struct mix_block &b)
-{
-    const int lane = threadIdx.x % WARP;
-    *m = *alpha = 0;
-    if ((int)threadIdx.x / WARP == GATES_WARP && lane < c.m.latents.n_latents && !b.begins) {
-        *m = c.m.m.data[latent_at(c, b, c.m.m, 0) + lane];
-        *alpha = c.m.alpha.data[latent_at(c, b, c.m.alpha, 0) + lane];
-    }
-}
-
 /* What the row's products and gates give, each by a warp; m and alpha: as they were. */
 template <class S>
 static __device__ __forceinline__ void put_row(const struct mix_call &c, const struct mix_block &b,
@@ -343,16 +315,9 @@ static __device__ __forceinline__ const bf16 *ring_of(const void *ring, const st
            (int64_t)b.kv * c.ring_rows * S::d;
 }
 
-template <class S>
-static __device__ __forceinline__ float *latents_of(const struct mix_call &c,
-                                                    const struct mix_block &b)
-{
-    return c.m.s.data + b.slot * c.m.s.row_values + (int64_t)b.head * c.m.latents.n_latents * S::d;
-}
-
 /* grid: heads, and blocks that share the rows out. */
 template <class S>
-__global__ void __launch_bounds__(S::threads, BLOCKS)
+__global__ void __launch_bounds__(S::threads)
     mix_warps_kernel(const __grid_constant__ struct mix_call c)
 {
     DYNAMIC_SHARED(unsigned char, shared);
@@ -366,12 +331,15 @@ __global__ void __launch_bounds__(S::threads, BLOCKS)
     struct mix_block b = find_block(c, (int)blockIdx.y, (int)blockIdx.x);
     fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, b), b, true);
     fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, b), b, true);
-    const int first = warp * S::at_once + lane / S::quads; /* of this lane's latents */
+    /* This lane's latents; some lanes have none. */
+    const int first = warp * S::at_once + lane / S::quads, quad = lane % S::quads;
     const int n_latents = lane < S::quads * S::at_once ? c.m.latents.n_latents : 0;
+    const int my_head = warp == GATES_WARP ? 0 : -1;
     float4 held[MIX_BATCH];
-    fetch_latents<S>(held, first, latents_of<S>(c, b), n_latents, b.begins);
+    fetch_latents<S>(held, c, latents_of<S>(c, b, 0, quad), first, S::stride,
+                     b.begins ? 0 : n_latents);
     float m, alpha;
-    fetch_gates<S>(&m, &alpha, c, b);
+    fetch_gates(&m, &alpha, c, b, my_head);
     struct mix_frequencies<S> frequencies;
     struct mix_angles<S> angles = {
     };
@@ -410,19 +378,11 @@ __global__ void __launch_bounds__(S::threads, BLOCKS)
         __syncwarp();
         fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, next), next, more);
 
-        float *const s = latents_of<S>(c, b);
-        float4 rest = make_float4(0, 0, 0, 0);
-        for (int l = first; l < n_latents; l += MIX_BATCH * WARPS * S::at_once) {
-            if (l != first)
-                fetch_latents<S>(held, l, s, n_latents, b.begins);
-            step_latents<S>(&rest, held, l, s, n_latents, c, shared);
-        }
-        if (n_latents)
-            reinterpret_cast<float4 *>(shared + S::rests)[first * S::quads + lane % S::quads] =
-                rest;
+        step_own<S>(held, c, b, shared, first, n_latents);
         if (more) {
-            fetch_latents<S>(held, first, latents_of<S>(c, next), n_latents, next.begins);
-            fetch_gates<S>(&m, &alpha, c, next);
+            fetch_latents<S>(held, c, latents_of<S>(c, next, 0, quad), first, S::stride,
+                             next.begins ? 0 : n_latents);
+            fetch_gates(&m, &alpha, c, next, my_head);
         }
         __syncthreads();
         put_sum<S>(c, b, shared, window);
