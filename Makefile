@@ -90,6 +90,10 @@ EMULATED_TESTS := $(if $(EMULATES),$(addprefix $(BUILD)/tests/emulated/,$(notdir
 GPU_TESTS  := $(addprefix $(BUILD)/tests/gpu/,$(filter-out test_emulate,$(notdir $(CUDA_TESTS))) \
               test_image test_session)
 
+# Their programs are looked up by name in both folders.
+TWICE := $(filter $(basename $(notdir $(wildcard tests/unit/test_*.c))),$(basename $(notdir $(wildcard tests/cuda/test_*))))
+$(if $(TWICE),$(error tests/unit and tests/cuda both have $(TWICE); expected different names))
+
 UNIT_TESTS := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
 HTTP_TESTS := $(patsubst tests/http/%.c,$(BUILD)/tests/http/%,$(wildcard tests/http/test_*.c))
 HTTP_HELP  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(wildcard tests/http/test_*.c),$(wildcard tests/http/*.c)) tests/unit/model_files.c tests/unit/redis_server.c)

@@ -1,4 +1,4 @@
-/* test_devices.c - one engine on two GPUs: jobs go to both, give what they give on one, and a
+/* test_two_devices.c - one engine on two GPUs: jobs go to both, give what they give on one, and a
  * device that fails takes down its own jobs alone. Where there is one GPU only this is skipped,
  * aloud; the emulated runtime is told to have two. */
 #include "tests/unit/unit.h"
@@ -11,7 +11,7 @@
 #include "engine/engine.h"
 #include "tests/cuda/cuda_tests.h"
 
-enum { N_SLOTS = 4, N_JOBS = 24, MAX_PROMPT = 40, MAX_OUTPUT = 24 };
+enum { N_SLOTS = 4, N_JOBS = 12, MAX_PROMPT = 40, MAX_OUTPUT = 24 };
 
 static char model_dir[200];
 
@@ -183,7 +183,7 @@ static void test_a_failing_device_ends_its_jobs(void **state)
     skip_unless_emulated();
     open_engine(&e, "cuda:0,cuda:1");
     for (int i = 0; i < N; i++)
-        jobs[i] = submit(e, i, 300, STATUS_OK);
+        jobs[i] = submit(e, i, 40, STATUS_OK);
     wait_running(e, N);
     setenv("LATTE_EMULATE_FAIL", "20", 1); /* one device, the one that comes to it first */
     for (int i = 0; i < N; i++) {
