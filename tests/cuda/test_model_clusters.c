@@ -1,8 +1,8 @@
 /* test_model_clusters.c - a model of a shape that has layers of few rows by clusters (cluster.cuh),
  * against the same device without fused layers: two rows, which every block gathers for itself, and
- * eleven, which are exchanged, some blocks mixing two of them. On an emulated device this model
- * takes a minute, so there is little else here; test_model_cuda.c has more on a GPU, and explains
- * the tolerances.
+ * eleven, which are exchanged, some blocks mixing two of them; a session's logits have the same
+ * bits either way. On an emulated device this model takes a minute, so there is little else here;
+ * test_model_cuda.c has more on a GPU, and explains the tolerances.
  */
 #include "tests/unit/unit.h"
 
@@ -45,10 +45,10 @@ static void stain(struct run *r)
             fail_msg("%s: %s", r->label, err.text);
 }
 
-/* Step s of sessions 0 .. batch - 1: a prompt, then a token each. */
+/* Step s of sessions 0 .. batch - 1: a prompt, each for itself; then a token each, together. */
 static void feed(struct run *r, int batch, int s, float *out)
 {
-    const int n = s ? 1 : PROMPT;
+    const int n = s ? 1 : PROMPT, together = s ? batch : 1;
     int32_t tokens[MAX_BATCH * PROMPT];
     struct model_seq seqs[MAX_BATCH];
     const float *logits = NULL;
@@ -60,12 +60,27 @@ static void feed(struct run *r, int batch, int s, float *out)
         for (int i = 0; i < n; i++)
             tokens[q * n + i] = (q * 131 + s * 57 + i * 29 + 3) % VOCAB;
     }
-    if (model_step(r->model, tokens, seqs, batch, &logits, &err))
-        fail_msg("%s: %s", r->label, err.text);
-    memcpy(out, logits, (size_t)batch * VOCAB * sizeof(*out));
+    for (int q = 0; q < batch; q += together) {
+        if (model_step(r->model, tokens + q * n, seqs + q, together, &logits, &err))
+            fail_msg("%s: %s", r->label, err.text);
+        memcpy(out + q * VOCAB, logits, (size_t)together * VOCAB * sizeof(*out));
+    }
 }
 
-static void check_batch(struct run *fused, struct run *composed, int batch)
+/* The first sessions' logits of step s are those they had beside others, of which there were n
+ * and now are `batch`. */
+static void check_bits(const float *found, int batch, int s, int n)
+{
+    static float kept[N_STEPS][MAX_BATCH * VOCAB];
+    const int both = batch < n ? batch : n;
+    for (int q = 0; q < both; q++)
+        if (memcmp(found + q * VOCAB, kept[s] + q * VOCAB, VOCAB * sizeof(*found)) != 0)
+            fail_msg("step %d: session %d has other logits among %d than among %d", s, q, batch, n);
+    if (batch > n)
+        memcpy(kept[s], found, (size_t)batch * VOCAB * sizeof(*found));
+}
+
+static void check_batch(struct run *fused, struct run *composed, int batch, int *most)
 {
     static float found[MAX_BATCH * VOCAB], expected[MAX_BATCH * VOCAB];
     double worst = 0;
@@ -75,8 +90,10 @@ static void check_batch(struct run *fused, struct run *composed, int batch)
             stain(fused);
         feed(fused, batch, s, found);
         feed(composed, batch, s, expected);
+        check_bits(found, batch, s, *most);
         worst = fmax(worst, run_difference(found, expected, (size_t)batch * VOCAB));
     }
+    *most = batch > *most ? batch : *most;
     print_message("%d rows: logits differ by %g\n", batch, worst);
     if (!(worst <= LOGIT_TOLERANCE) || worst == 0) /* 0: were they fused at all? */
         fail_msg("%d rows: logits differ by %g", batch, worst);
@@ -96,13 +113,14 @@ static void test_few_rows(void **state)
     const size_t n = emulated ? COUNT_OF(few) : COUNT_OF(all);
     struct run fused, composed;
     char dir[200];
+    int most = 0;
     (void)state;
     assert_string_equal(wide_models[N_WIDE_MODELS - 1].name, "wide-clusters");
     wide_model_make(N_WIDE_MODELS - 1, dir, sizeof(dir));
     open_model(&fused, dir, false);
     open_model(&composed, dir, true);
     for (size_t i = 0; i < n; i++)
-        check_batch(&fused, &composed, batches[i]);
+        check_batch(&fused, &composed, batches[i], &most);
     run_close(&fused);
     run_close(&composed);
     test_dir_remove(dir);

@@ -37,7 +37,7 @@ enum {
     MIX_CLUSTERS = 8,        /* of the mixing: one a head */
     FEW_ALONE = 2,           /* rows that every block of few_mlp_in sums for itself */
     CLUSTER_BLOCKS = 8,      /* of a cluster */
-    CLUSTER_ROWS = 16,       /* of a step at most: a tensor core's tile; a block mixes two */
+    CLUSTER_ROWS = 16,       /* of a step at most: a tensor core's tile */
     ROW_PIECES = 16,         /* of a row, each with a sum of squares of its own */
     CLUSTER_LATENTS = 16,    /* of a head at most */
     CLUSTER_RING_ROWS = 128, /* at most: two threads have a key */

@@ -3,13 +3,17 @@
  *
  * Cluster h serves head h; block b of it has 1/8 of the head's rows of q, k and v, 1/8 of all
  * channels of the RG-LRU, of the latents' logits' columns, of the rows of the output projection,
- * and mixes rows b and b + 8 of the step: their latents and windows.
+ * and mixes rows b and b + 8 of the step: their latents and windows, both at a time. Steps of up
+ * to 8 rows have a kernel of their own, whose blocks mix one.
  *   x gathered, exchanged                                                     1 cluster_sync
- *   v, q, k; gates, RG-LRU; logits over the block's channels: to the rows' blocks  2 cluster_sync
- *   rope, gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 cluster_sync
+ *   v, q, k, rope; gates, RG-LRU; logits over the block's channels: to the rows' blocks
+ *                                                                             2 cluster_sync
+ *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 cluster_sync
  *   output projection over the head's columns, to the head's partial rows
- * Before pdl_wait: weights to shared memory; latents, ring and the RG-LRU's state to registers,
- * those of a second row to L2.
+ * Before pdl_wait: weights to shared memory; latents, ring and the RG-LRU's state to registers, the
+ * ring's values to shared memory; of a second row to L2, and of two rows the values too. Those come
+ * when the products have been made. State is written between the two halves of an exchange: its
+ * first half would wait for the writes.
  *
  * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
  * 4.2 us at 16.
@@ -20,7 +24,7 @@
 enum {
     LOGIT_TILES = (2 * CLUSTER_LATENTS + 1 + 7) / 8,
     LOGITS = 8 * LOGIT_TILES,
-    BLOCK_ROWS = CLUSTER_ROWS / CLUSTER_BLOCKS, /* that a block mixes, one after the other */
+    HALF = WARP / 2, /* of a warp: a lane has a latent of its half's row */
 };
 
 struct mix_call {
@@ -28,12 +32,22 @@ struct mix_call {
     struct device_step step;
 };
 
-template <int D, int HEAD, int WIDTH> struct mix_shape {
-    static constexpr int DIM = D;
+/* What a block mixes. */
+struct mix_row {
+    int64_t slot;
+    int row, head, n_keys, newest; /* as struct mix_block of mix.cuh */
+    bool here, begins;
+};
+
+/* ROWS: that a block mixes. */
+template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
+    static constexpr int DIM = D, BLOCK_ROWS = ROWS;
     static constexpr int COLUMNS = D / CLUSTER_BLOCKS, TILES = COLUMNS / 8; /* the block's of x */
     static constexpr int PIECE = D / ROW_PIECES;
     static constexpr int PART = HEAD / CLUSTER_BLOCKS; /* rows of each of q, k, v, the block's */
     static constexpr int QKV = 3 * PART, QKV_TILES = (QKV + 7) / 8;
+    static constexpr int PAIRS = PART / 2; /* of a query's or key's values that are turned, i and
+                                            * i + HEAD / 2: a block has both */
     static constexpr int QKV_K = D / CLUSTER_WARPS; /* of a warp */
     static constexpr int ROW = D + 8, SLICE = COLUMNS + 8, OUT = HEAD + 8;
     static constexpr int GATE_STEPS = WIDTH / 16; /* of a product of 16 columns */
@@ -49,8 +63,10 @@ template <int D, int HEAD, int WIDTH> struct mix_shape {
     static constexpr int LATENTS = (CLUSTER_LATENTS + LATENT_GROUPS - 1) / LATENT_GROUPS;
     static_assert(HEAD % 32 == 0 && QKV_K % 32 == 0 && COLUMNS % 32 == 0 && PIECE % 4 == 0 &&
                       PIECE <= 64 && D % (ROW_PIECES * CLUSTER_BLOCKS) == 0 && WIDTH % 32 == 0 &&
-                      WIDTH % COLUMNS == 0 && QUADS <= WARP * 2,
+                      WIDTH % COLUMNS == 0 && QUADS <= WARP * 2 && PAIRS % 2 == 0 &&
+                      3 * PAIRS / 2 <= CLUSTER_THREADS / CLUSTER_ROWS,
                   "tiles of products");
+    static_assert(CLUSTER_LATENTS == (int)HALF && ROWS <= 2, "a latent of a row a lane");
 
     static constexpr int qkv = 0; /* offsets, in bytes */
     static constexpr int latents = qkv + QKV * ROW * 2;
@@ -60,38 +76,37 @@ template <int D, int HEAD, int WIDTH> struct mix_shape {
     static constexpr int rows = gates + gates_bytes;
     /* In the place of the rows, when they have been used: */
     static constexpr int sums = rows; /* [warps, 16, 8 QKV_TILES] */
-    static constexpr int local = rows, other = local + GROUPS * HEAD * 4; /* of the mixing */
+    static constexpr int local = rows, other = local + ROWS * GROUPS * HEAD * 4; /* of the mixing */
     static constexpr int rows_bytes = CLUSTER_ROWS * ROW * 2;
     static constexpr int sums_bytes = CLUSTER_WARPS * CLUSTER_ROWS * 8 * QKV_TILES * 4;
-    static constexpr int mixing_bytes = (GROUPS + LATENT_GROUPS) * HEAD * 4;
+    static constexpr int mixing_bytes = ROWS * (GROUPS + LATENT_GROUPS) * HEAD * 4;
     static constexpr int most = sums_bytes > mixing_bytes ? sums_bytes : mixing_bytes;
     static constexpr int z = rows + (rows_bytes > most ? rows_bytes : most);
     static constexpr int mixed = z + CLUSTER_ROWS * SLICE * 2;
     /* What the cluster's blocks send to the block of a row, for each of its rows: logits [blocks,
-     * LOGITS], z_squares [blocks], query [3, HEAD] f32: q, k, v. */
+     * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key and v [HEAD]
+     * bf16. */
     static constexpr int row = mixed + CLUSTER_ROWS * OUT * 2;
     static constexpr int logits = 0, z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4;
-    static constexpr int query = z_squares + CLUSTER_BLOCKS * 4;
-    static constexpr int row_bytes = query + 3 * HEAD * 4;
-    static constexpr int squares = row + BLOCK_ROWS * row_bytes;
-    static constexpr int new_key = squares + SQUARES * 4; /* [HEAD] bf16 */
-    static constexpr int new_value = new_key + HEAD * 2;
-    static constexpr int scales = new_value + HEAD * 2;              /* [16] */
+    static constexpr int query = z_squares + CLUSTER_BLOCKS * 4, value = query + HEAD * 4;
+    static constexpr int new_key = value + HEAD * 4, new_value = new_key + HEAD * 2;
+    static constexpr int row_bytes = new_value + HEAD * 2;
+    static constexpr int squares = row + ROWS * row_bytes;
+    static constexpr int scales = squares + SQUARES * 4;             /* [16] */
     static constexpr int z_parts = scales + CLUSTER_ROWS * 4;        /* [tiles, 16] */
-    static constexpr int stats = z_parts + TILES * CLUSTER_ROWS * 4; /* [2, warps]: tops, totals */
-    static constexpr int keep = stats + 2 * CLUSTER_WARPS * 4;   /* keep, take, share [16] each */
-    static constexpr int share = keep + 3 * CLUSTER_LATENTS * 4; /* p(0|t) */
-    static constexpr int fetched = share + 8;
-    static constexpr int angles_bytes = HEAD / 2 * 8; /* [HEAD / 2] sine, cosine, of each row */
-    static constexpr int angles = fetched + (int)sizeof(bulk_barrier);
-    static constexpr int bytes = angles + BLOCK_ROWS * angles_bytes;
-};
-
-/* What a block mixes. */
-struct mix_row {
-    int row, head, n_keys, newest; /* as struct mix_block of mix.cuh */
-    int64_t slot, position;
-    bool here, begins;
+    static constexpr int stats = z_parts + TILES * CLUSTER_ROWS * 4; /* [ROWS, 2, warps]: tops, */
+    static constexpr int angles = stats + ROWS * 2 * CLUSTER_WARPS * 4; /* totals; [16, PAIRS] */
+    static constexpr int places = angles + CLUSTER_ROWS * PAIRS * 8;    /* sine, cosine; mix_row */
+    static constexpr int shares = places + ROWS * (int)sizeof(struct mix_row); /* [ROWS]; p(0|t) */
+    static constexpr int fetched = shares + 2 * 4;                             /* [2] */
+    static constexpr int values_fetched = fetched + (int)sizeof(bulk_barrier);
+    /* The ring's values [ROWS, CLUSTER_RING_ROWS, HEAD]; of two rows in the place of the weights
+     * of q, k and v, when those have been used. */
+    static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * 2;
+    static constexpr int end = (values_fetched + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
+    static constexpr int values = ROWS == 1 ? end : qkv;
+    static constexpr int bytes = ROWS == 1 ? end + values_bytes : end;
+    static_assert(ROWS == 1 || ROWS * values_bytes <= latents, "values in the place of weights");
 };
 
 template <class T> static __device__ __forceinline__ T *at(unsigned char *shared, int offset)
@@ -99,11 +114,11 @@ template <class T> static __device__ __forceinline__ T *at(unsigned char *shared
     return reinterpret_cast<T *>(shared + offset);
 }
 
-/* Of what a block has for each of its rows, row's. */
+/* Of what a block has for each of its rows, that of row `of` of the block. */
 template <class T, class S>
-static __device__ __forceinline__ T *at_row(unsigned char *shared, int row, int offset)
+static __device__ __forceinline__ T *at_row(unsigned char *shared, int of, int offset)
 {
-    return at<T>(shared, S::row + row / CLUSTER_BLOCKS * S::row_bytes + offset);
+    return at<T>(shared, S::row + of * S::row_bytes + offset);
 }
 
 static __device__ __forceinline__ float exp_below(float a, float b)
@@ -140,18 +155,20 @@ static __device__ __forceinline__ void fetch_weights(const struct mix_call &c, i
                                                      unsigned char *shared)
 {
     const struct cluster_mix &m = c.m;
-    const int64_t row = head * HEAD + rank * S::PART, M = m.n_latents;
+    const int64_t M = m.n_latents;
     bf16 *const qkv = at<bf16>(shared, S::qkv), *const latents = at<bf16>(shared, S::latents);
-    const bf16 *const from[3] = {m.q, m.k, m.v};
     bulk_barrier *const fetched = at<bulk_barrier>(shared, S::fetched);
     if (threadIdx.x / WARP == CLUSTER_WARPS - 1) {
         if (threadIdx.x % WARP == 0)
             bulk_begin(fetched, S::QKV * D * (int)sizeof(bf16) + S::gates_bytes);
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 3; i++)
-            few_fetch<D>(qkv + i * S::PART * S::ROW, S::ROW, from[i] + row * D, D, S::PART,
-                         fetched);
+        for (int r = threadIdx.x % WARP; r < S::QKV; r += WARP) {
+            const int i = r / S::PART, j = r % S::PART, high = j >= S::PAIRS;
+            const bf16 *const from = i == 0 ? m.q : i == 1 ? m.k : m.v;
+            const int64_t row =
+                head * HEAD + high * (HEAD / 2) + rank * S::PAIRS + j - high * S::PAIRS;
+            bulk_copy(qkv + r * S::ROW, from + row * D, D * (int)sizeof(bf16), fetched);
+        }
         if (threadIdx.x % WARP == WARP - 1)
             bulk_copy(shared + S::gates,
                       (const float4 *)m.prepared + D + rank * S::gates_bytes / 16, S::gates_bytes,
@@ -171,112 +188,170 @@ static __device__ __forceinline__ struct mix_row find_row(const struct mix_call 
 {
     /* Three loads that do not wait for each other: any row of the bucket may be read. */
     const int any = row < c.step.rows ? row : c.step.rows - 1, w = c.m.ring_rows;
-    struct mix_row r = {row, head, 0, 0, c.step.seq_slot[any], c.step.positions[any], false, false};
-    r.here = row < c.step.sizes->n_rows;
-    r.begins = r.position == 0;
-    r.n_keys = !r.here ? 0 : r.position < w ? (int)r.position + 1 : w;
-    r.newest = (w & (w - 1)) == 0 ? (int)(r.position & (w - 1))
-                                  : (int)((uint64_t)r.position % (uint32_t)w);
+    const int64_t position = c.step.positions[any];
+    struct mix_row r = {c.step.seq_slot[any], row, head, 0, 0, row < c.step.sizes->n_rows, false};
+    r.begins = position == 0;
+    r.n_keys = !r.here ? 0 : position < w ? (int)position + 1 : w;
+    r.newest =
+        (w & (w - 1)) == 0 ? (int)(position & (w - 1)) : (int)((uint64_t)position % (uint32_t)w);
     return r;
 }
 
-/* The row's part of the ring and of the latents. A thread has half of a key, its every other 8
- * values, and 4 values of every LATENT_GROUPS-th latent. */
-template <class S> struct held_row {
-    uint4 key[S::CHUNKS];
-    float4 s[S::LATENTS];
-    float m, alpha; /* of latent `lane`, in the last warp */
-};
-
-template <class S, int HEAD>
-static __device__ __forceinline__ void hold_row(struct held_row<S> *h, const struct mix_call &c,
-                                                const struct mix_row &r)
+/* The block's rows to shared memory: in registers they would be in the way until they are used
+ * again. A __syncthreads comes before that. */
+template <class S>
+static __device__ __forceinline__ void keep_places(const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                   unsigned char *shared)
 {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, M = c.m.n_latents;
-    const int64_t ring = r.slot * c.m.ring_values + (int64_t)r.head * c.m.ring_rows * HEAD;
-    const int key = threadIdx.x / 2, part = threadIdx.x % 2;
 #pragma unroll
-    for (int j = 0; j < S::CHUNKS; j++) {
-        h->key[j] = make_uint4(0, 0, 0, 0);
-        if (key < r.n_keys && key != r.newest)
-            h->key[j] = load_streaming(c.m.ring_k + ring + key * HEAD + (2 * j + part) * 8);
-    }
-    /* values: later, there are too few registers */
-    if ((int)threadIdx.x * 64 < r.n_keys * HEAD)
-        prefetch_l2(c.m.ring_v + ring + threadIdx.x * 64);
-    const int64_t latent = (int64_t)r.head * M;
-#pragma unroll
-    for (int j = 0; j < S::LATENTS; j++) {
-        const int l = threadIdx.x / S::QUADS + j * S::LATENT_GROUPS;
-        h->s[j] = make_float4(0, 0, 0, 0);
-        if (r.here && !r.begins && l < M && (int)threadIdx.x < S::LATENT_GROUPS * S::QUADS)
-            h->s[j] =
-                *reinterpret_cast<const float4 *>(c.m.s.data + r.slot * c.m.s.row_values +
-                                                  (latent + l) * HEAD + threadIdx.x % S::QUADS * 4);
-    }
-    h->m = h->alpha = 0;
-    if (r.here && !r.begins && warp == CLUSTER_WARPS - 1 && lane < M) {
-        h->m = c.m.m.data[r.slot * c.m.m.row_values + latent + lane];
-        h->alpha = c.m.alpha.data[r.slot * c.m.alpha.row_values + latent + lane];
-    }
-}
-
-/* The same to L2 alone. */
-template <class S, int HEAD>
-static __device__ __forceinline__ void prefetch_row(const struct mix_call &c,
-                                                    const struct mix_row &r)
-{
-    const int64_t ring = r.slot * c.m.ring_values + (int64_t)r.head * c.m.ring_rows * HEAD;
-    const int M = c.m.n_latents, at_bf16 = threadIdx.x * 64, at_f32 = threadIdx.x * 32;
-    if (at_bf16 < r.n_keys * HEAD) {
-        prefetch_l2(c.m.ring_k + ring + at_bf16);
-        prefetch_l2(c.m.ring_v + ring + at_bf16);
-    }
-    if (r.here && at_f32 < M * HEAD)
-        prefetch_l2(c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * M * HEAD + at_f32);
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        if (threadIdx.x == 0)
+            at<struct mix_row>(shared, S::places)[r] = rows[r];
 }
 
 template <class S>
-static __device__ __forceinline__ float2 *angles_of(unsigned char *shared, int row)
+static __device__ __forceinline__ void take_places(struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                   unsigned char *shared)
 {
-    return at<float2>(shared, S::angles + row / CLUSTER_BLOCKS * S::angles_bytes);
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        rows[r] = at<struct mix_row>(shared, S::places)[r];
 }
 
-/* One warp: sines and cosines of the row's position, for q and k. */
-template <class S, int HEAD>
-static __device__ __forceinline__ void put_angles(const struct mix_call &c, const struct mix_row &r,
-                                                  unsigned char *shared)
+/* Where the rings of the row's slot and head begin. */
+template <int HEAD>
+static __device__ __forceinline__ int64_t ring_of(const struct mix_call &c, const struct mix_row &r)
 {
-    float2 *const angles = angles_of<S>(shared, r.row);
-    for (int i = threadIdx.x % WARP; i < HEAD / 2 && r.here; i += WARP)
-        angle(r.position, c.m.frequencies[i], &angles[i].x, &angles[i].y);
+    return r.slot * c.m.ring_values + (int64_t)r.head * c.m.ring_rows * HEAD;
 }
 
-/* The ring's values: a warp has those of its keys, a lane 8 dimensions of every n-th. */
-template <class S> struct held_values {
-    uint4 value[S::VALUES];
+/* A thread's part of a block's rows: half of a key of the ring, its every other 8 values, and 4
+ * values of every LATENT_GROUPS-th latent; m and alpha of latent lane % HALF of row lane / HALF,
+ * in every warp. */
+template <class S> struct held_rows {
+    uint4 key[S::BLOCK_ROWS][S::CHUNKS];
+    float4 s[S::BLOCK_ROWS][S::LATENTS];
+    float m, alpha;
 };
 
-/* The key of a lane's j-th value. */
-template <class S> static __device__ __forceinline__ int value_key(int j)
+template <class S, int HEAD>
+static __device__ __forceinline__ void hold_key(uint4 (&held)[S::CHUNKS], const struct mix_call &c,
+                                                const struct mix_row &r)
 {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    return warp * (WARP / 2) + lane / S::EIGHTS + j * S::VALUE_GROUPS;
+    const int key = threadIdx.x / 2, part = threadIdx.x % 2;
+    const bf16 *const from = c.m.ring_k + ring_of<HEAD>(c, r) + key * HEAD + part * 8;
+#pragma unroll
+    for (int j = 0; j < S::CHUNKS; j++) {
+        held[j] = make_uint4(0, 0, 0, 0);
+        if (key < r.n_keys && key != r.newest)
+            held[j] = load_streaming(from + 16 * j);
+    }
+}
+
+/* Where a thread's latents' sums are: of latent `group` on, 4 values. */
+template <class S, int HEAD>
+static __device__ __forceinline__ float *sums_of(const struct mix_call &c, const struct mix_row &r)
+{
+    const int group = threadIdx.x / S::QUADS, first = threadIdx.x % S::QUADS * 4;
+    return c.m.s.data + r.slot * c.m.s.row_values +
+           ((int64_t)r.head * c.m.n_latents + group) * HEAD + first;
 }
 
 template <class S, int HEAD>
-static __device__ __forceinline__ void
-hold_values(struct held_values<S> *h, const struct mix_call &c, const struct mix_row &r)
+static __device__ __forceinline__ void hold_sums(float4 (&held)[S::LATENTS],
+                                                 const struct mix_call &c, const struct mix_row &r)
 {
-    const int lane = threadIdx.x % WARP;
-    const bf16 *const ring = c.m.ring_v + r.slot * c.m.ring_values +
-                             (int64_t)r.head * c.m.ring_rows * HEAD + lane % S::EIGHTS * 8;
+    const int group = threadIdx.x / S::QUADS;
+    const float *const from = sums_of<S, HEAD>(c, r);
 #pragma unroll
-    for (int j = 0; j < S::VALUES; j++) {
-        const int key = value_key<S>(j);
-        h->value[j] = make_uint4(0, 0, 0, 0);
-        if (key < r.n_keys && key != r.newest && lane < S::VALUE_GROUPS * S::EIGHTS)
-            h->value[j] = load_streaming(ring + key * HEAD);
+    for (int j = 0; j < S::LATENTS; j++) {
+        held[j] = make_float4(0, 0, 0, 0);
+        if (r.here && !r.begins && group < S::LATENT_GROUPS &&
+            group + j * S::LATENT_GROUPS < c.m.n_latents)
+            held[j] = *reinterpret_cast<const float4 *>(from + j * S::LATENT_GROUPS * HEAD);
+    }
+}
+
+/* The row of a lane's latent. */
+template <int ROWS>
+static __device__ __forceinline__ struct mix_row lane_row(const struct mix_row (&rows)[ROWS])
+{
+    struct mix_row r = rows[0];
+    if (ROWS > 1 && threadIdx.x % WARP >= HALF)
+        r = rows[ROWS - 1];
+    return r;
+}
+
+template <class S>
+static __device__ __forceinline__ void hold_gates(struct held_rows<S> *h, const struct mix_call &c,
+                                                  const struct mix_row &r)
+{
+    const int l = threadIdx.x % HALF, M = c.m.n_latents;
+    h->m = h->alpha = 0;
+    if (r.here && !r.begins && l < M) {
+        h->m = c.m.m.data[r.slot * c.m.m.row_values + (int64_t)r.head * M + l];
+        h->alpha = c.m.alpha.data[r.slot * c.m.alpha.row_values + (int64_t)r.head * M + l];
+    }
+}
+
+/* A ring to L2. */
+template <int HEAD>
+static __device__ __forceinline__ void prefetch_ring(const bf16 *ring, const struct mix_call &c,
+                                                     const struct mix_row &r)
+{
+    const int at = threadIdx.x * 64;
+    if (at < r.n_keys * HEAD)
+        prefetch_l2(ring + ring_of<HEAD>(c, r) + at);
+}
+
+/* A row's rings and its latents' sums to L2. */
+template <int HEAD>
+static __device__ __forceinline__ void prefetch_row(const struct mix_call &c,
+                                                    const struct mix_row &r)
+{
+    const int at = threadIdx.x * 32, M = c.m.n_latents;
+    prefetch_ring<HEAD>(c.m.ring_k, c, r);
+    prefetch_ring<HEAD>(c.m.ring_v, c, r);
+    if (r.here && at < M * HEAD)
+        prefetch_l2(c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * M * HEAD + at);
+}
+
+/* Sines and cosines of 16 rows' positions, for the block's pairs of q and k. Any row of
+ * the bucket may be read. */
+template <class S>
+static __device__ __forceinline__ void put_angles(const struct mix_call &c, int rank,
+                                                  unsigned char *shared)
+{
+    float2 *const angles = at<float2>(shared, S::angles);
+    const int i = threadIdx.x, row = i / S::PAIRS;
+    if (row < CLUSTER_ROWS && row < c.step.rows)
+        angle(c.step.positions[row], c.m.frequencies[rank * S::PAIRS + i % S::PAIRS], &angles[i].x,
+              &angles[i].y);
+}
+
+/* All threads: the rings' values, zeros beyond their keys. A __syncthreads comes before bulk_wait
+ * and the values' use. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void fetch_values(const struct mix_call &c,
+                                                    const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                    unsigned char *shared)
+{
+    bulk_barrier *const fetched = at<bulk_barrier>(shared, S::values_fetched);
+    if (threadIdx.x == 0) {
+        int n_keys = 0;
+#pragma unroll
+        for (int r = 0; r < S::BLOCK_ROWS; r++)
+            n_keys += rows[r].n_keys;
+        bulk_begin(fetched, n_keys * HEAD * (int)sizeof(bf16));
+    }
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        unsigned char *const to = shared + S::values + r * S::values_bytes;
+        const int n_bytes = rows[r].n_keys * HEAD * (int)sizeof(bf16);
+        if (threadIdx.x == 0 && n_bytes)
+            bulk_copy(to, c.m.ring_v + ring_of<HEAD>(c, rows[r]), n_bytes, fetched);
+        for (int i = n_bytes + threadIdx.x * 16; i < S::values_bytes; i += CLUSTER_THREADS * 16)
+            *reinterpret_cast<uint4 *>(to + i) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -373,11 +448,11 @@ static __device__ __forceinline__ void gather_rows(const struct mix_call &c, int
 
 /* ---- products of the block, and the RG-LRU ---- */
 
-/* One warp: z of the 8 channels of a tile; squares of z, a row each, over them. */
-template <class S, int D, int WIDTH>
-static __device__ __forceinline__ void
-step_channels(const struct mix_call &c, const struct held_channels &held, int tile, int rank,
-              bool writes, float scale, unsigned char *shared)
+/* One warp: z of the 8 channels of a tile, which takes the past's place; squares of z, a row each,
+ * over them. */
+template <class S, int WIDTH>
+static __device__ __forceinline__ void step_channels(struct held_channels *held, int tile, int rank,
+                                                     float scale, unsigned char *shared)
 {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const bf16 *const rows = at<bf16>(shared, S::rows);
@@ -408,38 +483,84 @@ step_channels(const struct mix_call &c, const struct held_channels &held, int ti
         const float2 h = __bfloat1622float2(
             *reinterpret_cast<const __nv_bfloat162 *>(rows + row * S::ROW + channel));
         const float2 low = rglru_terms(r[2 * j] * factor, i[2 * j] * factor, h.x * factor,
-                                       held.constants[0], held.begins[j]);
+                                       held->constants[0], held->begins[j]);
         const float2 high = rglru_terms(r[2 * j + 1] * factor, i[2 * j + 1] * factor, h.y * factor,
-                                        held.constants[1], held.begins[j]);
+                                        held->constants[1], held->begins[j]);
         const float2 z =
-            make_float2(fmaf(low.x, held.past[j].x, low.y), fmaf(high.x, held.past[j].y, high.y));
+            make_float2(fmaf(low.x, held->past[j].x, low.y), fmaf(high.x, held->past[j].y, high.y));
         float square = fmaf(z.x, z.x, z.y * z.y);
         square += __shfl_xor_sync(0xffffffffu, square, 1);
         square += __shfl_xor_sync(0xffffffffu, square, 2);
         if (t == 0)
             at<float>(shared, S::z_parts)[tile * CLUSTER_ROWS + row] = square;
         *reinterpret_cast<__nv_bfloat162 *>(at<bf16>(shared, S::z) + row * S::SLICE + own) =
-            __floats2bfloat162_rn(z.x * held.weight.x, z.y * held.weight.y);
-        if (writes && row < c.step.sizes->n_rows)
-            *reinterpret_cast<float2 *>(c.m.z + (int64_t)row * D + channel) = z;
+            __floats2bfloat162_rn(z.x * held->weight.x, z.y * held->weight.y);
+        held->past[j] = z;
     }
 }
 
-/* q, k, v of the block's rows of the head, to the blocks of the step's rows. */
-template <class S, int HEAD>
-static __device__ __forceinline__ void send_qkv(int rank, int n_rows, unsigned char *shared)
+template <int D>
+static __device__ __forceinline__ void put_z(const struct mix_call &c,
+                                             const struct held_channels &held, int tile, int n_rows)
 {
-    const float *const sums = at<float>(shared, S::sums);
-    const float *const scales = at<float>(shared, S::scales);
-    for (int i = threadIdx.x; i < n_rows * S::QKV; i += CLUSTER_THREADS) {
-        const int row = i / S::QKV, j = i % S::QKV;
-        float y = 0;
+    const int lane = threadIdx.x % WARP, channel = 8 * tile + lane % 4 * 2;
 #pragma unroll
-        for (int w = 0; w < CLUSTER_WARPS; w++)
-            y += sums[(w * CLUSTER_ROWS + row) * 8 * S::QKV_TILES + j];
-        float *to = at_row<float, S>(shared, row, S::query) + j / S::PART * HEAD + rank * S::PART +
-                    j % S::PART;
-        *cluster_peer(to, row % CLUSTER_BLOCKS) = y * scales[row];
+    for (int j = 0; j < 2; j++) {
+        const int row = lane / 4 + 8 * j;
+        if (row < n_rows)
+            *reinterpret_cast<float2 *>(c.m.z + (int64_t)row * D + channel) = held.past[j];
+    }
+}
+
+/* q, k, v of the block's rows of the head, q and k turned, to the blocks of the step's rows: a
+ * thread has two pairs of a row's q, k or v. The first rows are the last warps', which have none
+ * of the latents' logits. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void send_qkv(const struct mix_call &c, int rank, int n_rows,
+                                                unsigned char *shared)
+{
+    constexpr int EACH = CLUSTER_THREADS / CLUSTER_ROWS;
+    const int row = CLUSTER_ROWS - 1 - threadIdx.x / EACH, item = threadIdx.x % EACH;
+    const int which = item / (S::PAIRS / 2), pair = item % (S::PAIRS / 2) * 2;
+    if (row >= n_rows || which > 2)
+        return;
+    const float *const sums =
+        at<float>(shared, S::sums) + row * 8 * S::QKV_TILES + which * S::PART + pair;
+    float2 low = make_float2(0, 0), high = low;
+#pragma unroll
+    for (int w = 0; w < CLUSTER_WARPS; w++) {
+        const float *const from = sums + w * CLUSTER_ROWS * 8 * S::QKV_TILES;
+        const float2 x0 = *reinterpret_cast<const float2 *>(from);
+        const float2 x1 = *reinterpret_cast<const float2 *>(from + S::PAIRS);
+        low.x += x0.x, low.y += x0.y;
+        high.x += x1.x, high.y += x1.y;
+    }
+    const float scale = at<float>(shared, S::scales)[row];
+    low.x *= scale, low.y *= scale;
+    high.x *= scale, high.y *= scale;
+    if (which < 2) {
+        const float4 a = *at<float4>(shared, S::angles + (row * S::PAIRS + pair) * 8);
+        const float factor = which == 0 ? c.m.scale : 1;
+        const float2 x0 = low, x1 = high;
+        low.x = fmaf(x0.x, a.y, -x1.x * a.x) * factor;
+        low.y = fmaf(x0.y, a.w, -x1.y * a.z) * factor;
+        high.x = fmaf(x0.x, a.x, x1.x * a.y) * factor;
+        high.y = fmaf(x0.y, a.z, x1.y * a.w) * factor;
+    }
+    unsigned char *const to = cluster_peer(
+        at_row<unsigned char, S>(shared, row / CLUSTER_BLOCKS, 0), row % CLUSTER_BLOCKS);
+    const int at = rank * S::PAIRS + pair;
+    if (which != 1) {
+        float *const exact = reinterpret_cast<float *>(to + (which ? S::value : S::query)) + at;
+        *reinterpret_cast<float2 *>(exact) = low;
+        *reinterpret_cast<float2 *>(exact + HEAD / 2) = high;
+    }
+    if (which != 0) {
+        bf16 *const kept =
+            reinterpret_cast<bf16 *>(to + (which == 1 ? S::new_key : S::new_value)) + at;
+        *reinterpret_cast<__nv_bfloat162 *>(kept) = __floats2bfloat162_rn(low.x, low.y);
+        *reinterpret_cast<__nv_bfloat162 *>(kept + HEAD / 2) =
+            __floats2bfloat162_rn(high.x, high.y);
     }
 }
 
@@ -450,13 +571,13 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int n = 2 * c.m.n_latents + 1;
-    if (warp == CLUSTER_WARPS - 1 && lane < n_rows) {
+    if (warp == LOGIT_TILES && lane < n_rows) {
         float square = 0;
 #pragma unroll
         for (int i = 0; i < S::TILES; i++)
             square += at<float>(shared, S::z_parts)[i * CLUSTER_ROWS + lane];
-        *cluster_peer(at_row<float, S>(shared, lane, S::z_squares) + rank, lane % CLUSTER_BLOCKS) =
-            square;
+        float *const to = at_row<float, S>(shared, lane / CLUSTER_BLOCKS, S::z_squares) + rank;
+        *cluster_peer(to, lane % CLUSTER_BLOCKS) = square;
     }
     if (8 * warp >= n)
         return;
@@ -467,207 +588,239 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int row = g + 8 * j;
-        float *const to =
-            at_row<float, S>(shared, row, S::logits) + rank * LOGITS + 8 * warp + 2 * t;
+        float *const to = at_row<float, S>(shared, row / CLUSTER_BLOCKS, S::logits) +
+                          rank * LOGITS + 8 * warp + 2 * t;
         if (row < n_rows)
             *reinterpret_cast<float2 *>(cluster_peer(to, row % CLUSTER_BLOCKS)) =
                 make_float2(sum[0][2 * j], sum[0][2 * j + 1]);
     }
 }
 
-/* ---- one row of the head ---- */
+/* ---- the block's rows of the head, all at a time: their chains of instructions overlap ---- */
 
-/* Warp 0 turns the query, warp 1 the key. */
-template <class S, int HEAD>
-static __device__ __forceinline__ void turn(const struct mix_call &c, const struct mix_row &r,
-                                            int which, unsigned char *shared)
-{
-    float *const x = at_row<float, S>(shared, r.row, S::query) + which * HEAD;
-    const float2 *const angles = angles_of<S>(shared, r.row);
-    bf16 *const key = at<bf16>(shared, S::new_key);
-    bf16 *const ring =
-        c.m.ring_k + r.slot * c.m.ring_values + ((int64_t)r.head * c.m.ring_rows + r.newest) * HEAD;
-    for (int i = threadIdx.x % WARP; i < HEAD / 2; i += WARP) {
-        const float2 a = angles[i];
-        const float x0 = x[i], x1 = x[i + HEAD / 2];
-        const float low = fmaf(x0, a.y, -x1 * a.x), high = fmaf(x0, a.x, x1 * a.y);
-        if (which == 0) {
-            x[i] = low * c.m.scale;
-            x[i + HEAD / 2] = high * c.m.scale;
-        } else {
-            ring[i] = key[i] = from_float<bf16>(low);
-            ring[i + HEAD / 2] = key[i + HEAD / 2] = from_float<bf16>(high);
-        }
-    }
-}
+/* What a lane's latent (lane % HALF, of row lane / HALF) does: s = s keep + take v, and its share
+ * of s / alpha. window: p(0|t). */
+struct lane_gates {
+    float keep, take, share, window;
+};
 
-template <class S, int HEAD>
-static __device__ __forceinline__ void put_value(const struct mix_call &c, const struct mix_row &r,
-                                                 unsigned char *shared)
+/* Sum over 16 lanes. */
+static __device__ __forceinline__ float half_sum(float x)
 {
-    const float *const v = at_row<float, S>(shared, r.row, S::query) + 2 * HEAD;
-    bf16 *const kept = at<bf16>(shared, S::new_value);
-    bf16 *const ring =
-        c.m.ring_v + r.slot * c.m.ring_values + ((int64_t)r.head * c.m.ring_rows + r.newest) * HEAD;
-    for (int i = threadIdx.x % WARP; i < HEAD; i += WARP)
-        ring[i] = kept[i] = from_float<bf16>(v[i]);
-}
-
-/* The last warp: softmax of g, and what the row's theta does to the latents' maxima and sums. */
-template <class S, int D>
-static __device__ __forceinline__ void put_gates(const struct mix_call &c, const struct mix_row &r,
-                                                 const struct held_row<S> &h, unsigned char *shared)
-{
-    const int lane = threadIdx.x % WARP, M = c.m.n_latents;
-    const float *const logits = at_row<float, S>(shared, r.row, S::logits);
-    const float *const z_squares = at_row<float, S>(shared, r.row, S::z_squares);
-    float square = lane < CLUSTER_BLOCKS ? z_squares[lane] : 0;
-    float window = lane < CLUSTER_BLOCKS ? logits[lane * LOGITS] : 0, g = 0, theta = 0;
 #pragma unroll
-    for (int b = 0; b < CLUSTER_BLOCKS / 2; b++) { /* half of the blocks a half of the warp */
-        const float *const from = logits + (lane / 16 * (CLUSTER_BLOCKS / 2) + b) * LOGITS;
-        if (lane % 16 < M)
-            g += from[1 + lane % 16], theta += from[1 + M + lane % 16];
-    }
-    g += __shfl_xor_sync(0xffffffffu, g, 16);
-    theta += __shfl_xor_sync(0xffffffffu, theta, 16);
-    window = warp_sum(window);
-    const float scale = norm_scale(warp_sum(square), D, c.m.z_eps);
-    window *= scale, theta *= scale;
-    g = lane < M ? g * scale : -INFINITY;
-    const float top = fmaxf(warp_max(g), window);
-    const float p = lane < M ? exp_below(g, top) : 0, p0 = exp_below(window, top);
-    const float total = 1 / (warp_sum(p) + p0);
-    float *const keep = at<float>(shared, S::keep);
-    if (lane == 0)
-        *at<float>(shared, S::share) = p0 * total;
-    if (lane >= M)
-        return;
-    const float now = r.begins ? theta : fmaxf(h.m, theta);
-    const float kept = r.begins ? 0 : exp_below(h.m, now), take = exp_below(theta, now);
-    const float sum = r.begins ? take : fmaf(h.alpha, kept, take);
-    c.m.m.data[r.slot * c.m.m.row_values + (int64_t)r.head * M + lane] = now;
-    c.m.alpha.data[r.slot * c.m.alpha.row_values + (int64_t)r.head * M + lane] = sum;
-    keep[lane] = kept;
-    keep[CLUSTER_LATENTS + lane] = take;
-    keep[2 * CLUSTER_LATENTS + lane] = p * total / sum;
+    for (int o = HALF / 2; o; o >>= 1)
+        x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
 }
 
-template <class S, int HEAD>
-static __device__ __forceinline__ float score(const struct mix_call &c, const struct mix_row &r,
-                                              const struct held_row<S> &h, unsigned char *shared)
+/* Every warp for itself: softmax of g, and what the row's theta does to the latents' maxima and
+ * sums, which it replaces. */
+template <class S, int D>
+static __device__ __forceinline__ struct lane_gates
+take_gates(const struct mix_call &c, const struct mix_row &r, struct held_rows<S> *h,
+           unsigned char *shared)
 {
-    const float *const query = at_row<float, S>(shared, r.row, S::query);
+    const int l = threadIdx.x % HALF, M = c.m.n_latents;
+    const int of = threadIdx.x / HALF % S::BLOCK_ROWS;
+    const float *const logits = at_row<float, S>(shared, of, S::logits);
+    const float4 *const z_squares = at_row<float4, S>(shared, of, S::z_squares);
+    const float4 z_low = z_squares[0], z_high = z_squares[1];
+    float to_window[CLUSTER_BLOCKS], g[2] = {0, 0}, theta[2] = {0, 0};
+#pragma unroll
+    for (int b = 0; b < CLUSTER_BLOCKS; b++) {
+        const float *const from = logits + b * LOGITS;
+        to_window[b] = from[0];
+        if (l < M) /* halves of the blocks */
+            g[b / 4] += from[1 + l], theta[b / 4] += from[1 + M + l];
+    }
+    const float square = ((z_low.x + z_high.x) + (z_low.z + z_high.z)) +
+                         ((z_low.y + z_high.y) + (z_low.w + z_high.w));
+    const float *const w = to_window;
+    const float scale = norm_scale(square, D, c.m.z_eps);
+    const float window =
+        (((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]))) * scale;
+    const float gate = l < M ? (g[0] + g[1]) * scale : -INFINITY;
+    const float logit = (theta[0] + theta[1]) * scale;
+    float top = gate;
+#pragma unroll
+    for (int o = HALF / 2; o; o >>= 1)
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
+    top = fmaxf(top, window);
+    const float p = l < M ? exp_below(gate, top) : 0, p0 = exp_below(window, top);
+    const float total = 1 / (half_sum(p) + p0);
+    const float now = r.begins ? logit : fmaxf(h->m, logit);
+    const float kept = r.begins ? 0 : exp_below(h->m, now), take = exp_below(logit, now);
+    h->alpha = r.begins ? take : fmaf(h->alpha, kept, take);
+    h->m = now;
+    return {kept, take, p * total / h->alpha, p0 * total};
+}
+
+/* Scores of the thread's key, -INFINITY where there is none. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void score(float (&x)[S::BLOCK_ROWS], const struct mix_call &c,
+                                             const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                             const struct held_rows<S> &h, unsigned char *shared)
+{
     const int key = threadIdx.x / 2, part = threadIdx.x % 2;
-    float4 sum = make_float4(0, 0, 0, 0);
+    float4 sum[S::BLOCK_ROWS] = {};
 #pragma unroll
     for (int j = 0; j < S::CHUNKS; j++) {
         const int i = (2 * j + part) * 8;
-        const float4 low = *reinterpret_cast<const float4 *>(query + i);
-        const float4 high = *reinterpret_cast<const float4 *>(query + i + 4);
-        float k[8];
-        eight(k, key == r.newest
-                     ? *reinterpret_cast<const uint4 *>(at<bf16>(shared, S::new_key) + i)
-                     : h.key[j]);
-        sum.x = fmaf(high.x, k[4], fmaf(low.x, k[0], sum.x));
-        sum.y = fmaf(high.y, k[5], fmaf(low.y, k[1], sum.y));
-        sum.z = fmaf(high.z, k[6], fmaf(low.z, k[2], sum.z));
-        sum.w = fmaf(high.w, k[7], fmaf(low.w, k[3], sum.w));
+#pragma unroll
+        for (int r = 0; r < S::BLOCK_ROWS; r++) {
+            const float *const query = at_row<float, S>(shared, r, S::query) + i;
+            const bf16 *const newest = at_row<bf16, S>(shared, r, S::new_key) + i;
+            const float4 low = *reinterpret_cast<const float4 *>(query);
+            const float4 high = *reinterpret_cast<const float4 *>(query + 4);
+            float k[8];
+            eight(k,
+                  key == rows[r].newest ? *reinterpret_cast<const uint4 *>(newest) : h.key[r][j]);
+            sum[r].x = fmaf(high.x, k[4], fmaf(low.x, k[0], sum[r].x));
+            sum[r].y = fmaf(high.y, k[5], fmaf(low.y, k[1], sum[r].y));
+            sum[r].z = fmaf(high.z, k[6], fmaf(low.z, k[2], sum[r].z));
+            sum[r].w = fmaf(high.w, k[7], fmaf(low.w, k[3], sum[r].w));
+        }
     }
-    float x = (sum.x + sum.y) + (sum.z + sum.w);
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    if (c.m.softcap > 0)
-        x = c.m.softcap * tanhf(x / c.m.softcap);
-    return key < r.n_keys ? x : -INFINITY;
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        x[r] = (sum[r].x + sum[r].y) + (sum[r].z + sum[r].w);
+        x[r] += __shfl_xor_sync(0xffffffffu, x[r], 1);
+        if (c.m.softcap > 0)
+            x[r] = c.m.softcap * tanhf(x[r] / c.m.softcap);
+        x[r] = key < rows[r].n_keys ? x[r] : -INFINITY;
+    }
 }
 
-/* A warp's keys: its maximum, weights below it and their total, and local [GROUPS, HEAD], the
- * weighted values. x: the lane's score. */
-template <class S, int HEAD>
-static __device__ __forceinline__ void
-take_values(float x, const struct mix_row &r, const struct held_values<S> &h, unsigned char *shared)
+/* x becomes weights: of a warp's keys, below their maximum. Maxima and totals are the block's. */
+template <class S>
+static __device__ __forceinline__ void weigh(float (&x)[S::BLOCK_ROWS], unsigned char *shared)
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int group = lane / S::EIGHTS, first = lane % S::EIGHTS * 8;
-    const bf16 *const newest = at<bf16>(shared, S::new_value) + first;
-    const float top = warp_max(x);
-    const float weight = x == -INFINITY ? 0 : exp_below(x, top);
-    const float total = warp_sum(lane % 2 ? 0 : weight);
-    if (lane == 0) {
-        at<float>(shared, S::stats)[warp] = top;
-        at<float>(shared, S::stats)[CLUSTER_WARPS + warp] = total;
+    float top[S::BLOCK_ROWS], total[S::BLOCK_ROWS];
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        top[r] = x[r];
+#pragma unroll
+    for (int o = WARP / 2; o > 1; o >>= 1) { /* two lanes have a key */
+#pragma unroll
+        for (int r = 0; r < S::BLOCK_ROWS; r++)
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], o));
     }
-    float sum[8] = {};
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        total[r] = x[r] = x[r] == -INFINITY ? 0 : exp_below(x[r], top[r]);
+#pragma unroll
+    for (int o = WARP / 2; o > 1; o >>= 1) {
+#pragma unroll
+        for (int r = 0; r < S::BLOCK_ROWS; r++)
+            total[r] += __shfl_xor_sync(0xffffffffu, total[r], o);
+    }
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        float *const stats = at<float>(shared, S::stats) + r * 2 * CLUSTER_WARPS + warp;
+        if (lane == 0)
+            stats[0] = top[r], stats[CLUSTER_WARPS] = total[r];
+    }
+}
+
+/* local [ROWS, GROUPS, HEAD]: the values of a warp's keys, weighted; a lane has 8 dimensions of
+ * every VALUE_GROUPS-th. weight: the lane's key's. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void take_values(const float (&weight)[S::BLOCK_ROWS],
+                                                   const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                   unsigned char *shared)
+{
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const bool mine = lane < S::VALUE_GROUPS * S::EIGHTS;
+    const int group = mine ? lane / S::EIGHTS : 0, first = lane % S::EIGHTS * 8;
+    float sum[S::BLOCK_ROWS][8] = {};
 #pragma unroll
     for (int j = 0; j < S::VALUES; j++) {
-        const int key = value_key<S>(j);
-        const float share = __shfl_sync(0xffffffffu, weight, 2 * key % WARP);
-        float v[8];
-        eight(v, h.value[j]);
-        if (key == r.newest && group < S::VALUE_GROUPS)
-            eight(v, *reinterpret_cast<const uint4 *>(newest));
+        const int key = warp * HALF + group + j * S::VALUE_GROUPS;
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            sum[i] = fmaf(share, v[i], sum[i]);
+        for (int r = 0; r < S::BLOCK_ROWS; r++) {
+            const float share = __shfl_sync(0xffffffffu, weight[r], 2 * key % WARP);
+            const unsigned char *const from =
+                key == rows[r].newest ? at_row<unsigned char, S>(shared, r, S::new_value)
+                                      : shared + S::values + r * S::values_bytes + key * HEAD * 2;
+            float v[8];
+            eight(v, *reinterpret_cast<const uint4 *>(from + first * 2));
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                sum[r][i] = fmaf(share, v[i], sum[r][i]);
+        }
     }
-    if (group >= S::VALUE_GROUPS)
+    if (!mine)
         return;
     float4 *const to =
         at<float4>(shared, S::local + ((warp * S::VALUE_GROUPS + group) * HEAD + first) * 4);
-    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-    to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        to[r * S::GROUPS * HEAD / 4] = make_float4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        to[r * S::GROUPS * HEAD / 4 + 1] = make_float4(sum[r][4], sum[r][5], sum[r][6], sum[r][7]);
+    }
 }
 
-/* s = s keep + take v, P(eq 19); other [LATENT_GROUPS, HEAD]: shares of s / alpha. */
+/* s = s keep + take v, P(eq 19), in registers; other [ROWS, LATENT_GROUPS, HEAD]: shares of
+ * s / alpha. */
 template <class S, int HEAD>
-static __device__ __forceinline__ void
-step_latents(const struct mix_call &c, const struct mix_row &r, const struct held_row<S> &h,
-             unsigned char *shared)
+static __device__ __forceinline__ void step_latents(const struct mix_call &c,
+                                                    const struct lane_gates &gates,
+                                                    struct held_rows<S> *h, unsigned char *shared)
 {
     const int group = threadIdx.x / S::QUADS, first = threadIdx.x % S::QUADS * 4;
-    const float *const keep = at<float>(shared, S::keep);
-    if (group >= S::LATENT_GROUPS)
-        return;
-    const float4 v = *reinterpret_cast<const float4 *>(at_row<float, S>(shared, r.row, S::query) +
-                                                       2 * HEAD + first);
-    float *const s =
-        c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * c.m.n_latents * HEAD + first;
-    float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int j = 0; j < S::LATENTS; j++) {
-        const int l = group + j * S::LATENT_GROUPS;
-        if (l >= c.m.n_latents)
-            continue;
-        const float k = keep[l], t = keep[CLUSTER_LATENTS + l], p = keep[2 * CLUSTER_LATENTS + l];
-        const float4 old = h.s[j];
-        const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
-                                       fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
-        __stcg(reinterpret_cast<float4 *>(s + l * HEAD), now);
-        sum = make_float4(fmaf(p, now.x, sum.x), fmaf(p, now.y, sum.y), fmaf(p, now.z, sum.z),
-                          fmaf(p, now.w, sum.w));
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        const float4 v = *at_row<float4, S>(shared, r, S::value + first * 4);
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int j = 0; j < S::LATENTS; j++) {
+            const int l = group + j * S::LATENT_GROUPS, of = r * HALF + l % HALF;
+            const float k = __shfl_sync(0xffffffffu, gates.keep, of);
+            const float t = __shfl_sync(0xffffffffu, gates.take, of);
+            const float p = __shfl_sync(0xffffffffu, gates.share, of);
+            if (l >= c.m.n_latents)
+                continue;
+            const float4 old = h->s[r][j];
+            const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
+                                           fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
+            h->s[r][j] = now;
+            sum = make_float4(fmaf(p, now.x, sum.x), fmaf(p, now.y, sum.y), fmaf(p, now.z, sum.z),
+                              fmaf(p, now.w, sum.w));
+        }
+        if (group < S::LATENT_GROUPS)
+            *at<float4>(shared, S::other + ((r * S::LATENT_GROUPS + group) * HEAD + first) * 4) =
+                sum;
     }
-    *at<float4>(shared, S::other + (group * HEAD + first) * 4) = sum;
 }
 
-/* The head's output of the row, to every block: 4 lanes have 2 dimensions, a quarter of the sums
+/* The head's output of the rows, to every block: 4 lanes have 2 dimensions, a quarter of the sums
  * and of the blocks each. */
 template <class S, int HEAD>
-static __device__ __forceinline__ void send_mixed(int row, unsigned char *shared)
+static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                  unsigned char *shared)
 {
     const int pair = threadIdx.x / 4, part = threadIdx.x % 4;
-    const float *const stats = at<float>(shared, S::stats);
-    float factor[CLUSTER_WARPS], top = -INFINITY, total = 0;
+    float2 y[S::BLOCK_ROWS] = {};
 #pragma unroll
-    for (int w = 0; w < CLUSTER_WARPS; w++)
-        top = fmaxf(top, stats[w]);
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        const float *const stats = at<float>(shared, S::stats) + r * 2 * CLUSTER_WARPS;
+        float factor[CLUSTER_WARPS], top = -INFINITY, total = 0;
 #pragma unroll
-    for (int w = 0; w < CLUSTER_WARPS; w++) {
-        factor[w] = expf(stats[w] - top);
-        total = fmaf(factor[w], stats[CLUSTER_WARPS + w], total);
-    }
-    const float share = *at<float>(shared, S::share) / total;
-    float2 y = make_float2(0, 0);
-    if (pair < HEAD / 2) {
+        for (int w = 0; w < CLUSTER_WARPS; w++)
+            top = fmaxf(top, stats[w]);
+#pragma unroll
+        for (int w = 0; w < CLUSTER_WARPS; w++) {
+            factor[w] = expf(stats[w] - top);
+            total = fmaf(factor[w], stats[CLUSTER_WARPS + w], total);
+        }
+        const float share = at<float>(shared, S::shares)[r] / total;
+        if (pair >= HEAD / 2)
+            continue;
+        const float2 *const local =
+            at<float2>(shared, S::local + (r * S::GROUPS * HEAD + 2 * pair) * 4);
+        const float2 *const other =
+            at<float2>(shared, S::other + (r * S::LATENT_GROUPS * HEAD + 2 * pair) * 4);
 #pragma unroll
         for (int w = 0; w < CLUSTER_WARPS; w++) {
 #pragma unroll
@@ -675,66 +828,101 @@ static __device__ __forceinline__ void send_mixed(int row, unsigned char *shared
                 const int g = w * S::VALUE_GROUPS + i;
                 if (g % 4 != part)
                     continue;
-                const float2 x = *at<float2>(shared, S::local + (g * HEAD + 2 * pair) * 4);
-                y.x = fmaf(factor[w], x.x, y.x), y.y = fmaf(factor[w], x.y, y.y);
+                const float2 x = local[g * HEAD / 2];
+                y[r].x = fmaf(factor[w], x.x, y[r].x), y[r].y = fmaf(factor[w], x.y, y[r].y);
             }
         }
-        y.x *= share, y.y *= share;
+        y[r].x *= share, y[r].y *= share;
 #pragma unroll
         for (int i = 0; i < (S::LATENT_GROUPS + 3) / 4; i++) {
             const int g = 4 * i + part;
             if (g >= S::LATENT_GROUPS)
                 break;
-            const float2 x = *at<float2>(shared, S::other + (g * HEAD + 2 * pair) * 4);
-            y.x += x.x, y.y += x.y;
+            const float2 x = other[g * HEAD / 2];
+            y[r].x += x.x, y[r].y += x.y;
         }
     }
 #pragma unroll
     for (int o = 1; o < 4; o *= 2) {
-        y.x += __shfl_xor_sync(0xffffffffu, y.x, o);
-        y.y += __shfl_xor_sync(0xffffffffu, y.y, o);
+#pragma unroll
+        for (int r = 0; r < S::BLOCK_ROWS; r++) {
+            y[r].x += __shfl_xor_sync(0xffffffffu, y[r].x, o);
+            y[r].y += __shfl_xor_sync(0xffffffffu, y[r].y, o);
+        }
     }
     if (pair >= HEAD / 2)
         return;
-    __nv_bfloat162 *to =
-        reinterpret_cast<__nv_bfloat162 *>(at<bf16>(shared, S::mixed) + row * S::OUT + 2 * pair);
 #pragma unroll
-    for (int i = 0; i < CLUSTER_BLOCKS / 4; i++)
-        *cluster_peer(to, part + 4 * i) = __floats2bfloat162_rn(y.x, y.y);
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        if (!rows[r].here)
+            continue;
+        __nv_bfloat162 *const to = reinterpret_cast<__nv_bfloat162 *>(
+            at<bf16>(shared, S::mixed) + rows[r].row * S::OUT + 2 * pair);
+#pragma unroll
+        for (int i = 0; i < CLUSTER_BLOCKS / 4; i++)
+            *cluster_peer(to, part + 4 * i) = __floats2bfloat162_rn(y[r].x, y[r].y);
+    }
 }
 
-/* r's row, which is held; then, where it is next's turn, that row's state takes its place. */
+/* What the rows have become, which send_mixed has made of what the others sent. */
 template <class S, int D, int HEAD>
-static __device__ __forceinline__ void
-mix_row_of_block(const struct mix_call &c, const struct mix_row &r, struct held_row<S> *h,
-                 struct held_values<S> *values, const struct mix_row &next, unsigned char *shared)
+static __device__ __forceinline__ void mix_rows(const struct mix_call &c,
+                                                const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                struct held_rows<S> *h, unsigned char *shared)
 {
-    const int warp = threadIdx.x / WARP;
-    if (warp < 2)
-        turn<S, HEAD>(c, r, warp, shared);
-    else if (warp == 2)
-        put_value<S, HEAD>(c, r, shared);
-    else if (warp == CLUSTER_WARPS - 1)
-        put_gates<S, D>(c, r, *h, shared);
+    float x[S::BLOCK_ROWS];
+    const struct lane_gates gates = take_gates<S, D>(c, lane_row(rows), h, shared);
+    if (threadIdx.x < WARP && threadIdx.x % HALF == 0)
+        at<float>(shared, S::shares)[threadIdx.x / HALF] = gates.window;
+    score<S, HEAD>(x, c, rows, *h, shared);
+    weigh<S>(x, shared);
+    bulk_wait(at<bulk_barrier>(shared, S::values_fetched));
+    take_values<S, HEAD>(x, rows, shared);
+    step_latents<S, HEAD>(c, gates, h, shared);
     __syncthreads();
-    take_values<S, HEAD>(score<S, HEAD>(c, r, *h, shared), r, *values, shared);
-    step_latents<S, HEAD>(c, r, *h, shared);
-    if (next.here) {
-        hold_row<S, HEAD>(h, c, next);
-        hold_values<S, HEAD>(values, c, next);
+    send_mixed<S, HEAD>(rows, shared);
+}
+
+/* The rows' new state. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void
+keep_rows(const struct mix_call &c, const struct mix_row (&rows)[S::BLOCK_ROWS],
+          const struct held_rows<S> &h, unsigned char *shared)
+{
+    const int l = threadIdx.x % HALF, group = threadIdx.x / S::QUADS, M = c.m.n_latents;
+    const struct mix_row own = lane_row(rows);
+    if (own.here && l < M && (int)threadIdx.x < S::BLOCK_ROWS * HALF) {
+        c.m.m.data[own.slot * c.m.m.row_values + (int64_t)own.head * M + l] = h.m;
+        c.m.alpha.data[own.slot * c.m.alpha.row_values + (int64_t)own.head * M + l] = h.alpha;
     }
-    __syncthreads();
-    send_mixed<S, HEAD>(r.row, shared);
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        if (!rows[r].here)
+            continue;
+        float *const s = sums_of<S, HEAD>(c, rows[r]);
+#pragma unroll
+        for (int j = 0; j < S::LATENTS; j++)
+            if (group < S::LATENT_GROUPS && group + j * S::LATENT_GROUPS < M)
+                __stcg(reinterpret_cast<float4 *>(s + j * S::LATENT_GROUPS * HEAD), h.s[r][j]);
+        const int i = threadIdx.x % WARP * 8;
+        const int64_t at = ring_of<HEAD>(c, rows[r]) + rows[r].newest * HEAD + i;
+        if (threadIdx.x / WARP < 2 && i < HEAD) {
+            const bool key = threadIdx.x < WARP;
+            *reinterpret_cast<uint4 *>((key ? c.m.ring_k : c.m.ring_v) + at) =
+                *at_row<uint4, S>(shared, r, (key ? S::new_key : S::new_value) + i * 2);
+        }
+    }
 }
 
 /* ---- the kernel ---- */
 
-template <int D, int HEAD, int WIDTH>
+/* ROWS: that a block mixes; the step has up to ROWS * CLUSTER_BLOCKS. */
+template <int D, int HEAD, int WIDTH, int ROWS>
 static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     cluster_mix_kernel(const __grid_constant__ struct mix_call c)
 {
-    typedef mix_shape<D, HEAD, WIDTH> S;
-    static_assert(BLOCK_ROWS == 2 && S::TURNS == 2, "two rows a block, two tiles a warp");
+    typedef mix_shape<D, HEAD, WIDTH, ROWS> S;
+    static_assert(S::TURNS == 2, "two tiles a warp");
     DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int head = blockIdx.x / CLUSTER_BLOCKS, rank = cluster_rank();
@@ -742,19 +930,26 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     cluster_arrive_relaxed(); /* when all blocks have: their shared memory may be written */
 
     fetch_weights<S, D, HEAD>(c, head, rank, shared);
-    const struct mix_row first = find_row(c, head, rank);
-    const struct mix_row second = find_row(c, head, rank + CLUSTER_BLOCKS);
+    struct mix_row rows[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        rows[r] = find_row(c, head, rank + r * CLUSTER_BLOCKS);
     struct held_channels channels, more_channels;
     hold_channels(&channels, c, rank * S::TILES + warp);
     hold_channels(&more_channels, c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
-    struct held_row<S> held;
-    hold_row<S, HEAD>(&held, c, first);
-    prefetch_row<S, HEAD>(c, second);
+    struct held_rows<S> held;
+    hold_key<S, HEAD>(held.key[0], c, rows[0]);
+    hold_sums<S, HEAD>(held.s[0], c, rows[0]);
+    if (ROWS == 1) {
+        fetch_values<S, HEAD>(c, rows, shared);
+    } else { /* later, there is too little room */
+        prefetch_ring<HEAD>(c.m.ring_v, c, rows[0]);
+        prefetch_row<HEAD>(c, rows[ROWS - 1]);
+    }
+    keep_places<S>(rows, shared);
+    hold_gates<S>(&held, c, lane_row(rows));
     const int n_rows = c.step.sizes->n_rows;
-    if (warp == CLUSTER_WARPS - 2)
-        put_angles<S, HEAD>(c, first, shared);
-    if (warp == CLUSTER_WARPS - 3)
-        put_angles<S, HEAD>(c, second, shared);
+    put_angles<S>(c, rank, shared);
     cluster_wait();
 
     pdl_wait();
@@ -769,11 +964,10 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     few_product<S::QKV_TILES, S::QKV_K>(sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
                                         at<bf16>(shared, S::qkv) + warp * S::QKV_K, S::ROW,
                                         S::QKV - 1);
-    step_channels<S, D, WIDTH>(c, channels, warp, rank, head == 0, scale, shared);
+    step_channels<S, WIDTH>(&channels, warp, rank, scale, shared);
     if (has_second)
-        step_channels<S, D, WIDTH>(c, more_channels, warp + CLUSTER_WARPS, rank, head == 0, scale,
-                                   shared);
-    __syncthreads(); /* the sums lie over the rows */
+        step_channels<S, WIDTH>(&more_channels, warp + CLUSTER_WARPS, rank, scale, shared);
+    __syncthreads(); /* the sums lie over the rows, the values of two rows over the weights */
     float *const sums = at<float>(shared, S::sums) + warp * CLUSTER_ROWS * 8 * S::QKV_TILES;
 #pragma unroll
     for (int n = 0; n < S::QKV_TILES; n++) {
@@ -781,22 +975,30 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         *reinterpret_cast<float2 *>(to) = make_float2(sum[n][0], sum[n][1]);
         *reinterpret_cast<float2 *>(to + 8 * 8 * S::QKV_TILES) = make_float2(sum[n][2], sum[n][3]);
     }
-    struct held_values<S> values;
-    hold_values<S, HEAD>(&values, c, first);
+    if (ROWS > 1) {
+        take_places<S>(rows, shared);
+        fetch_values<S, HEAD>(c, rows, shared);
+        hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
+        hold_sums<S, HEAD>(held.s[ROWS - 1], c, rows[ROWS - 1]);
+    }
     __syncthreads();
     send_logits<S>(c, rank, n_rows, shared);
-    send_qkv<S, HEAD>(rank, n_rows, shared);
-    cluster_sync();
-
-    struct mix_row none = first;
-    none.here = false;
-    if (first.here)
-        mix_row_of_block<S, D, HEAD>(c, first, &held, &values, second, shared);
-    if (second.here) {
-        __syncthreads(); /* the first row's share has been read */
-        mix_row_of_block<S, D, HEAD>(c, second, &held, &values, none, shared);
+    send_qkv<S, HEAD>(c, rank, n_rows, shared);
+    cluster_arrive();
+    if (head == 0) {
+        put_z<D>(c, channels, rank * S::TILES + warp, n_rows);
+        if (has_second)
+            put_z<D>(c, more_channels, rank * S::TILES + warp + CLUSTER_WARPS, n_rows);
     }
-    cluster_sync();
+    cluster_wait();
+
+    take_places<S>(rows, shared);
+    if (rows[0].here)
+        mix_rows<S, D, HEAD>(c, rows, &held, shared);
+    cluster_arrive();
+    take_places<S>(rows, shared);
+    keep_rows<S, HEAD>(c, rows, held, shared);
+    cluster_wait();
 
     for (int tile = warp; tile < S::TILES; tile += CLUSTER_WARPS) {
         float out[1][4] = {};
@@ -820,12 +1022,17 @@ bool cluster_has(const struct cluster_shape *s)
            s->rglru_blocks == 8;
 }
 
+template <int D, int HEAD, int WIDTH, int ROWS> static bool mix_fits(void)
+{
+    return cluster_fits((const void *)cluster_mix_kernel<D, HEAD, WIDTH, ROWS>, CLUSTER_BLOCKS,
+                        CLUSTER_THREADS, (size_t)mix_shape<D, HEAD, WIDTH, ROWS>::bytes);
+}
+
 bool cluster_knows(const struct cuda *c, const struct cluster_shape *s)
 {
     const int capability = c->queue.capability;
     return (capability == 90 || capability == 100 || capability == 103) && cluster_has(s) &&
-           cluster_fits((const void *)cluster_mix_kernel<768, 96, 96>, CLUSTER_BLOCKS,
-                        CLUSTER_THREADS, (size_t)mix_shape<768, 96, 96>::bytes);
+           mix_fits<768, 96, 96, 1>() && mix_fits<768, 96, 96, 2>();
 }
 
 /* Lane (g, t) of a warp with channels 8 tile on: weights of row g, columns 16 k + 8 i + 2 t, + 1.
@@ -878,12 +1085,12 @@ void cluster_prepare(struct cuda *c, const struct cluster_shape *s, const struct
            CLUSTER_THREADS, 0, *g, (uint4 *)(constants + s->dim), constants);
 }
 
-template <int D, int HEAD, int WIDTH>
+template <int D, int HEAD, int WIDTH, int ROWS>
 static void run_mix(struct cuda *c, const struct mix_call *call)
 {
-    launch_cluster(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH>,
+    launch_cluster(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH, ROWS>,
                    dim3(MIX_CLUSTERS * CLUSTER_BLOCKS), CLUSTER_BLOCKS, CLUSTER_THREADS,
-                   (size_t)mix_shape<D, HEAD, WIDTH>::bytes, *call);
+                   (size_t)mix_shape<D, HEAD, WIDTH, ROWS>::bytes, *call);
 }
 
 void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
@@ -892,5 +1099,8 @@ void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
     const struct mix_call call = {*m, c->step};
     CHECK(cluster_knows(c, shape) && m->n_latents <= CLUSTER_LATENTS &&
           m->ring_rows <= CLUSTER_RING_ROWS);
-    run_mix<768, 96, 96>(c, &call);
+    if (c->step.rows <= CLUSTER_BLOCKS)
+        run_mix<768, 96, 96, 1>(c, &call);
+    else
+        run_mix<768, 96, 96, 2>(c, &call);
 }
