@@ -161,15 +161,40 @@ static __device__ __forceinline__ void few_fetch(bf16 *to, int stride, const bf1
         bulk_copy(to + r * stride, from + r * from_stride, K * sizeof(bf16), b);
 }
 
-/* sum[TILES][4] += 16 rows (k columns from `rows` on) times TILES tiles of 8 weight rows; K
- * columns, a multiple of 32 (or 16 at the end). weights: row r of tile n at (8 n + r) * stride;
- * rows from `last` on are read as row last. Fragments as mma_bf16 has them. */
-template <int TILES, int K>
+/* Both steps of 16 of 32 columns of a, as mma_bf16 has them, of 16 rows, or of 8 and 8 zeros; at:
+ * few_rows_at's. */
+template <int ROWS>
+static __device__ __forceinline__ void few_rows(uint32_t low[4], uint32_t high[4], const bf16 *at)
+{
+    if (ROWS > 8) {
+        ldmatrix_x4(low, at);
+        ldmatrix_x4(high, at + 16);
+        return;
+    }
+    uint32_t both[4];
+    ldmatrix_x4(both, at);
+    low[0] = both[0], low[2] = both[1], high[0] = both[2], high[2] = both[3];
+    low[1] = low[3] = high[1] = high[3] = 0;
+}
+
+template <int ROWS>
+static __device__ __forceinline__ const bf16 *few_rows_at(const bf16 *rows, int stride)
+{
+    const int lane = threadIdx.x % WARP;
+    return ROWS > 8 ? rows + (lane % 8 + lane / 8 % 2 * 8) * stride + lane / 16 * 8
+                    : rows + lane % 8 * stride + lane / 8 * 8;
+}
+
+/* sum[TILES][4] += 16 or 8 rows (k columns from `rows` on) times TILES tiles of 8 weight rows; K
+ * columns, a multiple of 32. weights: row r of tile n at (8 n + r) * stride; rows from `last` on
+ * are read as row last. Fragments as mma_bf16 has them. A row has the same bits among 8 and 16. */
+template <int TILES, int K, int ROWS = CLUSTER_ROWS>
 static __device__ __forceinline__ void few_product(float (*sum)[4], const bf16 *rows, int stride,
                                                    const bf16 *weights, int weight_stride, int last)
 {
+    static_assert(K % 32 == 0, "steps of 32 columns");
     const int lane = threadIdx.x % WARP;
-    const bf16 *a_at = rows + (lane % 8 + lane / 8 % 2 * 8) * stride + lane / 16 * 8;
+    const bf16 *const a_at = few_rows_at<ROWS>(rows, stride);
     const bf16 *b_at[TILES];
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
@@ -177,26 +202,15 @@ static __device__ __forceinline__ void few_product(float (*sum)[4], const bf16 *
         b_at[n] = weights + (row < last ? row : last) * weight_stride + lane / 8 * 8;
     }
 #pragma unroll
-    for (int k = 0; k + 32 <= K; k += 32) {
+    for (int k = 0; k < K; k += 32) {
         uint32_t low[4], high[4];
-        ldmatrix_x4(low, a_at + k);
-        ldmatrix_x4(high, a_at + k + 16);
+        few_rows<ROWS>(low, high, a_at + k);
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             uint32_t b[4];
             ldmatrix_x4(b, b_at[n] + k);
             mma_bf16(sum[n], low, b);
             mma_bf16(sum[n], high, b + 2);
-        }
-    }
-    if (K % 32) {
-        uint32_t low[4];
-        ldmatrix_x4(low, a_at + K / 32 * 32);
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            uint32_t b[2];
-            ldmatrix_x2(b, b_at[n] + K / 32 * 32 - (lane / 16) * 16);
-            mma_bf16(sum[n], low, b);
         }
     }
 }

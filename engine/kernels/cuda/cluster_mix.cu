@@ -42,6 +42,7 @@ struct mix_row {
 /* ROWS: that a block mixes. */
 template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int DIM = D, BLOCK_ROWS = ROWS;
+    static constexpr int STEP_ROWS = ROWS * CLUSTER_BLOCKS;
     static constexpr int COLUMNS = D / CLUSTER_BLOCKS, TILES = COLUMNS / 8; /* the block's of x */
     static constexpr int PIECE = D / ROW_PIECES;
     static constexpr int PART = HEAD / CLUSTER_BLOCKS; /* rows of each of q, k, v, the block's */
@@ -74,19 +75,17 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int gates = o + COLUMNS * OUT * 2; /* as cluster_prepare has them */
     static constexpr int gates_bytes = TILES * GATE_QUADS * WARP * 16;
     static constexpr int rows = gates + gates_bytes;
-    /* In the place of the rows, when they have been used: */
-    static constexpr int sums = rows; /* [warps, 16, 8 QKV_TILES] */
-    static constexpr int local = rows, other = local + ROWS * GROUPS * HEAD * 4; /* of the mixing */
-    static constexpr int rows_bytes = CLUSTER_ROWS * ROW * 2;
-    static constexpr int sums_bytes = CLUSTER_WARPS * CLUSTER_ROWS * 8 * QKV_TILES * 4;
-    static constexpr int mixing_bytes = ROWS * (GROUPS + LATENT_GROUPS) * HEAD * 4;
-    static constexpr int most = sums_bytes > mixing_bytes ? sums_bytes : mixing_bytes;
-    static constexpr int z = rows + (rows_bytes > most ? rows_bytes : most);
-    static constexpr int mixed = z + CLUSTER_ROWS * SLICE * 2;
+    static constexpr int rows_bytes = STEP_ROWS * ROW * 2;
+    /* Of the mixing, in the place of the rows, when they have been used. */
+    static constexpr int local = rows, other = local + ROWS * GROUPS * HEAD * 4;
+    static_assert(ROWS * (GROUPS + LATENT_GROUPS) * HEAD * 4 <= rows_bytes, "place of the rows");
+    static constexpr int sums = rows + rows_bytes; /* [warps, STEP_ROWS, 8 QKV_TILES] */
+    static constexpr int z = sums + CLUSTER_WARPS * STEP_ROWS * 8 * QKV_TILES * 4;
+    static constexpr int mixed = z + STEP_ROWS * SLICE * 2;
     /* What the cluster's blocks send to the block of a row, for each of its rows: logits [blocks,
      * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key and v [HEAD]
      * bf16. */
-    static constexpr int row = mixed + CLUSTER_ROWS * OUT * 2;
+    static constexpr int row = mixed + STEP_ROWS * OUT * 2;
     static constexpr int logits = 0, z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4;
     static constexpr int query = z_squares + CLUSTER_BLOCKS * 4, value = query + HEAD * 4;
     static constexpr int new_key = value + HEAD * 4, new_value = new_key + HEAD * 2;
@@ -121,9 +120,10 @@ static __device__ __forceinline__ T *at_row(unsigned char *shared, int of, int o
     return at<T>(shared, S::row + of * S::row_bytes + offset);
 }
 
+/* e^(a - b), of a up to b. */
 static __device__ __forceinline__ float exp_below(float a, float b)
 {
-    return a == b ? 1 : expf(a - b);
+    return quick_exp2((a - b) * 1.44269504f);
 }
 
 static __device__ __forceinline__ void eight(float x[8], uint4 raw)
@@ -356,30 +356,35 @@ static __device__ __forceinline__ void fetch_values(const struct mix_call &c,
 }
 
 /* The RG-LRU's part of a lane: rows g and g + 8, two channels of a tile. */
-struct held_channels {
+template <class S> struct held_channels {
     struct rglru_channel constants[2];
-    float2 past[2], weight;
-    bool begins[2];
+    float2 past[S::BLOCK_ROWS], weight;
+    bool begins[S::BLOCK_ROWS];
 };
 
-static __device__ __forceinline__ void hold_channels(struct held_channels *h,
+template <class S>
+static __device__ __forceinline__ void hold_channels(struct held_channels<S> *h,
                                                      const struct mix_call &c, int tile)
 {
     const struct cluster_mix &m = c.m;
     const int lane = threadIdx.x % WARP, channel = 8 * tile + lane % 4 * 2;
     const float4 *const constants = (const float4 *)m.prepared;
-    int64_t slot[2];
+    int64_t slot[S::BLOCK_ROWS];
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < S::BLOCK_ROWS; j++) {
         const int row = lane / 4 + 8 * j, any = row < c.step.rows ? row : c.step.rows - 1;
         h->begins[j] = c.step.positions[any] == 0;
         slot[j] = c.step.seq_slot[any];
-        const float4 one = __ldg(constants + channel + j);
-        h->constants[j] = {one.x, one.y, one.z};
-        (j ? h->weight.y : h->weight.x) = one.w;
     }
 #pragma unroll
-    for (int j = 0; j < 2; j++) { /* what a fresh slot or a row beyond the step's holds is unused */
+    for (int i = 0; i < 2; i++) {
+        const float4 one = __ldg(constants + channel + i);
+        h->constants[i] = {one.x, one.y, one.z};
+        (i ? h->weight.y : h->weight.x) = one.w;
+    }
+#pragma unroll
+    for (int j = 0; j < S::BLOCK_ROWS;
+         j++) { /* a fresh slot's and rows beyond the step's: unused */
         h->past[j] = *reinterpret_cast<const float2 *>(m.rglru.data + slot[j] * m.rglru.row_values +
                                                        channel);
         if (h->begins[j])
@@ -448,67 +453,82 @@ static __device__ __forceinline__ void gather_rows(const struct mix_call &c, int
 
 /* ---- products of the block, and the RG-LRU ---- */
 
-/* One warp: z of the 8 channels of a tile, which takes the past's place; squares of z, a row each,
- * over them. */
-template <class S, int WIDTH>
-static __device__ __forceinline__ void step_channels(struct held_channels *held, int tile, int rank,
+/* One warp: z of the 8 channels of N tiles, CLUSTER_WARPS apart, which takes the past's place;
+ * squares of z, a row each, over a tile's. */
+template <class S, int WIDTH, int N>
+static __device__ __forceinline__ void step_channels(struct held_channels<S> *held, int rank,
                                                      float scale, unsigned char *shared)
 {
-    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const bf16 *const rows = at<bf16>(shared, S::rows);
-    const uint4 *const gates = at<uint4>(shared, S::gates) + tile * S::GATE_QUADS * WARP + lane;
-    const int own = 8 * tile + 2 * t, channel = rank * S::COLUMNS + own;
-    const bf16 *const block = rows + rank * S::COLUMNS / WIDTH * WIDTH;
-    const bf16 *const from = block + (lane % 8 + lane / 8 % 2 * 8) * S::ROW + lane / 16 * 8;
-    float r[4] = {}, i[4] = {};
+    const uint4 *const gates = at<uint4>(shared, S::gates) + warp * S::GATE_QUADS * WARP + lane;
+    const bf16 *const from =
+        few_rows_at<S::STEP_ROWS>(rows + rank * S::COLUMNS / WIDTH * WIDTH, S::ROW);
+    float r[N][4] = {}, i[N][4] = {};
 #pragma unroll
     for (int k = 0; k < S::GATE_STEPS; k += 2) { /* a quad has two steps of a gate */
-        const uint4 recurrence = gates[k / 2 * WARP];
-        const uint4 input = gates[(S::GATE_STEPS + k) / 2 * WARP];
-        const uint32_t recurrence_at[2][2] = {{recurrence.x, recurrence.y},
-                                              {recurrence.z, recurrence.w}};
-        const uint32_t input_at[2][2] = {{input.x, input.y}, {input.z, input.w}};
+        uint32_t low[4], high[4];
+        few_rows<S::STEP_ROWS>(low, high, from + 16 * k);
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint32_t a[4];
-            ldmatrix_x4(a, from + 16 * (k + j));
-            mma_bf16(r, a, recurrence_at[j]);
-            mma_bf16(i, a, input_at[j]);
+        for (int n = 0; n < N; n++) {
+            const uint4 *const at = gates + n * CLUSTER_WARPS * S::GATE_QUADS * WARP;
+            const uint4 recurrence = at[k / 2 * WARP];
+            const uint4 input = at[(S::GATE_STEPS + k) / 2 * WARP];
+            const uint32_t recurrence_at[2][2] = {{recurrence.x, recurrence.y},
+                                                  {recurrence.z, recurrence.w}};
+            const uint32_t input_at[2][2] = {{input.x, input.y}, {input.z, input.w}};
+            mma_bf16(r[n], low, recurrence_at[0]);
+            mma_bf16(i[n], low, input_at[0]);
+            mma_bf16(r[n], high, recurrence_at[1]);
+            mma_bf16(i[n], high, input_at[1]);
         }
     }
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < S::BLOCK_ROWS; j++) {
         const int row = g + 8 * j;
         const float factor = __shfl_sync(0xffffffffu, scale, row);
-        const float2 h = __bfloat1622float2(
-            *reinterpret_cast<const __nv_bfloat162 *>(rows + row * S::ROW + channel));
-        const float2 low = rglru_terms(r[2 * j] * factor, i[2 * j] * factor, h.x * factor,
-                                       held->constants[0], held->begins[j]);
-        const float2 high = rglru_terms(r[2 * j + 1] * factor, i[2 * j + 1] * factor, h.y * factor,
-                                        held->constants[1], held->begins[j]);
-        const float2 z =
-            make_float2(fmaf(low.x, held->past[j].x, low.y), fmaf(high.x, held->past[j].y, high.y));
-        float square = fmaf(z.x, z.x, z.y * z.y);
-        square += __shfl_xor_sync(0xffffffffu, square, 1);
-        square += __shfl_xor_sync(0xffffffffu, square, 2);
-        if (t == 0)
-            at<float>(shared, S::z_parts)[tile * CLUSTER_ROWS + row] = square;
-        *reinterpret_cast<__nv_bfloat162 *>(at<bf16>(shared, S::z) + row * S::SLICE + own) =
-            __floats2bfloat162_rn(z.x * held->weight.x, z.y * held->weight.y);
-        held->past[j] = z;
+        float square[N];
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            struct held_channels<S> *const one = held + n;
+            const int own = 8 * (warp + n * CLUSTER_WARPS) + 2 * t;
+            const float2 h = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(
+                rows + row * S::ROW + rank * S::COLUMNS + own));
+            const float2 low = rglru_terms(r[n][2 * j] * factor, i[n][2 * j] * factor, h.x * factor,
+                                           one->constants[0], one->begins[j]);
+            const float2 high = rglru_terms(r[n][2 * j + 1] * factor, i[n][2 * j + 1] * factor,
+                                            h.y * factor, one->constants[1], one->begins[j]);
+            const float2 z = make_float2(fmaf(low.x, one->past[j].x, low.y),
+                                         fmaf(high.x, one->past[j].y, high.y));
+            one->past[j] = z;
+            square[n] = fmaf(z.x, z.x, z.y * z.y);
+            *reinterpret_cast<__nv_bfloat162 *>(at<bf16>(shared, S::z) + row * S::SLICE + own) =
+                __floats2bfloat162_rn(z.x * one->weight.x, z.y * one->weight.y);
+        }
+#pragma unroll
+        for (int o = 1; o < 4; o *= 2) {
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                square[n] += __shfl_xor_sync(0xffffffffu, square[n], o);
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            if (t == 0)
+                at<float>(shared, S::z_parts)[(warp + n * CLUSTER_WARPS) * CLUSTER_ROWS + row] =
+                    square[n];
     }
 }
 
-template <int D>
-static __device__ __forceinline__ void put_z(const struct mix_call &c,
-                                             const struct held_channels &held, int tile, int n_rows)
+template <class S>
+static __device__ __forceinline__ void
+put_z(const struct mix_call &c, const struct held_channels<S> &held, int tile, int n_rows)
 {
     const int lane = threadIdx.x % WARP, channel = 8 * tile + lane % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < S::BLOCK_ROWS; j++) {
         const int row = lane / 4 + 8 * j;
         if (row < n_rows)
-            *reinterpret_cast<float2 *>(c.m.z + (int64_t)row * D + channel) = held.past[j];
+            *reinterpret_cast<float2 *>(c.m.z + (int64_t)row * S::DIM + channel) = held.past[j];
     }
 }
 
@@ -529,7 +549,7 @@ static __device__ __forceinline__ void send_qkv(const struct mix_call &c, int ra
     float2 low = make_float2(0, 0), high = low;
 #pragma unroll
     for (int w = 0; w < CLUSTER_WARPS; w++) {
-        const float *const from = sums + w * CLUSTER_ROWS * 8 * S::QKV_TILES;
+        const float *const from = sums + w * S::STEP_ROWS * 8 * S::QKV_TILES;
         const float2 x0 = *reinterpret_cast<const float2 *>(from);
         const float2 x1 = *reinterpret_cast<const float2 *>(from + S::PAIRS);
         low.x += x0.x, low.y += x0.y;
@@ -582,11 +602,11 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
     if (8 * warp >= n)
         return;
     float sum[1][4] = {};
-    few_product<1, S::COLUMNS>(sum, at<bf16>(shared, S::z), S::SLICE,
-                               at<bf16>(shared, S::latents) + 8 * warp * S::SLICE, S::SLICE,
-                               n - 8 * warp - 1);
+    few_product<1, S::COLUMNS, S::STEP_ROWS>(sum, at<bf16>(shared, S::z), S::SLICE,
+                                             at<bf16>(shared, S::latents) + 8 * warp * S::SLICE,
+                                             S::SLICE, n - 8 * warp - 1);
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < S::BLOCK_ROWS; j++) {
         const int row = g + 8 * j;
         float *const to = at_row<float, S>(shared, row / CLUSTER_BLOCKS, S::logits) +
                           rank * LOGITS + 8 * warp + 2 * t;
@@ -647,12 +667,12 @@ take_gates(const struct mix_call &c, const struct mix_row &r, struct held_rows<S
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
     top = fmaxf(top, window);
     const float p = l < M ? exp_below(gate, top) : 0, p0 = exp_below(window, top);
-    const float total = 1 / (half_sum(p) + p0);
+    const float total = quick_reciprocal(half_sum(p) + p0);
     const float now = r.begins ? logit : fmaxf(h->m, logit);
     const float kept = r.begins ? 0 : exp_below(h->m, now), take = exp_below(logit, now);
     h->alpha = r.begins ? take : fmaf(h->alpha, kept, take);
     h->m = now;
-    return {kept, take, p * total / h->alpha, p0 * total};
+    return {kept, take, p * total * quick_reciprocal(h->alpha), p0 * total};
 }
 
 /* Scores of the thread's key, -INFINITY where there is none. */
@@ -800,47 +820,49 @@ template <class S, int HEAD>
 static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S::BLOCK_ROWS],
                                                   unsigned char *shared)
 {
+    constexpr int EACH = S::GROUPS / 4; /* sums of weighted values, of every other warp */
+    static_assert(S::VALUE_GROUPS == 2 && EACH == CLUSTER_WARPS / 2, "two sums a warp");
     const int pair = threadIdx.x / 4, part = threadIdx.x % 4;
-    float2 y[S::BLOCK_ROWS] = {};
+    const bool mine = pair < HEAD / 2;
+    float2 y[S::BLOCK_ROWS];
+    float total[S::BLOCK_ROWS], share[S::BLOCK_ROWS];
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++) {
         const float *const stats = at<float>(shared, S::stats) + r * 2 * CLUSTER_WARPS;
-        float factor[CLUSTER_WARPS], top = -INFINITY, total = 0;
-#pragma unroll
-        for (int w = 0; w < CLUSTER_WARPS; w++)
-            top = fmaxf(top, stats[w]);
-#pragma unroll
-        for (int w = 0; w < CLUSTER_WARPS; w++) {
-            factor[w] = expf(stats[w] - top);
-            total = fmaf(factor[w], stats[CLUSTER_WARPS + w], total);
-        }
-        const float share = at<float>(shared, S::shares)[r] / total;
-        if (pair >= HEAD / 2)
-            continue;
         const float2 *const local =
-            at<float2>(shared, S::local + (r * S::GROUPS * HEAD + 2 * pair) * 4);
-        const float2 *const other =
-            at<float2>(shared, S::other + (r * S::LATENT_GROUPS * HEAD + 2 * pair) * 4);
+            at<float2>(shared, S::local + ((r * S::GROUPS + part) * HEAD + 2 * pair) * 4);
+        float tops[CLUSTER_WARPS], top = -INFINITY;
 #pragma unroll
         for (int w = 0; w < CLUSTER_WARPS; w++) {
+            tops[w] = stats[w];
+            top = fmaxf(top, tops[w]);
+        }
+        total[r] = 0;
+        y[r] = make_float2(0, 0);
 #pragma unroll
-            for (int i = 0; i < S::VALUE_GROUPS; i++) {
-                const int g = w * S::VALUE_GROUPS + i;
-                if (g % 4 != part)
-                    continue;
-                const float2 x = local[g * HEAD / 2];
-                y[r].x = fmaf(factor[w], x.x, y[r].x), y[r].y = fmaf(factor[w], x.y, y[r].y);
+        for (int i = 0; i < EACH; i++) { /* sum 4 i + part, of warp 2 i + part / 2 */
+            const float factor = exp_below(part < 2 ? tops[2 * i] : tops[2 * i + 1], top);
+            total[r] = fmaf(factor, stats[CLUSTER_WARPS + 2 * i + part / 2], total[r]);
+            const float2 x = mine ? local[4 * i * HEAD / 2] : make_float2(0, 0);
+            y[r].x = fmaf(factor, x.x, y[r].x), y[r].y = fmaf(factor, x.y, y[r].y);
+        }
+        share[r] = at<float>(shared, S::shares)[r];
+    }
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        const float2 *const other =
+            at<float2>(shared, S::other + ((r * S::LATENT_GROUPS + part) * HEAD + 2 * pair) * 4);
+        share[r] *= quick_reciprocal(total[r]);
+        y[r].x *= share[r], y[r].y *= share[r];
+#pragma unroll
+        for (int i = 0; i < (S::LATENT_GROUPS + 3) / 4; i++)
+            if (mine && 4 * i + part < S::LATENT_GROUPS) {
+                const float2 x = other[4 * i * HEAD / 2];
+                y[r].x += x.x, y[r].y += x.y;
             }
-        }
-        y[r].x *= share, y[r].y *= share;
-#pragma unroll
-        for (int i = 0; i < (S::LATENT_GROUPS + 3) / 4; i++) {
-            const int g = 4 * i + part;
-            if (g >= S::LATENT_GROUPS)
-                break;
-            const float2 x = other[g * HEAD / 2];
-            y[r].x += x.x, y[r].y += x.y;
-        }
     }
 #pragma unroll
     for (int o = 1; o < 4; o *= 2) {
@@ -850,11 +872,9 @@ static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S
             y[r].y += __shfl_xor_sync(0xffffffffu, y[r].y, o);
         }
     }
-    if (pair >= HEAD / 2)
-        return;
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++) {
-        if (!rows[r].here)
+        if (!mine || !rows[r].here)
             continue;
         __nv_bfloat162 *const to = reinterpret_cast<__nv_bfloat162 *>(
             at<bf16>(shared, S::mixed) + rows[r].row * S::OUT + 2 * pair);
@@ -922,7 +942,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     cluster_mix_kernel(const __grid_constant__ struct mix_call c)
 {
     typedef mix_shape<D, HEAD, WIDTH, ROWS> S;
-    static_assert(S::TURNS == 2, "two tiles a warp");
+    static_assert(S::TURNS == 2 && S::TILES % 2 == 0, "two tiles a warp");
     DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int head = blockIdx.x / CLUSTER_BLOCKS, rank = cluster_rank();
@@ -934,9 +954,9 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
         rows[r] = find_row(c, head, rank + r * CLUSTER_BLOCKS);
-    struct held_channels channels, more_channels;
-    hold_channels(&channels, c, rank * S::TILES + warp);
-    hold_channels(&more_channels, c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
+    struct held_channels<S> channels[2];
+    hold_channels(&channels[0], c, rank * S::TILES + warp);
+    hold_channels(&channels[1], c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
     struct held_rows<S> held;
     hold_key<S, HEAD>(held.key[0], c, rows[0]);
     hold_sums<S, HEAD>(held.s[0], c, rows[0]);
@@ -961,34 +981,36 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     if (warp == CLUSTER_WARPS - 1 && lane < CLUSTER_ROWS)
         at<float>(shared, S::scales)[lane] = scale;
     float sum[S::QKV_TILES][4] = {};
-    few_product<S::QKV_TILES, S::QKV_K>(sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
-                                        at<bf16>(shared, S::qkv) + warp * S::QKV_K, S::ROW,
-                                        S::QKV - 1);
-    step_channels<S, WIDTH>(&channels, warp, rank, scale, shared);
-    if (has_second)
-        step_channels<S, WIDTH>(&more_channels, warp + CLUSTER_WARPS, rank, scale, shared);
-    __syncthreads(); /* the sums lie over the rows, the values of two rows over the weights */
-    float *const sums = at<float>(shared, S::sums) + warp * CLUSTER_ROWS * 8 * S::QKV_TILES;
+    few_product<S::QKV_TILES, S::QKV_K, S::STEP_ROWS>(
+        sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
+        at<bf16>(shared, S::qkv) + warp * S::QKV_K, S::ROW, S::QKV - 1);
 #pragma unroll
     for (int n = 0; n < S::QKV_TILES; n++) {
-        float *to = sums + g * 8 * S::QKV_TILES + 8 * n + 2 * t;
-        *reinterpret_cast<float2 *>(to) = make_float2(sum[n][0], sum[n][1]);
-        *reinterpret_cast<float2 *>(to + 8 * 8 * S::QKV_TILES) = make_float2(sum[n][2], sum[n][3]);
+        float *const to = at<float>(shared, S::sums) +
+                          (warp * S::STEP_ROWS + g) * 8 * S::QKV_TILES + 8 * n + 2 * t;
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
+            *reinterpret_cast<float2 *>(to + j * 8 * 8 * S::QKV_TILES) =
+                make_float2(sum[n][2 * j], sum[n][2 * j + 1]);
     }
-    if (ROWS > 1) {
+    if (has_second)
+        step_channels<S, WIDTH, 2>(channels, rank, scale, shared);
+    else
+        step_channels<S, WIDTH, 1>(channels, rank, scale, shared);
+    __syncthreads();
+    if (ROWS > 1) { /* the values of two rows lie over the weights of q, k and v */
         take_places<S>(rows, shared);
         fetch_values<S, HEAD>(c, rows, shared);
         hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
         hold_sums<S, HEAD>(held.s[ROWS - 1], c, rows[ROWS - 1]);
     }
-    __syncthreads();
     send_logits<S>(c, rank, n_rows, shared);
     send_qkv<S, HEAD>(c, rank, n_rows, shared);
     cluster_arrive();
     if (head == 0) {
-        put_z<D>(c, channels, rank * S::TILES + warp, n_rows);
+        put_z(c, channels[0], rank * S::TILES + warp, n_rows);
         if (has_second)
-            put_z<D>(c, more_channels, rank * S::TILES + warp + CLUSTER_WARPS, n_rows);
+            put_z(c, channels[1], rank * S::TILES + warp + CLUSTER_WARPS, n_rows);
     }
     cluster_wait();
 
@@ -1000,17 +1022,22 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     keep_rows<S, HEAD>(c, rows, held, shared);
     cluster_wait();
 
-    for (int tile = warp; tile < S::TILES; tile += CLUSTER_WARPS) {
-        float out[1][4] = {};
-        few_product<1, HEAD>(out, at<bf16>(shared, S::mixed), S::OUT,
-                             at<bf16>(shared, S::o) + 8 * tile * S::OUT, S::OUT, 7);
-        float *const to =
-            c.m.partials + head * c.m.partial_stride + rank * S::COLUMNS + 8 * tile + 2 * t;
+    constexpr int EACH = 2; /* tiles of output: one chain of instructions beside another */
+    if (warp >= S::TILES / EACH)
+        return;
+    float out[EACH][4] = {};
+    few_product<EACH, HEAD, S::STEP_ROWS>(out, at<bf16>(shared, S::mixed), S::OUT,
+                                          at<bf16>(shared, S::o) + 8 * EACH * warp * S::OUT, S::OUT,
+                                          8 * EACH - 1);
+    float *const to =
+        c.m.partials + head * c.m.partial_stride + rank * S::COLUMNS + 8 * EACH * warp + 2 * t;
 #pragma unroll
-        for (int j = 0; j < 2; j++)
+    for (int n = 0; n < EACH; n++) {
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
             if (g + 8 * j < n_rows)
-                *reinterpret_cast<float2 *>(to + (int64_t)(g + 8 * j) * D) =
-                    make_float2(out[0][2 * j], out[0][2 * j + 1]);
+                *reinterpret_cast<float2 *>(to + (int64_t)(g + 8 * j) * D + 8 * n) =
+                    make_float2(out[n][2 * j], out[n][2 * j + 1]);
     }
 }
 
