@@ -329,30 +329,46 @@ static __device__ __forceinline__ void put_angles(const struct mix_call &c, int 
               &angles[i].y);
 }
 
-/* All threads: the rings' values, zeros beyond their keys. A __syncthreads comes before bulk_wait
- * and the values' use. */
+/* The rings' values to shared memory, all by one thread: begin, then, where they have room, copy. A
+ * __syncthreads comes between begin and bulk_wait. */
+enum { VALUES_THREAD = (CLUSTER_WARPS - 2) * WARP };
+
 template <class S, int HEAD>
-static __device__ __forceinline__ void fetch_values(const struct mix_call &c,
-                                                    const struct mix_row (&rows)[S::BLOCK_ROWS],
+static __device__ __forceinline__ void begin_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
                                                     unsigned char *shared)
 {
-    bulk_barrier *const fetched = at<bulk_barrier>(shared, S::values_fetched);
-    if (threadIdx.x == 0) {
-        int n_keys = 0;
+    int n_keys = 0;
 #pragma unroll
-        for (int r = 0; r < S::BLOCK_ROWS; r++)
-            n_keys += rows[r].n_keys;
-        bulk_begin(fetched, n_keys * HEAD * (int)sizeof(bf16));
-    }
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        n_keys += rows[r].n_keys;
+    if (threadIdx.x == VALUES_THREAD)
+        bulk_begin(at<bulk_barrier>(shared, S::values_fetched), n_keys * HEAD * (int)sizeof(bf16));
+}
+
+template <class S, int HEAD>
+static __device__ __forceinline__ void copy_values(const struct mix_call &c,
+                                                   const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                   unsigned char *shared)
+{
 #pragma unroll
-    for (int r = 0; r < S::BLOCK_ROWS; r++) {
-        unsigned char *const to = shared + S::values + r * S::values_bytes;
-        const int n_bytes = rows[r].n_keys * HEAD * (int)sizeof(bf16);
-        if (threadIdx.x == 0 && n_bytes)
-            bulk_copy(to, c.m.ring_v + ring_of<HEAD>(c, rows[r]), n_bytes, fetched);
-        for (int i = n_bytes + threadIdx.x * 16; i < S::values_bytes; i += CLUSTER_THREADS * 16)
-            *reinterpret_cast<uint4 *>(to + i) = make_uint4(0, 0, 0, 0);
-    }
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        if (threadIdx.x == VALUES_THREAD && rows[r].n_keys)
+            bulk_copy(shared + S::values + r * S::values_bytes,
+                      c.m.ring_v + ring_of<HEAD>(c, rows[r]),
+                      rows[r].n_keys * HEAD * (int)sizeof(bf16),
+                      at<bulk_barrier>(shared, S::values_fetched));
+}
+
+/* All threads: zeros in place of the values of keys that a row does not have yet. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void clear_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                    unsigned char *shared)
+{
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        for (int i = rows[r].n_keys * HEAD * (int)sizeof(bf16) + threadIdx.x * 16;
+             i < S::values_bytes; i += CLUSTER_THREADS * 16)
+            *at<uint4>(shared, S::values + r * S::values_bytes + i) = make_uint4(0, 0, 0, 0);
 }
 
 /* The RG-LRU's part of a lane: rows g and g + 8, two channels of a tile. */
@@ -960,8 +976,10 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     struct held_rows<S> held;
     hold_key<S, HEAD>(held.key[0], c, rows[0]);
     hold_sums<S, HEAD>(held.s[0], c, rows[0]);
+    begin_values<S, HEAD>(rows, shared);
     if (ROWS == 1) {
-        fetch_values<S, HEAD>(c, rows, shared);
+        copy_values<S, HEAD>(c, rows, shared);
+        clear_values<S, HEAD>(rows, shared);
     } else { /* later, there is too little room */
         prefetch_ring<HEAD>(c.m.ring_v, c, rows[0]);
         prefetch_row<HEAD>(c, rows[ROWS - 1]);
@@ -998,15 +1016,18 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     else
         step_channels<S, WIDTH, 1>(channels, rank, scale, shared);
     __syncthreads();
-    if (ROWS > 1) { /* the values of two rows lie over the weights of q, k and v */
-        take_places<S>(rows, shared);
-        fetch_values<S, HEAD>(c, rows, shared);
+    take_places<S>(rows, shared);
+    if (ROWS > 1) /* over the weights of q, k and v */
+        copy_values<S, HEAD>(c, rows, shared);
+    send_logits<S>(c, rank, n_rows, shared);
+    send_qkv<S, HEAD>(c, rank, n_rows, shared);
+    if (ROWS > 1)
+        clear_values<S, HEAD>(rows, shared);
+    cluster_arrive();
+    if (ROWS > 1) {
         hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
         hold_sums<S, HEAD>(held.s[ROWS - 1], c, rows[ROWS - 1]);
     }
-    send_logits<S>(c, rank, n_rows, shared);
-    send_qkv<S, HEAD>(c, rank, n_rows, shared);
-    cluster_arrive();
     if (head == 0) {
         put_z(c, channels[0], rank * S::TILES + warp, n_rows);
         if (has_second)
@@ -1014,7 +1035,6 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     }
     cluster_wait();
 
-    take_places<S>(rows, shared);
     if (rows[0].here)
         mix_rows<S, D, HEAD>(c, rows, &held, shared);
     cluster_arrive();
