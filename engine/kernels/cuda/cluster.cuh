@@ -187,15 +187,18 @@ static __device__ __forceinline__ const bf16 *few_rows_at(const bf16 *rows, int 
 
 /* sum[TILES][4] += 16 or 8 rows (k columns from `rows` on) times TILES tiles of 8 weight rows; K
  * columns, a multiple of 32. weights: row r of tile n at (8 n + r) * stride; rows from `last` on
- * are read as row last. Fragments as mma_bf16 has them. A row has the same bits among 8 and 16. */
+ * are read as row last. Fragments as mma_bf16 has them. A row has the same bits among 8 and 16. Of
+ * few tiles the odd steps have sums of their own, added at the end: a chain half as long. */
 template <int TILES, int K, int ROWS = CLUSTER_ROWS>
 static __device__ __forceinline__ void few_product(float (*sum)[4], const bf16 *rows, int stride,
                                                    const bf16 *weights, int weight_stride, int last)
 {
     static_assert(K % 32 == 0, "steps of 32 columns");
     const int lane = threadIdx.x % WARP;
+    constexpr bool APART = TILES <= 2;
     const bf16 *const a_at = few_rows_at<ROWS>(rows, stride);
     const bf16 *b_at[TILES];
+    float odd[TILES][4] = {};
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
         const int row = 8 * n + lane % 8;
@@ -210,8 +213,14 @@ static __device__ __forceinline__ void few_product(float (*sum)[4], const bf16 *
             uint32_t b[4];
             ldmatrix_x4(b, b_at[n] + k);
             mma_bf16(sum[n], low, b);
-            mma_bf16(sum[n], high, b + 2);
+            mma_bf16(APART ? odd[n] : sum[n], high, b + 2);
         }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES && APART; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum[n][i] += odd[n][i];
     }
 }
 
