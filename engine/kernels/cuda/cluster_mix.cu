@@ -272,20 +272,17 @@ static __device__ __forceinline__ void hold_sums(float4 (&held)[S::LATENTS],
     }
 }
 
-/* The row of a lane's latent. */
-template <int ROWS>
-static __device__ __forceinline__ struct mix_row lane_row(const struct mix_row (&rows)[ROWS])
+/* Which of the block's rows a lane's latent is of. */
+template <class S> static __device__ __forceinline__ int lane_row(void)
 {
-    struct mix_row r = rows[0];
-    if (ROWS > 1 && threadIdx.x % WARP >= HALF)
-        r = rows[ROWS - 1];
-    return r;
+    return threadIdx.x / HALF % S::BLOCK_ROWS;
 }
 
 template <class S>
 static __device__ __forceinline__ void hold_gates(struct held_rows<S> *h, const struct mix_call &c,
-                                                  const struct mix_row &r)
+                                                  const struct mix_row (&rows)[S::BLOCK_ROWS])
 {
+    const struct mix_row r = lane_row<S>() == 0 ? rows[0] : rows[S::BLOCK_ROWS - 1];
     const int l = threadIdx.x % HALF, M = c.m.n_latents;
     h->m = h->alpha = 0;
     if (r.here && !r.begins && l < M) {
@@ -294,26 +291,18 @@ static __device__ __forceinline__ void hold_gates(struct held_rows<S> *h, const 
     }
 }
 
-/* A ring to L2. */
-template <int HEAD>
-static __device__ __forceinline__ void prefetch_ring(const bf16 *ring, const struct mix_call &c,
-                                                     const struct mix_row &r)
-{
-    const int at = threadIdx.x * 64;
-    if (at < r.n_keys * HEAD)
-        prefetch_l2(ring + ring_of<HEAD>(c, r) + at);
-}
-
 /* A row's rings and its latents' sums to L2. */
 template <int HEAD>
 static __device__ __forceinline__ void prefetch_row(const struct mix_call &c,
                                                     const struct mix_row &r)
 {
-    const int at = threadIdx.x * 32, M = c.m.n_latents;
-    prefetch_ring<HEAD>(c.m.ring_k, c, r);
-    prefetch_ring<HEAD>(c.m.ring_v, c, r);
-    if (r.here && at < M * HEAD)
-        prefetch_l2(c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * M * HEAD + at);
+    const int at_bf16 = threadIdx.x * 64, at_f32 = threadIdx.x * 32, M = c.m.n_latents;
+    if (at_bf16 < r.n_keys * HEAD) {
+        prefetch_l2(c.m.ring_k + ring_of<HEAD>(c, r) + at_bf16);
+        prefetch_l2(c.m.ring_v + ring_of<HEAD>(c, r) + at_bf16);
+    }
+    if (r.here && at_f32 < M * HEAD)
+        prefetch_l2(c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * M * HEAD + at_f32);
 }
 
 /* Sines and cosines of 16 rows' positions, for the block's pairs of q and k. Any row of
@@ -634,61 +623,34 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
 
 /* ---- the block's rows of the head, all at a time: their chains of instructions overlap ---- */
 
-/* What a lane's latent (lane % HALF, of row lane / HALF) does: s = s keep + take v, and its share
- * of s / alpha. window: p(0|t). */
-struct lane_gates {
-    float keep, take, share, window;
+/* A lane's latent (lane % HALF, of row lane / HALF), in every warp: logits of its gate, of the
+ * window's and of what it takes. */
+struct lane_logits {
+    float gate, window, theta;
 };
 
-/* Sum over 16 lanes. */
-static __device__ __forceinline__ float half_sum(float x)
-{
-#pragma unroll
-    for (int o = HALF / 2; o; o >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
-}
-
-/* Every warp for itself: softmax of g, and what the row's theta does to the latents' maxima and
- * sums, which it replaces. */
 template <class S, int D>
-static __device__ __forceinline__ struct lane_gates
-take_gates(const struct mix_call &c, const struct mix_row &r, struct held_rows<S> *h,
-           unsigned char *shared)
+static __device__ __forceinline__ struct lane_logits take_logits(const struct mix_call &c,
+                                                                 unsigned char *shared)
 {
-    const int l = threadIdx.x % HALF, M = c.m.n_latents;
-    const int of = threadIdx.x / HALF % S::BLOCK_ROWS;
+    const int l = threadIdx.x % HALF, M = c.m.n_latents, of = lane_row<S>();
     const float *const logits = at_row<float, S>(shared, of, S::logits);
     const float4 *const z_squares = at_row<float4, S>(shared, of, S::z_squares);
     const float4 z_low = z_squares[0], z_high = z_squares[1];
-    float to_window[CLUSTER_BLOCKS], g[2] = {0, 0}, theta[2] = {0, 0};
+    float w[CLUSTER_BLOCKS], gate[2] = {0, 0}, theta[2] = {0, 0};
 #pragma unroll
     for (int b = 0; b < CLUSTER_BLOCKS; b++) {
         const float *const from = logits + b * LOGITS;
-        to_window[b] = from[0];
+        w[b] = from[0];
         if (l < M) /* halves of the blocks */
-            g[b / 4] += from[1 + l], theta[b / 4] += from[1 + M + l];
+            gate[b / 4] += from[1 + l], theta[b / 4] += from[1 + M + l];
     }
     const float square = ((z_low.x + z_high.x) + (z_low.z + z_high.z)) +
                          ((z_low.y + z_high.y) + (z_low.w + z_high.w));
-    const float *const w = to_window;
     const float scale = norm_scale(square, D, c.m.z_eps);
-    const float window =
-        (((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]))) * scale;
-    const float gate = l < M ? (g[0] + g[1]) * scale : -INFINITY;
-    const float logit = (theta[0] + theta[1]) * scale;
-    float top = gate;
-#pragma unroll
-    for (int o = HALF / 2; o; o >>= 1)
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, o));
-    top = fmaxf(top, window);
-    const float p = l < M ? exp_below(gate, top) : 0, p0 = exp_below(window, top);
-    const float total = quick_reciprocal(half_sum(p) + p0);
-    const float now = r.begins ? logit : fmaxf(h->m, logit);
-    const float kept = r.begins ? 0 : exp_below(h->m, now), take = exp_below(logit, now);
-    h->alpha = r.begins ? take : fmaf(h->alpha, kept, take);
-    h->m = now;
-    return {kept, take, p * total * quick_reciprocal(h->alpha), p0 * total};
+    const float window = ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]));
+    return {l < M ? (gate[0] + gate[1]) * scale : -INFINITY, window * scale,
+            (theta[0] + theta[1]) * scale};
 }
 
 /* Scores of the thread's key, -INFINITY where there is none. */
@@ -727,29 +689,44 @@ static __device__ __forceinline__ void score(float (&x)[S::BLOCK_ROWS], const st
     }
 }
 
-/* x becomes weights: of a warp's keys, below their maximum. Maxima and totals are the block's. */
+/* What a lane's latent does: s = s keep + take v, and its share of s / alpha. */
+struct lane_gates {
+    float keep, take, share;
+};
+
+/* Two softmaxes at a time. x becomes weights: of a warp's keys, below their maximum; maxima and
+ * totals to shared memory. Over the latents and the window, every warp for itself: gates, and the
+ * latents' maxima and sums of the row's theta. */
 template <class S>
-static __device__ __forceinline__ void weigh(float (&x)[S::BLOCK_ROWS], unsigned char *shared)
+static __device__ __forceinline__ struct lane_gates
+weigh(float (&x)[S::BLOCK_ROWS], const struct lane_logits &logits, bool begins,
+      struct held_rows<S> *h, unsigned char *shared)
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float top[S::BLOCK_ROWS], total[S::BLOCK_ROWS];
+    float top[S::BLOCK_ROWS], total[S::BLOCK_ROWS], gate_top = logits.gate;
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         top[r] = x[r];
 #pragma unroll
-    for (int o = WARP / 2; o > 1; o >>= 1) { /* two lanes have a key */
+    for (int o = HALF; o > 1; o >>= 1) { /* two lanes have a key, half a warp has the latents */
 #pragma unroll
         for (int r = 0; r < S::BLOCK_ROWS; r++)
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], o));
+        gate_top = fmaxf(gate_top, __shfl_xor_sync(0xffffffffu, gate_top, o / 2));
     }
+    gate_top = fmaxf(gate_top, logits.window);
+    const float window = exp_below(logits.window, gate_top);
+    const float gate = exp_below(logits.gate, gate_top); /* 0 where there is no latent */
+    float gate_total = gate;
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         total[r] = x[r] = x[r] == -INFINITY ? 0 : exp_below(x[r], top[r]);
 #pragma unroll
-    for (int o = WARP / 2; o > 1; o >>= 1) {
+    for (int o = HALF; o > 1; o >>= 1) {
 #pragma unroll
         for (int r = 0; r < S::BLOCK_ROWS; r++)
             total[r] += __shfl_xor_sync(0xffffffffu, total[r], o);
+        gate_total += __shfl_xor_sync(0xffffffffu, gate_total, o / 2);
     }
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++) {
@@ -757,30 +734,50 @@ static __device__ __forceinline__ void weigh(float (&x)[S::BLOCK_ROWS], unsigned
         if (lane == 0)
             stats[0] = top[r], stats[CLUSTER_WARPS] = total[r];
     }
+    const float inverse = quick_reciprocal(gate_total + window);
+    if (warp == 0 && lane % HALF == 0)
+        at<float>(shared, S::shares)[lane / HALF] = window * inverse;
+    const float now = begins ? logits.theta : fmaxf(h->m, logits.theta);
+    const float kept = begins ? 0 : exp_below(h->m, now), take = exp_below(logits.theta, now);
+    h->alpha = begins ? take : fmaf(h->alpha, kept, take);
+    h->m = now;
+    return {kept, take, gate * inverse * quick_reciprocal(h->alpha)};
+}
+
+/* The new values in place of those that leave the rings; each by the warp that reads them. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void renew_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                    unsigned char *shared)
+{
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        if (rows[r].newest / HALF == warp && lane < S::EIGHTS)
+            at<uint4>(shared, S::values + r * S::values_bytes + rows[r].newest * HEAD * 2)[lane] =
+                at_row<uint4, S>(shared, r, S::new_value)[lane];
+    __syncwarp();
 }
 
 /* local [ROWS, GROUPS, HEAD]: the values of a warp's keys, weighted; a lane has 8 dimensions of
  * every VALUE_GROUPS-th. weight: the lane's key's. */
 template <class S, int HEAD>
 static __device__ __forceinline__ void take_values(const float (&weight)[S::BLOCK_ROWS],
-                                                   const struct mix_row (&rows)[S::BLOCK_ROWS],
                                                    unsigned char *shared)
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const bool mine = lane < S::VALUE_GROUPS * S::EIGHTS;
     const int group = mine ? lane / S::EIGHTS : 0, first = lane % S::EIGHTS * 8;
+    const bf16 *const values = at<bf16>(shared, S::values) + (warp * HALF + group) * HEAD + first;
     float sum[S::BLOCK_ROWS][8] = {};
 #pragma unroll
     for (int j = 0; j < S::VALUES; j++) {
-        const int key = warp * HALF + group + j * S::VALUE_GROUPS;
+        const int key = group + j * S::VALUE_GROUPS; /* of the warp's */
 #pragma unroll
         for (int r = 0; r < S::BLOCK_ROWS; r++) {
-            const float share = __shfl_sync(0xffffffffu, weight[r], 2 * key % WARP);
-            const unsigned char *const from =
-                key == rows[r].newest ? at_row<unsigned char, S>(shared, r, S::new_value)
-                                      : shared + S::values + r * S::values_bytes + key * HEAD * 2;
+            const float share = __shfl_sync(0xffffffffu, weight[r], 2 * key);
             float v[8];
-            eight(v, *reinterpret_cast<const uint4 *>(from + first * 2));
+            eight(v, *reinterpret_cast<const uint4 *>(values + r * (S::values_bytes / 2) +
+                                                      j * S::VALUE_GROUPS * HEAD));
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 sum[r][i] = fmaf(share, v[i], sum[r][i]);
@@ -900,20 +897,21 @@ static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S
     }
 }
 
-/* What the rows have become, which send_mixed has made of what the others sent. */
+/* The head's output of the rows, to every block. Their new state stays in registers. */
 template <class S, int D, int HEAD>
 static __device__ __forceinline__ void mix_rows(const struct mix_call &c,
                                                 const struct mix_row (&rows)[S::BLOCK_ROWS],
                                                 struct held_rows<S> *h, unsigned char *shared)
 {
     float x[S::BLOCK_ROWS];
-    const struct lane_gates gates = take_gates<S, D>(c, lane_row(rows), h, shared);
-    if (threadIdx.x < WARP && threadIdx.x % HALF == 0)
-        at<float>(shared, S::shares)[threadIdx.x / HALF] = gates.window;
+    const struct lane_logits logits = take_logits<S, D>(c, shared);
     score<S, HEAD>(x, c, rows, *h, shared);
-    weigh<S>(x, shared);
     bulk_wait(at<bulk_barrier>(shared, S::values_fetched));
-    take_values<S, HEAD>(x, rows, shared);
+    renew_values<S, HEAD>(rows, shared);
+    const bool begins = rows[S::BLOCK_ROWS - 1].begins;
+    const struct lane_gates gates =
+        weigh<S>(x, logits, lane_row<S>() == 0 ? rows[0].begins : begins, h, shared);
+    take_values<S, HEAD>(x, shared);
     step_latents<S, HEAD>(c, gates, h, shared);
     __syncthreads();
     send_mixed<S, HEAD>(rows, shared);
@@ -926,7 +924,7 @@ keep_rows(const struct mix_call &c, const struct mix_row (&rows)[S::BLOCK_ROWS],
           const struct held_rows<S> &h, unsigned char *shared)
 {
     const int l = threadIdx.x % HALF, group = threadIdx.x / S::QUADS, M = c.m.n_latents;
-    const struct mix_row own = lane_row(rows);
+    const struct mix_row own = lane_row<S>() == 0 ? rows[0] : rows[S::BLOCK_ROWS - 1];
     if (own.here && l < M && (int)threadIdx.x < S::BLOCK_ROWS * HALF) {
         c.m.m.data[own.slot * c.m.m.row_values + (int64_t)own.head * M + l] = h.m;
         c.m.alpha.data[own.slot * c.m.alpha.row_values + (int64_t)own.head * M + l] = h.alpha;
@@ -975,17 +973,17 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     hold_channels(&channels[1], c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
     struct held_rows<S> held;
     hold_key<S, HEAD>(held.key[0], c, rows[0]);
-    hold_sums<S, HEAD>(held.s[0], c, rows[0]);
     begin_values<S, HEAD>(rows, shared);
     if (ROWS == 1) {
+        hold_sums<S, HEAD>(held.s[0], c, rows[0]);
         copy_values<S, HEAD>(c, rows, shared);
         clear_values<S, HEAD>(rows, shared);
-    } else { /* later, there is too little room */
-        prefetch_ring<HEAD>(c.m.ring_v, c, rows[0]);
-        prefetch_row<HEAD>(c, rows[ROWS - 1]);
     }
+#pragma unroll
+    for (int r = 0; r < ROWS && ROWS > 1; r++) /* later, there is too little room */
+        prefetch_row<HEAD>(c, rows[r]);
     keep_places<S>(rows, shared);
-    hold_gates<S>(&held, c, lane_row(rows));
+    hold_gates<S>(&held, c, rows);
     const int n_rows = c.step.sizes->n_rows;
     put_angles<S>(c, rank, shared);
     cluster_wait();
@@ -1026,7 +1024,9 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     cluster_arrive();
     if (ROWS > 1) {
         hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
-        hold_sums<S, HEAD>(held.s[ROWS - 1], c, rows[ROWS - 1]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            hold_sums<S, HEAD>(held.s[r], c, rows[r]);
     }
     if (head == 0) {
         put_z(c, channels[0], rank * S::TILES + warp, n_rows);
