@@ -161,28 +161,13 @@ static __device__ __forceinline__ void few_fetch(bf16 *to, int stride, const bf1
         bulk_copy(to + r * stride, from + r * from_stride, K * sizeof(bf16), b);
 }
 
-/* Both steps of 16 of 32 columns of a, as mma_bf16 has them, of 16 rows, or of 8 and 8 zeros; at:
- * few_rows_at's. */
-template <int ROWS>
-static __device__ __forceinline__ void few_rows(uint32_t low[4], uint32_t high[4], const bf16 *at)
-{
-    if (ROWS > 8) {
-        ldmatrix_x4(low, at);
-        ldmatrix_x4(high, at + 16);
-        return;
-    }
-    uint32_t both[4];
-    ldmatrix_x4(both, at);
-    low[0] = both[0], low[2] = both[1], high[0] = both[2], high[2] = both[3];
-    low[1] = low[3] = high[1] = high[3] = 0;
-}
-
+/* Where a lane's address for ldmatrix_x4 of 16 rows begins; of 8 rows: twice the same ones, of
+ * which the second results are unused. */
 template <int ROWS>
 static __device__ __forceinline__ const bf16 *few_rows_at(const bf16 *rows, int stride)
 {
-    const int lane = threadIdx.x % WARP;
-    return ROWS > 8 ? rows + (lane % 8 + lane / 8 % 2 * 8) * stride + lane / 16 * 8
-                    : rows + lane % 8 * stride + lane / 8 * 8;
+    const int lane = threadIdx.x % WARP, row = lane % 8 + (ROWS > 8 ? lane / 8 % 2 * 8 : 0);
+    return rows + row * stride + lane / 16 * 8;
 }
 
 /* sum[TILES][4] += 16 or 8 rows (k columns from `rows` on) times TILES tiles of 8 weight rows; K
@@ -207,7 +192,8 @@ static __device__ __forceinline__ void few_product(float (*sum)[4], const bf16 *
 #pragma unroll
     for (int k = 0; k < K; k += 32) {
         uint32_t low[4], high[4];
-        few_rows<ROWS>(low, high, a_at + k);
+        ldmatrix_x4(low, a_at + k);
+        ldmatrix_x4(high, a_at + k + 16);
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             uint32_t b[4];

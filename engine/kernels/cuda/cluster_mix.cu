@@ -473,7 +473,8 @@ static __device__ __forceinline__ void step_channels(struct held_channels<S> *he
 #pragma unroll
     for (int k = 0; k < S::GATE_STEPS; k += 2) { /* a quad has two steps of a gate */
         uint32_t low[4], high[4];
-        few_rows<S::STEP_ROWS>(low, high, from + 16 * k);
+        ldmatrix_x4(low, from + 16 * k);
+        ldmatrix_x4(high, from + 16 * k + 16);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const uint4 *const at = gates + n * CLUSTER_WARPS * S::GATE_QUADS * WARP;
