@@ -20,8 +20,8 @@
  * Clusters of 16, of which an H100 has places for seven, and clusters for the mlp were slower
  * (NOTES.md).
  *
- * A row's result does not depend on the other rows or their number: products are of 16 rows,
- * whatever the step has, and sums have one order.
+ * A row's result does not depend on the other rows or their number: products are of a tensor core's
+ * tile of 16 rows, whatever the step has, and sums have one order.
  *
  * Bytes a layer at D = 768, F = 3072: weights 20 MB once, gates of the RG-LRU 0.3 MB for each
  * cluster (from L2 but once), state 62 KB a row and head; partial rows 8 D * 4 a row. Floor

@@ -10,10 +10,10 @@
  *                                                                             2 cluster_sync
  *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 cluster_sync
  *   output projection over the head's columns, to the head's partial rows
- * Before pdl_wait: weights to shared memory; latents, ring and the RG-LRU's state to registers, the
- * ring's values to shared memory; of a second row to L2, and of two rows the values too. Those come
- * when the products have been made. State is written between the two halves of an exchange: its
- * first half would wait for the writes.
+ * Before pdl_wait: weights to shared memory; of one row the state, the ring's values to shared
+ * memory, the rest to registers. Of two rows a key is there, the rest in L2: values come to the
+ * place of weights that have been used, keys and latents between the halves of the second exchange.
+ * State is written between the halves of an exchange: its first half would wait for the writes.
  *
  * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
  * 4.2 us at 16.
@@ -399,32 +399,54 @@ static __device__ __forceinline__ void hold_channels(struct held_channels<S> *h,
 
 /* ---- the rows ---- */
 
-/* After pdl_wait: x times the norm's weight as bf16 [16, ROW], with squares [ROW_PIECES, 16 rows];
- * complete when it returns. All threads of the cluster call it. Of many rows each block of the
- * cluster reads its columns and sends them to the others; of up to ALONE rows it is quicker to
- * read all of them. */
+/* What a thread has of them: 4 values each of two pieces. Of many rows each block of the cluster
+ * reads its columns and sends them to the others; of up to ALONE rows it is quicker to read all of
+ * them. */
+struct held_pieces {
+    bool alone, mine;
+    int row[2], piece[2], from[2]; /* from: of x */
+    float4 weight[2];              /* of the norm */
+};
+
 template <class S>
-static __device__ __forceinline__ void gather_rows(const struct mix_call &c, int n_rows,
-                                                   unsigned char *shared)
+static __device__ __forceinline__ void hold_pieces(struct held_pieces *h, const struct mix_call &c,
+                                                   int n_rows, int rank)
 {
     constexpr int ALONE = 2, QUADS_HERE = S::PIECE / 4, PIECES = ROW_PIECES / CLUSTER_BLOCKS;
     static_assert(PIECES == 2 && ALONE == 2, "two quads a thread either way");
-    const int group = threadIdx.x / 16, quad = threadIdx.x % 16, rank = cluster_rank();
-    const bool alone = n_rows <= ALONE, mine = quad < QUADS_HERE;
-    float *const squares = at<float>(shared, S::squares);
-    bf16 *const rows = at<bf16>(shared, S::rows);
-    int row[2], piece[2];
-    float4 x[2], weight[2];
+    const int group = threadIdx.x / 16, quad = threadIdx.x % 16;
+    h->alone = n_rows <= ALONE;
+    h->mine = quad < QUADS_HERE;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        row[i] = alone ? i : group;
-        piece[i] = alone ? group : rank * PIECES + i;
-        x[i] = weight[i] = make_float4(0, 0, 0, 0);
-        const int column = piece[i] * S::PIECE + quad * 4;
-        if (mine)
-            weight[i] = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+        h->row[i] = h->alone ? i : group;
+        h->piece[i] = h->alone ? group : rank * PIECES + i;
+        const int column = h->piece[i] * S::PIECE + quad * 4;
+        h->from[i] = h->row[i] * S::DIM + column;
+        h->weight[i] = make_float4(0, 0, 0, 0);
+        if (h->mine)
+            h->weight[i] = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+    }
+}
+
+/* After pdl_wait: x times the norm's weight as bf16 [16, ROW], with squares [ROW_PIECES, 16 rows];
+ * complete when it returns. All threads of the cluster call it. */
+template <class S>
+static __device__ __forceinline__ void gather_rows(const struct mix_call &c,
+                                                   const struct held_pieces &h, int n_rows,
+                                                   unsigned char *shared)
+{
+    const int quad = threadIdx.x % 16;
+    const int(&row)[2] = h.row, (&piece)[2] = h.piece;
+    const bool alone = h.alone, mine = h.mine;
+    float *const squares = at<float>(shared, S::squares);
+    bf16 *const rows = at<bf16>(shared, S::rows);
+    float4 x[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        x[i] = make_float4(0, 0, 0, 0);
         if (mine && row[i] < n_rows)
-            x[i] = few_load(c.m.x + (int64_t)row[i] * S::DIM + column);
+            x[i] = few_load(c.m.x + h.from[i]);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -432,7 +454,7 @@ static __device__ __forceinline__ void gather_rows(const struct mix_call &c, int
         float *const square_at = squares + piece[i] * CLUSTER_ROWS + row[i];
         uint2 *const to =
             reinterpret_cast<uint2 *>(rows + row[i] * S::ROW + piece[i] * S::PIECE + quad * 4);
-        const uint2 y = few_weighed(x[i], weight[i]);
+        const uint2 y = few_weighed(x[i], h.weight[i]);
         if (alone) {
             if (quad == 0)
                 *square_at = square;
@@ -987,10 +1009,12 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     hold_gates<S>(&held, c, rows);
     const int n_rows = c.step.sizes->n_rows;
     put_angles<S>(c, rank, shared);
+    struct held_pieces pieces;
+    hold_pieces<S>(&pieces, c, n_rows, rank);
     cluster_wait();
 
     pdl_wait();
-    gather_rows<S>(c, n_rows, shared);
+    gather_rows<S>(c, pieces, n_rows, shared);
 
     const float scale = few_scale<D>(at<float>(shared, S::squares), c.m.norm.eps);
     bulk_wait(at<bulk_barrier>(shared, S::fetched));
