@@ -13,7 +13,8 @@
 
 enum {
     IN_BLOCKS = 64,
-    SETTLE_ROWS = 4, /* of a block: few blocks, since few SMs are without one of the others */
+    SETTLE_BLOCKS = 4,                          /* at most: few SMs are without one of the others */
+    SETTLE_ROWS = CLUSTER_ROWS / SETTLE_BLOCKS, /* of a block at most */
 };
 
 struct mlp_call {
@@ -69,7 +70,7 @@ static __device__ __forceinline__ float4 sum_heads(const struct few_mlp &m, int6
 }
 
 /* A row by CLUSTER_THREADS threads: between, h and its scale. The bits of what few_mlp_in does by
- * itself. */
+ * itself. Rows are spread over all of the blocks: an SM loads 27 KB for each. */
 template <int D>
 static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS)
     few_settle_kernel(const __grid_constant__ struct mlp_call c)
@@ -77,7 +78,7 @@ static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS)
     constexpr int COLUMNS = D / 16;
     __shared__ float squares[SETTLE_ROWS][16];
     const int part = threadIdx.x / CLUSTER_THREADS, thread = threadIdx.x % CLUSTER_THREADS;
-    const int group = thread / 16, quad = thread % 16, row = SETTLE_ROWS * blockIdx.x + part;
+    const int group = thread / 16, quad = thread % 16, row = SETTLE_BLOCKS * part + blockIdx.x;
     const int column = group * COLUMNS + quad * 4;
     bool mine = quad < COLUMNS / 4;
     const int64_t at = (int64_t)row * D + column;
@@ -302,10 +303,10 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
 template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_call *call)
 {
     static_assert(CLUSTER_ROWS * D / 4 <= IN_BLOCKS * CLUSTER_THREADS, "few_mlp_in keeps all of z");
-    if (c->step.rows > FEW_ALONE)
-        launch(&c->queue, "few_settle", few_settle_kernel<D>,
-               dim3((unsigned)ceil_div(c->step.rows, SETTLE_ROWS)), SETTLE_ROWS * CLUSTER_THREADS,
-               0, *call);
+    const int n_rows = c->step.rows, blocks = n_rows < SETTLE_BLOCKS ? n_rows : SETTLE_BLOCKS;
+    if (n_rows > FEW_ALONE)
+        launch(&c->queue, "few_settle", few_settle_kernel<D>, dim3((unsigned)blocks),
+               ceil_div(n_rows, blocks) * CLUSTER_THREADS, 0, *call);
     launch(&c->queue, "few_mlp_in", few_mlp_in_kernel<D, F>, dim3(IN_BLOCKS), CLUSTER_THREADS,
            (size_t)in_shape<D, F>::bytes, *call);
     launch(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), CLUSTER_THREADS,
