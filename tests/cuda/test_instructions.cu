@@ -540,6 +540,56 @@ static void test_graph(void **)
     OK(cudaFreeHost(from));
 }
 
+/* Each block sends 4, 8 and 16 bytes a thread to three others, some of which end early. */
+static __global__ void sends(float *out, const float *in, int n)
+{
+    DYNAMIC_SHARED(float, shared); /* [7, N], then the barriers */
+    bulk_barrier *const came = reinterpret_cast<bulk_barrier *>(shared + 7 * N);
+    const int i = threadIdx.x, rank = cluster_rank();
+    float4 *const four = reinterpret_cast<float4 *>(shared) + i;
+    float2 *const two = reinterpret_cast<float2 *>(shared + 4 * N) + i;
+    float *const one = shared + 6 * N + i;
+    if (i == 0) {
+        bulk_begin(came, 7 * N * sizeof(float));
+        bulk_begin(came + 1, 0);
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
+    cluster_wait();
+    pdl_wait();
+    const float x = in[blockIdx.x * N + i];
+    cluster_send(one, x, (rank + 1) % n, came);
+    cluster_send(two, make_float2(2 * x, 3 * x), (rank + 2) % n, came);
+    cluster_send(four, make_float4(4 * x, 5 * x, 6 * x, 7 * x), (rank + 3) % n, came);
+    cluster_receive(came + 1);
+    cluster_receive(came);
+    out[blockIdx.x * N + i] =
+        *one + (two->x + two->y) + ((four->x + four->y) + (four->z + four->w));
+}
+
+static void test_sends(void **)
+{
+    need_clusters();
+    for (int n : cluster_sizes) {
+        static float out[N * 16];
+        for (int i = 0; i < N * 16; i++)
+            f.host[i] = (float)(i % 1013);
+        OK(cudaMemcpy(f.in, f.host, sizeof(f.host), cudaMemcpyHostToDevice));
+        for (int round = 0; round < 3; round++) {
+            launch_cluster(&f.q, "sends", sends, dim3(16), n, N, 7 * N * sizeof(float) + 16, f.out,
+                           f.in, n);
+            get(out);
+            for (int i = 0; i < N * 16; i++) {
+                const int first = i / N / n * n, rank = i / N - first;
+                const float *const from = f.host + first * N + i % N;
+                assert_true(out[i] == from[(rank + n - 1 % n) % n * N] +
+                                          5 * from[(rank + n - 2 % n) % n * N] +
+                                          22 * from[(rank + n - 3 % n) % n * N]);
+            }
+        }
+    }
+}
+
 static void test_graph_of_clusters(void **)
 {
     need_clusters();
@@ -588,12 +638,19 @@ static void test_limits(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_matrices),       cmocka_unit_test(test_load_four),
-        cmocka_unit_test(test_shuffles),       cmocka_unit_test(test_barriers),
-        cmocka_unit_test(test_copies),         cmocka_unit_test(test_prefetch),
-        cmocka_unit_test(test_clusters),       cmocka_unit_test(test_cluster_rounds),
-        cmocka_unit_test(test_clusters_early), cmocka_unit_test(test_bulk_copies),
-        cmocka_unit_test(test_graph),          cmocka_unit_test(test_graph_of_clusters),
+        cmocka_unit_test(test_matrices),
+        cmocka_unit_test(test_load_four),
+        cmocka_unit_test(test_shuffles),
+        cmocka_unit_test(test_barriers),
+        cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_prefetch),
+        cmocka_unit_test(test_clusters),
+        cmocka_unit_test(test_cluster_rounds),
+        cmocka_unit_test(test_clusters_early),
+        cmocka_unit_test(test_bulk_copies),
+        cmocka_unit_test(test_sends),
+        cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_graph_of_clusters),
         cmocka_unit_test(test_limits),
     };
     return cmocka_run_group_tests(tests, open_device, NULL);

@@ -27,6 +27,7 @@ enum {
     MAX_WARPS = MAX_THREADS / 32,
     MAX_COPIES = 128,         /* in flight, of a thread */
     MAX_BULKS = 1024,         /* in flight, of a block */
+    MAX_SENT = 8192,          /* to a block, not received */
     STACK_BYTES = 256 * 1024, /* taken from the system as it is used */
     GUARD_BYTES = 4096,
     SHARED_PAGES = (SHARED_LIMIT + 1024 + 4095) / 4096 * 4096,
@@ -68,7 +69,7 @@ struct background {          /* a thread's copies */
 };
 
 struct warp {
-    uint32_t ready, meeting, at_barrier, at_cluster, returned; /* lanes */
+    uint32_t ready, meeting, at_barrier, at_cluster, receiving, returned; /* lanes */
 
     /* What each lane waits for, and where. */
     uint32_t mask[32];
@@ -90,8 +91,15 @@ struct bulk {
     const uint64_t *barrier;
 };
 
+struct message {
+    unsigned char *to, value[16];
+    uint32_t n_bytes;
+    const uint64_t *barrier;
+};
+
 struct block {
-    std::vector<bulk> bulks; /* not done */
+    std::vector<bulk> bulks;   /* not done */
+    std::vector<message> sent; /* to the block, not received */
     fiber fibers[MAX_THREADS];
     background backgrounds[MAX_THREADS];
     warp warps[MAX_WARPS];
@@ -320,11 +328,12 @@ static void print_warps(const block *b)
             const int lane = __builtin_ctz(left);
             const bool at_barrier = in->at_barrier >> lane & 1;
             const bool at_cluster = in->at_cluster >> lane & 1;
+            const bool receives = in->receiving >> lane & 1;
             uint32_t same = 0;
             for (int i = lane; i < 32; i++)
                 if (left >> i & 1 && in->file[i] == in->file[lane] &&
                     in->line[i] == in->line[lane] &&
-                    (at_barrier || at_cluster || in->mask[i] == in->mask[lane]))
+                    (at_barrier || at_cluster || receives || in->mask[i] == in->mask[lane]))
                     same |= 1u << i;
             left &= ~same;
             fprintf(stderr, "  warp %d: lanes %08x wait at %s:%d ", w, same, in->file[lane],
@@ -333,6 +342,8 @@ static void print_warps(const block *b)
                 fprintf(stderr, "for the block\n");
             else if (at_cluster)
                 fprintf(stderr, "for the cluster\n");
+            else if (receives)
+                fprintf(stderr, "for bytes\n");
             else
                 fprintf(stderr, "for lanes %08x\n", in->mask[lane]);
         }
@@ -748,6 +759,26 @@ void begin_bulk(uint64_t *barrier, uint32_t n_bytes, const char *file, int line)
     *barrier = n_bytes;
 }
 
+/* Lanes that wait for bytes that nobody had asked for or sent. */
+static void rest_receiving(const char *file, int line)
+{
+    const int lane = current()->lane;
+    warp *w = &now->warps[current()->warp];
+    w->file[lane] = file;
+    w->line[lane] = line;
+    w->receiving |= 1u << lane;
+    rest();
+}
+
+static void wake_receiving(block *b)
+{
+    for (int w = 0; w < n_warps; w++) {
+        const uint32_t lanes = b->warps[w].receiving;
+        b->warps[w].receiving = 0;
+        make_ready(b, w, lanes);
+    }
+}
+
 void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *barrier,
                const char *file, int line)
 {
@@ -761,15 +792,22 @@ void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *bar
         mistake(file, line, "more than %d bulk copies in flight", MAX_BULKS);
     now->bulks.push_back({(unsigned char *)shared, global, n_bytes, barrier});
     memset(shared, POISON, n_bytes);
+    wake_receiving(now);
 }
 
 void wait_bulk(uint64_t *barrier, const char *file, int line)
 {
-    if (*barrier == BULK_DONE)
-        return;
     uint64_t n_bytes = 0;
-    for (const bulk &b : now->bulks)
-        n_bytes += b.barrier == barrier ? b.n_bytes : 0;
+    for (;;) {
+        if (*barrier == BULK_DONE)
+            return;
+        n_bytes = 0;
+        for (const bulk &b : now->bulks)
+            n_bytes += b.barrier == barrier ? b.n_bytes : 0;
+        if (n_bytes >= *barrier)
+            break;
+        rest_receiving(file, line);
+    }
     if (n_bytes != *barrier)
         mistake(file, line, "bulk_wait for %llu bytes, of which %llu were asked for",
                 (unsigned long long)*barrier, (unsigned long long)n_bytes);
@@ -781,6 +819,55 @@ void wait_bulk(uint64_t *barrier, const char *file, int line)
         if (b.barrier != barrier)
             now->bulks[n_left++] = b;
     now->bulks.resize(n_left);
+    *barrier = BULK_DONE;
+}
+
+/* What is sent to a barrier: the bytes so far are in its upper half. */
+static uint32_t bytes_sent(const uint64_t *barrier)
+{
+    return (uint32_t)(*barrier >> 32);
+}
+
+void send(void *shared, const void *value, size_t n_bytes, int rank, uint64_t *barrier,
+          const char *file, int line)
+{
+    auto to = (unsigned char *)peer(shared, rank, file, line);
+    auto count = (uint64_t *)peer(barrier, rank, file, line);
+    block *b = &blocks[rank];
+    if ((n_bytes != 4 && n_bytes != 8 && n_bytes != 16) || (uintptr_t)to % n_bytes)
+        mistake(file, line, "cluster_send of %zu bytes to %p", n_bytes, (void *)to);
+    if (*count & BULK_DONE) /* also of a barrier that has not begun */
+        mistake(file, line, "cluster_send to a barrier of block %d that waits for nothing", rank);
+    if (b->sent.size() == MAX_SENT)
+        mistake(file, line, "more than %d values sent to block %d", MAX_SENT, rank);
+    message one = {to, {}, (uint32_t)n_bytes, count};
+    memcpy(one.value, value, n_bytes);
+    b->sent.push_back(one);
+    memset(to, POISON, n_bytes);
+    *count += (uint64_t)n_bytes << 32;
+    if (bytes_sent(count) > (uint32_t)*count)
+        mistake(file, line, "cluster_send of more than the %u bytes that block %d waits for",
+                (uint32_t)*count, rank);
+    if (bytes_sent(count) < (uint32_t)*count)
+        return;
+    wake_receiving(b);
+}
+
+void receive(uint64_t *barrier, const char *file, int line)
+{
+    need_cluster(file, line);
+    while (*barrier != BULK_DONE && bytes_sent(barrier) < (uint32_t)*barrier)
+        rest_receiving(file, line);
+    if (*barrier == BULK_DONE)
+        return;
+    size_t n_left = 0;
+    for (const message &one : now->sent) {
+        if (one.barrier == barrier)
+            memcpy(one.to, one.value, one.n_bytes);
+        else
+            now->sent[n_left++] = one;
+    }
+    now->sent.resize(n_left);
     *barrier = BULK_DONE;
 }
 
@@ -943,7 +1030,7 @@ static void start_fibers(void)
     for (int i = 0; i < n_warps; i++) {
         const int n_lanes = n - i * 32;
         warp *w = &now->warps[i];
-        w->ready = w->meeting = w->at_barrier = w->at_cluster = w->returned = 0;
+        w->ready = w->meeting = w->at_barrier = w->at_cluster = w->receiving = w->returned = 0;
         w->arrive_file = nullptr;
         make_ready(now, i, n_lanes >= 32 ? 0xffffffffu : (1u << n_lanes) - 1);
     }
@@ -969,6 +1056,8 @@ static void enter_block(block *b)
 static void end_block(void)
 {
     check_shared();
+    if (!now->sent.empty())
+        mistake("emulate", 0, "a block has ended that had not received what was sent to it");
     show();
     if (n_blocks > 1)
         close_shared(now, true);
@@ -1001,6 +1090,7 @@ static void run_cluster(uint64_t first, bool hides)
         b->has_begun = b->has_waited = false;
         b->ready_warps = 0;
         b->bulks.clear();
+        b->sent.clear();
         b->n_live = running->block;
         close_shared(b, n_blocks > 1);
     }
@@ -1055,6 +1145,7 @@ void run(const kernel_run &launch, long number, const std::vector<range> &ranges
     for (int i = 0; i < MAX_CLUSTER; i++) { /* later malloc's own variables may be poisoned */
         blocks[i].variables.reserve(static_shared.n_bytes);
         blocks[i].bulks.reserve(MAX_BULKS);
+        blocks[i].sent.reserve(MAX_SENT);
     }
     n_warps = (launch.block + 31) / 32;
     n_blocks = launch.cluster ? launch.cluster : 1;

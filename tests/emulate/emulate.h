@@ -14,12 +14,13 @@
  *   - shared memory written or read beyond its end; misaligned ldmatrix rows, copy_async_16 and
  *     vector accesses (with -fsanitize=alignment)
  *   - data of copy_async_16 used before copy_async_wait, of bulk_copy before bulk_wait, and copies
- *     over data still in use: the target is NaN until then; a bulk_wait for other bytes than were
- *     asked for
+ *     over data still in use: the target is NaN until then; a bulk_wait for fewer bytes than were
+ *     asked for, or for more than ever are
  *   - clusters: arriving twice without waiting, waiting without having arrived, lanes of a warp
  *     that arrive or wait at different places, the cluster's functions in a kernel launched
  *     without one, use of a peer's shared memory before the peer has begun or after it has ended
- *     (found when the order lets that happen)
+ *     (found when the order lets that happen); what is sent is NaN until it is received, by a block
+ *     that has begun to count and receives what it said, no more and no less
  *   - a kernel that never calls pdl_wait, which would break the order of the kernels around it
  *   - with LATTE_EMULATE_PDL=1 (slow): what kernels of the stream wrote is NaN until pdl_wait, and
  *     must not be written before
@@ -103,6 +104,9 @@ void begin_bulk(uint64_t *barrier, uint32_t n_bytes, const char *file, int line)
 void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *barrier,
                const char *file, int line);
 void wait_bulk(uint64_t *barrier, const char *file, int line);
+void send(void *shared, const void *value, size_t n_bytes, int rank, uint64_t *barrier,
+          const char *file, int line);
+void receive(uint64_t *barrier, const char *file, int line);
 void wait_copies(int n_left);
 void waited(void);
 
@@ -388,6 +392,16 @@ static inline void bulk_copy(void *shared, const void *global, uint32_t n_bytes,
 static inline void bulk_wait(bulk_barrier *b, EMULATE_PLACE)
 {
     emulate::wait_bulk(b, file, line);
+}
+
+template <class T>
+static inline void cluster_send(T *shared, const T &value, int rank, bulk_barrier *b, EMULATE_PLACE)
+{
+    emulate::send(shared, &value, sizeof(T), rank, b, file, line);
+}
+static inline void cluster_receive(bulk_barrier *b, EMULATE_PLACE)
+{
+    emulate::receive(b, file, line);
 }
 
 static inline float quick_exp2(float x)

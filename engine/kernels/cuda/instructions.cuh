@@ -255,6 +255,51 @@ static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
 #endif
 }
 
+/* One thread: `value`, of 4, 8 or 16 bytes, to the same place in the dynamic shared memory of block
+ * `rank` of the cluster, where its bytes are counted by b: no fence and no barrier. That block has
+ * begun b, and a barrier of the cluster come between; it does not end before it has received. */
+template <class T>
+static __device__ __forceinline__ void cluster_send(T *shared, const T &value, int rank,
+                                                    bulk_barrier *b)
+{
+#if __CUDA_ARCH__ >= 900
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "one store");
+    uint32_t words[4], to, barrier;
+    memcpy(words, &value, sizeof(T));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(to)
+        : "r"((uint32_t)__cvta_generic_to_shared(shared)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(barrier)
+        : "r"((uint32_t)__cvta_generic_to_shared(b)), "r"(rank));
+    if (sizeof(T) == 4)
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+            "r"(words[0]), "r"(barrier)
+            : "memory");
+    else if (sizeof(T) == 8)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, "
+                     "[%3];" ::"r"(to),
+                     "r"(words[0]), "r"(words[1]), "r"(barrier)
+                     : "memory");
+    else
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], "
+                     "{%1,%2,%3,%4}, [%5];" ::"r"(to),
+                     "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
+                     : "memory");
+#else
+    (void)shared, (void)value, (void)rank, (void)b;
+    __trap();
+#endif
+}
+
+/* Any thread: until all of the bytes sent to b are there, for this thread to read. Nothing else that
+ * the peers wrote need be seen: an acquire in the cluster would empty the L1. */
+static __device__ __forceinline__ void cluster_receive(bulk_barrier *b)
+{
+    bulk_wait(b);
+}
+
 /* Whether the device has room for one such cluster: how large they may be depends on how many
  * processors its parts have left. */
 static inline bool cluster_fits(const void *kernel, int cluster, int block, size_t shared_bytes)
