@@ -7,13 +7,15 @@
  * to 8 rows have a kernel of their own, whose blocks mix one.
  *   x gathered, exchanged                                                     1 cluster_sync
  *   v, q, k, rope; gates, RG-LRU; logits over the block's channels: to the rows' blocks
- *                                                                             2 cluster_sync
- *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 cluster_sync
+ *                                                                             2 row_came
+ *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 mixed_came
  *   output projection over the head's columns, to the head's partial rows
+ * Of 2 and 3 the receiver counts the bytes, all of a launch's, so that nobody waits for more than
+ * what it needs, and nobody ends while something is on its way to it.
  * Before pdl_wait: weights to shared memory; of one row the state, the ring's values to shared
  * memory, the rest to registers. Of two rows a key is there, the rest in L2: values come to the
- * place of weights that have been used, keys and latents between the halves of the second exchange.
- * State is written between the halves of an exchange: its first half would wait for the writes.
+ * place of weights that have been used, keys and latents between sending and receiving. There state
+ * is written, too, outside of the chain.
  *
  * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
  * 4.2 us at 16.
@@ -99,10 +101,15 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int shares = places + ROWS * (int)sizeof(struct mix_row); /* [ROWS]; p(0|t) */
     static constexpr int fetched = shares + 2 * 4;                             /* [2] */
     static constexpr int values_fetched = fetched + (int)sizeof(bulk_barrier);
+    /* What the cluster's blocks have sent: to `row` but for the logits' bytes, which depend on how
+     * many latents there are; to `mixed`. */
+    static constexpr int row_came = values_fetched + (int)sizeof(bulk_barrier);
+    static constexpr int mixed_came = row_came + (int)sizeof(bulk_barrier);
+    static constexpr int row_sent = row_bytes - CLUSTER_BLOCKS * LOGITS * 4;
     /* The ring's values [ROWS, CLUSTER_RING_ROWS, HEAD]; of two rows in the place of the weights
      * of q, k and v, when those have been used. */
     static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * 2;
-    static constexpr int end = (values_fetched + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
+    static constexpr int end = (mixed_came + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
     static constexpr int values = ROWS == 1 ? end : qkv;
     static constexpr int bytes = ROWS == 1 ? end + values_bytes : end;
     static_assert(ROWS == 1 || ROWS * values_bytes <= latents, "values in the place of weights");
@@ -181,6 +188,26 @@ static __device__ __forceinline__ void fetch_weights(const struct mix_call &c, i
     fetch_short<HEAD>(at<bf16>(shared, S::o), S::OUT,
                       m.o + (int64_t)rank * S::COLUMNS * D + head * HEAD, D, S::COLUMNS);
     copy_async_commit();
+}
+
+/* Tiles of the latents' logits. */
+static __device__ __forceinline__ int logit_tiles(const struct mix_call &c)
+{
+    return (2 * c.m.n_latents + 1 + 7) / 8;
+}
+
+/* What the block will be sent. The cluster's barrier comes between this and sending. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void begin_exchanges(const struct mix_call &c, int rank,
+                                                       int n_rows, unsigned char *shared)
+{
+    const int here = rank < n_rows ? (n_rows - 1 - rank) / CLUSTER_BLOCKS + 1 : 0;
+    if (threadIdx.x == 0) {
+        bulk_begin(at<bulk_barrier>(shared, S::row_came),
+                   here * (S::row_sent + CLUSTER_BLOCKS * logit_tiles(c) * 8 * (int)sizeof(float)));
+        bulk_begin(at<bulk_barrier>(shared, S::mixed_came), n_rows * HEAD * (int)sizeof(bf16));
+    }
+    __syncwarp();
 }
 
 static __device__ __forceinline__ struct mix_row find_row(const struct mix_call &c, int head,
@@ -348,16 +375,22 @@ static __device__ __forceinline__ void copy_values(const struct mix_call &c,
                       at<bulk_barrier>(shared, S::values_fetched));
 }
 
-/* All threads: zeros in place of the values of keys that a row does not have yet. */
+/* Zeros in place of the values of keys that a row does not have yet; each by the warp that reads
+ * them, which a __syncwarp follows. */
 template <class S, int HEAD>
 static __device__ __forceinline__ void clear_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
                                                     unsigned char *shared)
 {
+    constexpr int OWN = S::values_bytes / CLUSTER_WARPS;
+    static_assert(CLUSTER_RING_ROWS == CLUSTER_WARPS * (int)HALF, "a warp's keys");
 #pragma unroll
-    for (int r = 0; r < S::BLOCK_ROWS; r++)
-        for (int i = rows[r].n_keys * HEAD * (int)sizeof(bf16) + threadIdx.x * 16;
-             i < S::values_bytes; i += CLUSTER_THREADS * 16)
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        const int first = threadIdx.x / WARP * OWN;
+        const int past = rows[r].n_keys * HEAD * (int)sizeof(bf16);
+        for (int i = (past > first ? past : first) + threadIdx.x % WARP * 16; i < first + OWN;
+             i += WARP * 16)
             *at<uint4>(shared, S::values + r * S::values_bytes + i) = make_uint4(0, 0, 0, 0);
+    }
 }
 
 /* The RG-LRU's part of a lane: rows g and g + 8, two channels of a tile. */
@@ -595,20 +628,18 @@ static __device__ __forceinline__ void send_qkv(const struct mix_call &c, int ra
         high.x = fmaf(x0.x, a.x, x1.x * a.y) * factor;
         high.y = fmaf(x0.y, a.z, x1.y * a.w) * factor;
     }
-    unsigned char *const to = cluster_peer(
-        at_row<unsigned char, S>(shared, row / CLUSTER_BLOCKS, 0), row % CLUSTER_BLOCKS);
-    const int at = rank * S::PAIRS + pair;
+    bulk_barrier *const came = at<bulk_barrier>(shared, S::row_came);
+    const int of = row / CLUSTER_BLOCKS, to = row % CLUSTER_BLOCKS, at = rank * S::PAIRS + pair;
     if (which != 1) {
-        float *const exact = reinterpret_cast<float *>(to + (which ? S::value : S::query)) + at;
-        *reinterpret_cast<float2 *>(exact) = low;
-        *reinterpret_cast<float2 *>(exact + HEAD / 2) = high;
+        float2 *const exact = at_row<float2, S>(shared, of, (which ? S::value : S::query) + at * 4);
+        cluster_send(exact, low, to, came);
+        cluster_send(exact + HEAD / 4, high, to, came);
     }
     if (which != 0) {
-        bf16 *const kept =
-            reinterpret_cast<bf16 *>(to + (which == 1 ? S::new_key : S::new_value)) + at;
-        *reinterpret_cast<__nv_bfloat162 *>(kept) = __floats2bfloat162_rn(low.x, low.y);
-        *reinterpret_cast<__nv_bfloat162 *>(kept + HEAD / 2) =
-            __floats2bfloat162_rn(high.x, high.y);
+        __nv_bfloat162 *const kept = at_row<__nv_bfloat162, S>(
+            shared, of, (which == 1 ? S::new_key : S::new_value) + at * 2);
+        cluster_send(kept, __floats2bfloat162_rn(low.x, low.y), to, came);
+        cluster_send(kept + HEAD / 4, __floats2bfloat162_rn(high.x, high.y), to, came);
     }
 }
 
@@ -619,15 +650,16 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int n = 2 * c.m.n_latents + 1;
+    bulk_barrier *const came = at<bulk_barrier>(shared, S::row_came);
     if (warp == LOGIT_TILES && lane < n_rows) {
         float square = 0;
 #pragma unroll
         for (int i = 0; i < S::TILES; i++)
             square += at<float>(shared, S::z_parts)[i * CLUSTER_ROWS + lane];
         float *const to = at_row<float, S>(shared, lane / CLUSTER_BLOCKS, S::z_squares) + rank;
-        *cluster_peer(to, lane % CLUSTER_BLOCKS) = square;
+        cluster_send(to, square, lane % CLUSTER_BLOCKS, came);
     }
-    if (8 * warp >= n)
+    if (warp >= logit_tiles(c))
         return;
     float sum[1][4] = {};
     few_product<1, S::COLUMNS, S::STEP_ROWS>(sum, at<bf16>(shared, S::z), S::SLICE,
@@ -636,11 +668,11 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
 #pragma unroll
     for (int j = 0; j < S::BLOCK_ROWS; j++) {
         const int row = g + 8 * j;
-        float *const to = at_row<float, S>(shared, row / CLUSTER_BLOCKS, S::logits) +
-                          rank * LOGITS + 8 * warp + 2 * t;
+        float2 *const to = at_row<float2, S>(shared, row / CLUSTER_BLOCKS,
+                                             S::logits + (rank * LOGITS + 8 * warp + 2 * t) * 4);
         if (row < n_rows)
-            *reinterpret_cast<float2 *>(cluster_peer(to, row % CLUSTER_BLOCKS)) =
-                make_float2(sum[0][2 * j], sum[0][2 * j + 1]);
+            cluster_send(to, make_float2(sum[0][2 * j], sum[0][2 * j + 1]), row % CLUSTER_BLOCKS,
+                         came);
     }
 }
 
@@ -851,7 +883,7 @@ static __device__ __forceinline__ void step_latents(const struct mix_call &c,
 }
 
 /* The head's output of the rows, to every block: 4 lanes have 2 dimensions, a quarter of the sums
- * and of the blocks each. */
+ * each; 8 lanes send 4 to a block each. */
 template <class S, int HEAD>
 static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S::BLOCK_ROWS],
                                                   unsigned char *shared)
@@ -910,13 +942,15 @@ static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S
     }
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++) {
-        if (!mine || !rows[r].here)
-            continue;
-        __nv_bfloat162 *const to = reinterpret_cast<__nv_bfloat162 *>(
-            at<bf16>(shared, S::mixed) + rows[r].row * S::OUT + 2 * pair);
-#pragma unroll
-        for (int i = 0; i < CLUSTER_BLOCKS / 4; i++)
-            *cluster_peer(to, part + 4 * i) = __floats2bfloat162_rn(y[r].x, y[r].y);
+        const __nv_bfloat162 two = __floats2bfloat162_rn(y[r].x, y[r].y);
+        uint32_t own, other;
+        memcpy(&own, &two, 4);
+        other = __shfl_xor_sync(0xffffffffu, own, 4);
+        uint2 *const to =
+            at<uint2>(shared, S::mixed + (rows[r].row * S::OUT + pair / 2 * 4) * (int)sizeof(bf16));
+        if (mine && rows[r].here)
+            cluster_send(to, pair % 2 ? make_uint2(other, own) : make_uint2(own, other),
+                         threadIdx.x % CLUSTER_BLOCKS, at<bulk_barrier>(shared, S::mixed_came));
     }
 }
 
@@ -984,13 +1018,14 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int head = blockIdx.x / CLUSTER_BLOCKS, rank = cluster_rank();
     const bool has_second = warp + CLUSTER_WARPS < S::TILES; /* tile of channels */
-    cluster_arrive_relaxed(); /* when all blocks have: their shared memory may be written */
-
     fetch_weights<S, D, HEAD>(c, head, rank, shared);
+    const int n_rows = c.step.sizes->n_rows;
     struct mix_row rows[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
         rows[r] = find_row(c, head, rank + r * CLUSTER_BLOCKS);
+    begin_exchanges<S, HEAD>(c, rank, n_rows, shared);
+    cluster_arrive_relaxed(); /* when all blocks have: their shared memory may be written */
     struct held_channels<S> channels[2];
     hold_channels(&channels[0], c, rank * S::TILES + warp);
     hold_channels(&channels[1], c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
@@ -1007,7 +1042,6 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         prefetch_row<HEAD>(c, rows[r]);
     keep_places<S>(rows, shared);
     hold_gates<S>(&held, c, rows);
-    const int n_rows = c.step.sizes->n_rows;
     put_angles<S>(c, rank, shared);
     struct held_pieces pieces;
     hold_pieces<S>(&pieces, c, n_rows, rank);
@@ -1046,7 +1080,6 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     send_qkv<S, HEAD>(c, rank, n_rows, shared);
     if (ROWS > 1)
         clear_values<S, HEAD>(rows, shared);
-    cluster_arrive();
     if (ROWS > 1) {
         hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
 #pragma unroll
@@ -1058,14 +1091,14 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         if (has_second)
             put_z(c, channels[1], rank * S::TILES + warp + CLUSTER_WARPS, n_rows);
     }
-    cluster_wait();
 
-    if (rows[0].here)
+    if (rows[0].here) {
+        cluster_receive(at<bulk_barrier>(shared, S::row_came));
         mix_rows<S, D, HEAD>(c, rows, &held, shared);
-    cluster_arrive();
-    take_places<S>(rows, shared);
-    keep_rows<S, HEAD>(c, rows, held, shared);
-    cluster_wait();
+        take_places<S>(rows, shared);
+        keep_rows<S, HEAD>(c, rows, held, shared);
+    }
+    cluster_receive(at<bulk_barrier>(shared, S::mixed_came));
 
     constexpr int EACH = 2; /* tiles of output: one chain of instructions beside another */
     if (warp >= S::TILES / EACH)
