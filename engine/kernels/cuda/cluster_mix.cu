@@ -5,17 +5,16 @@
  * channels of the RG-LRU, of the latents' logits' columns, of the rows of the output projection,
  * and mixes rows b and b + 8 of the step: their latents and windows, both at a time. Steps of up
  * to 8 rows have a kernel of their own, whose blocks mix one.
- *   x gathered, exchanged                                                     1 cluster_sync
+ *   x gathered, exchanged                                                     1 rows_came
  *   v, q, k, rope; gates, RG-LRU; logits over the block's channels: to the rows' blocks
  *                                                                             2 row_came
  *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 mixed_came
  *   output projection over the head's columns, to the head's partial rows
- * Of 2 and 3 the receiver counts the bytes, all of a launch's, so that nobody waits for more than
- * what it needs, and nobody ends while something is on its way to it.
- * Before pdl_wait: weights to shared memory; of one row the state, the ring's values to shared
- * memory, the rest to registers. Of two rows a key is there, the rest in L2: values come to the
- * place of weights that have been used, keys and latents between sending and receiving. There state
- * is written, too, outside of the chain.
+ * The receiver counts the bytes, all of a launch's, so that nobody waits for more than it needs,
+ * and nobody ends while something is on its way to it. Before pdl_wait: weights to shared memory;
+ * of one row the state, the ring's values to shared memory, the rest to registers. Of two rows a
+ * key is there, the rest in L2: values come to the place of weights that have been used, keys and
+ * latents between sending and receiving. There state is written, too, outside of the chain.
  *
  * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
  * 4.2 us at 16.
@@ -27,6 +26,7 @@ enum {
     LOGIT_TILES = (2 * CLUSTER_LATENTS + 1 + 7) / 8,
     LOGITS = 8 * LOGIT_TILES,
     HALF = WARP / 2, /* of a warp: a lane has a latent of its half's row */
+    MIX_ALONE = 2,   /* rows that every block reads for itself */
 };
 
 struct mix_call {
@@ -102,14 +102,15 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int fetched = shares + 2 * 4;                             /* [2] */
     static constexpr int values_fetched = fetched + (int)sizeof(bulk_barrier);
     /* What the cluster's blocks have sent: to `row` but for the logits' bytes, which depend on how
-     * many latents there are; to `mixed`. */
+     * many latents there are; to `mixed`; to `rows` and `squares`. */
     static constexpr int row_came = values_fetched + (int)sizeof(bulk_barrier);
     static constexpr int mixed_came = row_came + (int)sizeof(bulk_barrier);
+    static constexpr int rows_came = mixed_came + (int)sizeof(bulk_barrier);
     static constexpr int row_sent = row_bytes - CLUSTER_BLOCKS * LOGITS * 4;
     /* The ring's values [ROWS, CLUSTER_RING_ROWS, HEAD]; of two rows in the place of the weights
      * of q, k and v, when those have been used. */
     static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * 2;
-    static constexpr int end = (mixed_came + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
+    static constexpr int end = (rows_came + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
     static constexpr int values = ROWS == 1 ? end : qkv;
     static constexpr int bytes = ROWS == 1 ? end + values_bytes : end;
     static_assert(ROWS == 1 || ROWS * values_bytes <= latents, "values in the place of weights");
@@ -206,6 +207,10 @@ static __device__ __forceinline__ void begin_exchanges(const struct mix_call &c,
         bulk_begin(at<bulk_barrier>(shared, S::row_came),
                    here * (S::row_sent + CLUSTER_BLOCKS * logit_tiles(c) * 8 * (int)sizeof(float)));
         bulk_begin(at<bulk_barrier>(shared, S::mixed_came), n_rows * HEAD * (int)sizeof(bf16));
+        bulk_begin(at<bulk_barrier>(shared, S::rows_came),
+                   n_rows > MIX_ALONE
+                       ? n_rows * (S::DIM * (int)sizeof(bf16) + ROW_PIECES * (int)sizeof(float))
+                       : 0);
     }
     __syncwarp();
 }
@@ -433,33 +438,51 @@ static __device__ __forceinline__ void hold_channels(struct held_channels<S> *h,
 /* ---- the rows ---- */
 
 /* What a thread has of them: 4 values each of two pieces. Of many rows each block of the cluster
- * reads its columns and sends them to the others; of up to ALONE rows it is quicker to read all of
- * them. */
+ * reads its columns and sends them to the others; of up to MIX_ALONE rows it is quicker to read all
+ * of them. */
 struct held_pieces {
-    bool alone, mine;
-    int row[2], piece[2], from[2]; /* from: of x */
-    float4 weight[2];              /* of the norm */
+    float4 weight[2]; /* of the norm */
+    int row, piece;   /* of the first */
+    bool alone, mine; /* alone: the second is the same of the next row, else the row's next */
 };
 
 template <class S>
 static __device__ __forceinline__ void hold_pieces(struct held_pieces *h, const struct mix_call &c,
                                                    int n_rows, int rank)
 {
-    constexpr int ALONE = 2, QUADS_HERE = S::PIECE / 4, PIECES = ROW_PIECES / CLUSTER_BLOCKS;
-    static_assert(PIECES == 2 && ALONE == 2, "two quads a thread either way");
+    constexpr int QUADS_HERE = S::PIECE / 4, PIECES = ROW_PIECES / CLUSTER_BLOCKS;
+    static_assert(PIECES == 2 && MIX_ALONE == 2 && QUADS_HERE % 2 == 0, "two quads a thread");
     const int group = threadIdx.x / 16, quad = threadIdx.x % 16;
-    h->alone = n_rows <= ALONE;
+    h->alone = n_rows <= MIX_ALONE;
     h->mine = quad < QUADS_HERE;
+    h->row = h->alone ? 0 : group;
+    h->piece = h->alone ? group : rank * PIECES;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        h->row[i] = h->alone ? i : group;
-        h->piece[i] = h->alone ? group : rank * PIECES + i;
-        const int column = h->piece[i] * S::PIECE + quad * 4;
-        h->from[i] = h->row[i] * S::DIM + column;
+        const int column = (h->piece + (h->alone ? 0 : i)) * S::PIECE + quad * 4;
         h->weight[i] = make_float4(0, 0, 0, 0);
         if (h->mine)
             h->weight[i] = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
     }
+}
+
+/* A row's two pieces to every block, 16 bytes at a time: an even lane has its neighbour's of the
+ * first piece as well, an odd one its neighbour's of the second. */
+template <class S>
+static __device__ __forceinline__ void send_pieces(const uint2 (&y)[2], const struct held_pieces &h,
+                                                   int n_rows, bf16 *rows, bulk_barrier *came)
+{
+    const int quad = threadIdx.x % 16, odd = quad % 2;
+    const uint2 give = odd ? y[0] : y[1], keep = odd ? y[1] : y[0];
+    const uint2 take = make_uint2(__shfl_xor_sync(0xffffffffu, give.x, 1),
+                                  __shfl_xor_sync(0xffffffffu, give.y, 1));
+    const uint4 both = odd ? make_uint4(take.x, take.y, keep.x, keep.y)
+                           : make_uint4(keep.x, keep.y, take.x, take.y);
+    uint4 *const to = reinterpret_cast<uint4 *>(rows + odd * S::PIECE + quad / 2 * 8);
+#pragma unroll
+    for (int peer = 0; peer < CLUSTER_BLOCKS; peer++)
+        if (h.mine && h.row < n_rows)
+            cluster_send(to, both, peer, came);
 }
 
 /* After pdl_wait: x times the norm's weight as bf16 [16, ROW], with squares [ROW_PIECES, 16 rows];
@@ -469,46 +492,45 @@ static __device__ __forceinline__ void gather_rows(const struct mix_call &c,
                                                    const struct held_pieces &h, int n_rows,
                                                    unsigned char *shared)
 {
-    const int quad = threadIdx.x % 16;
-    const int(&row)[2] = h.row, (&piece)[2] = h.piece;
-    const bool alone = h.alone, mine = h.mine;
-    float *const squares = at<float>(shared, S::squares);
-    bf16 *const rows = at<bf16>(shared, S::rows);
+    const int quad = threadIdx.x % 16, from = h.row * S::DIM + h.piece * S::PIECE + quad * 4;
+    float *const squares = at<float>(shared, S::squares) + h.piece * CLUSTER_ROWS + h.row;
+    bf16 *const rows = at<bf16>(shared, S::rows) + h.row * S::ROW + h.piece * S::PIECE;
     float4 x[2];
+    uint2 y[2];
+    float square[2];
+    bulk_barrier *const came = at<bulk_barrier>(shared, S::rows_came);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         x[i] = make_float4(0, 0, 0, 0);
-        if (mine && row[i] < n_rows)
-            x[i] = few_load(c.m.x + h.from[i]);
+        if (h.mine && h.row + (h.alone ? i : 0) < n_rows)
+            x[i] = few_load(c.m.x + from + i * (h.alone ? S::DIM : S::PIECE));
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float square = few_square(x[i]);
-        float *const square_at = squares + piece[i] * CLUSTER_ROWS + row[i];
-        uint2 *const to =
-            reinterpret_cast<uint2 *>(rows + row[i] * S::ROW + piece[i] * S::PIECE + quad * 4);
-        const uint2 y = few_weighed(x[i], h.weight[i]);
-        if (alone) {
-            if (quad == 0)
-                *square_at = square;
-            if (mine)
-                *to = y;
-            continue;
-        }
-        if (row[i] >= n_rows)
-            continue;
-        if (quad < CLUSTER_BLOCKS)
-            *cluster_peer(square_at, quad) = square;
+    for (int i = 0; i < 2; i++)
+        y[i] = few_weighed(x[i], h.weight[i]);
+    if (h.alone) {
 #pragma unroll
-        for (int peer = 0; peer < CLUSTER_BLOCKS; peer++)
-            if (mine)
-                *cluster_peer(to, peer) = y;
+        for (int i = 0; i < 2; i++)
+            if (h.mine)
+                *reinterpret_cast<uint2 *>(rows + i * S::ROW + quad * 4) = y[i];
+    } else {
+        send_pieces<S>(y, h, n_rows, rows, came);
     }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        square[i] = few_square(x[i]);
     copy_async_wait<0>(); /* this thread's weights */
-    if (alone)
+    if (h.alone) {
+        if (quad == 0)
+            squares[0] = square[0], squares[1] = square[1];
         __syncthreads();
-    else
-        cluster_sync();
+        return;
+    }
+    const int second = quad / CLUSTER_BLOCKS;
+    if (h.row < n_rows)
+        cluster_send(squares + second * CLUSTER_ROWS, second ? square[1] : square[0],
+                     quad % CLUSTER_BLOCKS, came);
+    cluster_receive(came);
 }
 
 /* ---- products of the block, and the RG-LRU ---- */
