@@ -53,6 +53,14 @@ template <int D, int F> struct out_shape {
 
 /* ---- x and the heads' shares ---- */
 
+/* Four of the norm's weights, before pdl_wait. A plain load: the compiler moves one of read-only
+ * memory to where its result is used. */
+static __device__ __forceinline__ float4 early_weight(const struct cluster_norm &norm, int column,
+                                                      bool mine)
+{
+    return mine ? *reinterpret_cast<const float4 *>(norm.weight + column) : make_float4(0, 0, 0, 0);
+}
+
 /* Four columns of a row, summed in order. */
 template <int D>
 static __device__ __forceinline__ float4 sum_heads(const struct few_mlp &m, int64_t at)
@@ -70,9 +78,10 @@ static __device__ __forceinline__ float4 sum_heads(const struct few_mlp &m, int6
 }
 
 /* A row by CLUSTER_THREADS threads: between, h and its scale. The bits of what few_mlp_in does by
- * itself. Rows are spread over all of the blocks: an SM loads 27 KB for each. */
+ * itself. Rows are spread over all of the blocks: an SM loads 27 KB for each. Bounds say one block
+ * an SM, or the compiler makes three waits of the 9 loads to save registers. */
 template <int D>
-static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS)
+static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS, 1)
     few_settle_kernel(const __grid_constant__ struct mlp_call c)
 {
     constexpr int COLUMNS = D / 16;
@@ -83,11 +92,10 @@ static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS)
     bool mine = quad < COLUMNS / 4;
     const int64_t at = (int64_t)row * D + column;
     pdl_trigger();
-    float4 weight = make_float4(0, 0, 0, 0), x = weight;
-    if (mine)
-        weight = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
-    pdl_wait();
+    const float4 weight = early_weight(c.m.norm, column, mine);
+    float4 x = make_float4(0, 0, 0, 0);
     mine &= row < c.step.sizes->n_rows;
+    pdl_wait();
     if (mine)
         x = sum_heads<D>(c.m, at);
     const float square = few_square(x);
