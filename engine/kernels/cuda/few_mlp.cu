@@ -61,20 +61,26 @@ static __device__ __forceinline__ float4 early_weight(const struct cluster_norm 
     return mine ? *reinterpret_cast<const float4 *>(norm.weight + column) : make_float4(0, 0, 0, 0);
 }
 
-/* Four columns of a row, summed in order. */
-template <int D>
-static __device__ __forceinline__ float4 sum_heads(const struct few_mlp &m, int64_t at)
+/* Four columns of N rows, summed in order; all loads before the first sum. */
+template <int D, int N>
+static __device__ __forceinline__ void sum_heads(float4 *x, const struct few_mlp &m, int64_t at)
 {
-    float4 part[MIX_CLUSTERS], x = few_load(m.x + at);
+    float4 part[N][MIX_CLUSTERS];
 #pragma unroll
-    for (int c = 0; c < MIX_CLUSTERS; c++)
-        part[c] = few_load(m.partials + c * m.partial_stride + at);
+    for (int i = 0; i < N; i++) {
+        x[i] = few_load(m.x + at + i * D);
 #pragma unroll
-    for (int c = 0; c < MIX_CLUSTERS; c++) {
-        x.x += part[c].x, x.y += part[c].y;
-        x.z += part[c].z, x.w += part[c].w;
+        for (int c = 0; c < MIX_CLUSTERS; c++)
+            part[i][c] = few_load(m.partials + c * m.partial_stride + at + i * D);
     }
-    return x;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+        for (int c = 0; c < MIX_CLUSTERS; c++) {
+            x[i].x += part[i][c].x, x[i].y += part[i][c].y;
+            x[i].z += part[i][c].z, x[i].w += part[i][c].w;
+        }
+    }
 }
 
 /* A row by CLUSTER_THREADS threads: between, h and its scale. The bits of what few_mlp_in does by
@@ -97,7 +103,7 @@ static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS, 1)
     mine &= row < c.step.sizes->n_rows;
     pdl_wait();
     if (mine)
-        x = sum_heads<D>(c.m, at);
+        sum_heads<D, 1>(&x, c.m, at);
     const float square = few_square(x);
     if (quad == 0)
         squares[part][group] = square;
@@ -117,12 +123,14 @@ static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS, 1)
 
 /* ---- gate and up ---- */
 
-/* The rows times the norm's weight, and their scales: few of them from x and the heads' shares, or
- * as few_settle left them. */
+/* The rows times the norm's weight: few of them from x and the heads' shares, and squares [16, 16
+ * rows]; or with their scales as few_settle left them. weight: the thread's of the norm, if alone.
+ */
 template <class S, int D>
 static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n_rows, bool alone,
-                                                 unsigned char *shared)
+                                                 float4 weight, unsigned char *shared)
 {
+    static_assert(FEW_ALONE == 2, "one row or both");
     bf16 *const rows = reinterpret_cast<bf16 *>(shared + S::rows);
     float *const squares = reinterpret_cast<float *>(shared + S::squares);
     float *const scales = reinterpret_cast<float *>(shared + S::scales);
@@ -139,38 +147,53 @@ static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n
     const int group = threadIdx.x / 16, quad = threadIdx.x % 16;
     const int column = group * S::COLUMNS + quad * 4;
     const bool mine = quad < S::COLUMNS / 4;
-    float4 x[FEW_ALONE], weight = make_float4(0, 0, 0, 0);
-    if (mine)
-        weight = __ldg(reinterpret_cast<const float4 *>(c.m.norm.weight + column));
+    float4 x[FEW_ALONE] = {};
+    if (mine && n_rows > 1)
+        sum_heads<D, FEW_ALONE>(x, c.m, column);
+    else if (mine)
+        sum_heads<D, 1>(x, c.m, column);
+    float square[FEW_ALONE];
 #pragma unroll
     for (int i = 0; i < FEW_ALONE; i++) {
-        x[i] = make_float4(0, 0, 0, 0);
-        if (mine && i < n_rows)
-            x[i] = sum_heads<D>(c.m, (int64_t)i * D + column);
+        square[i] = square_sum(x[i], 0);
+        if (mine)
+            *reinterpret_cast<uint2 *>(rows + i * S::ROW + column) = few_weighed(x[i], weight);
+    }
+#pragma unroll
+    for (int o = 8; o; o >>= 1) { /* few_square of both */
+#pragma unroll
+        for (int i = 0; i < FEW_ALONE; i++)
+            square[i] += __shfl_xor_sync(0xffffffffu, square[i], o);
     }
 #pragma unroll
     for (int i = 0; i < FEW_ALONE; i++) {
-        const float square = few_square(x[i]);
         if (quad == 0)
-            squares[group * CLUSTER_ROWS + i] = square;
-        if (mine)
-            *reinterpret_cast<uint2 *>(rows + i * S::ROW + column) = few_weighed(x[i], weight);
+            squares[group * CLUSTER_ROWS + i] = square[i];
         if (mine && i < n_rows && blockIdx.x == 0)
             *reinterpret_cast<float4 *>(c.m.between + (int64_t)i * D + column) = x[i];
     }
     __syncthreads();
-    if (threadIdx.x < FEW_ALONE)
-        scales[threadIdx.x] = few_scale<D>(squares, c.m.norm.eps);
 }
 
-template <int D> static __device__ __forceinline__ void keep_state(const struct mlp_call &c)
+/* A thread's part of the RG-LRU's state: found before pdl_wait, read after it, and put in its place
+ * when there is nothing else to wait for. */
+struct held_state {
+    float4 *to, z;
+    int64_t from; /* in z; negative: none */
+};
+
+template <int D>
+static __device__ __forceinline__ void find_state(struct held_state *h, const struct mlp_call &c,
+                                                  int n_rows)
 {
     const int i = blockIdx.x * CLUSTER_THREADS + threadIdx.x, row = i / (D / 4), quad = i % (D / 4);
-    if (row >= c.step.sizes->n_rows)
+    h->from = -1;
+    if (row >= n_rows)
         return;
-    float4 *to =
-        reinterpret_cast<float4 *>(c.m.rglru.data + c.step.seq_slot[row] * c.m.rglru.row_values);
-    to[quad] = few_load(c.m.z + (int64_t)row * D + quad * 4);
+    h->from = (int64_t)row * D + quad * 4;
+    h->to =
+        reinterpret_cast<float4 *>(c.m.rglru.data + c.step.seq_slot[row] * c.m.rglru.row_values) +
+        quad;
 }
 
 /* Columns c and c + 1 of a row of the groups' sums, added in order. */
@@ -196,7 +219,8 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     bf16 *const weights = reinterpret_cast<bf16 *>(shared + S::weights);
     const bf16 *const rows = reinterpret_cast<const bf16 *>(shared + S::rows);
     float *const sums = reinterpret_cast<float *>(shared + S::sums);
-    const float *const scales = reinterpret_cast<const float *>(shared + S::scales);
+    const float *const squares = reinterpret_cast<const float *>(shared + S::squares);
+    float *const scales = reinterpret_cast<float *>(shared + S::scales);
     bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int group = warp / 2, half = warp % 2, feature = blockIdx.x * S::FEATURES;
@@ -211,11 +235,19 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     }
     const int n_rows = c.step.sizes->n_rows;
     const bool alone = c.step.rows <= FEW_ALONE;
+    const int sixteenth = threadIdx.x / 16, quad = threadIdx.x % 16;
+    const float4 weight =
+        early_weight(c.m.norm, sixteenth * S::COLUMNS + quad * 4, alone && quad < S::COLUMNS / 4);
+    struct held_state state;
+    find_state<D>(&state, c, n_rows);
 
     pdl_wait();
-    take_rows<S, D>(c, n_rows, alone, shared);
-    keep_state<D>(c);
+    if (state.from >= 0)
+        state.z = few_load(c.m.z + state.from);
+    take_rows<S, D>(c, n_rows, alone, weight, shared);
     bulk_wait(fetched);
+    /* By all warps, without a branch: among the product's instructions it takes no time. */
+    const float scale = few_scale<D>(squares, c.m.norm.eps);
     float sum[S::TILES][4] = {};
     few_product<S::TILES, S::K>(sum, rows + group * S::K, S::ROW,
                                 weights + half * S::FEATURES * S::ROW + group * S::K, S::ROW,
@@ -227,16 +259,20 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         *reinterpret_cast<float2 *>(to) = make_float2(sum[n][0], sum[n][1]);
         *reinterpret_cast<float2 *>(to + 8 * S::SUM) = make_float2(sum[n][2], sum[n][3]);
     }
+    if (alone && threadIdx.x < FEW_ALONE)
+        scales[threadIdx.x] = scale;
     __syncthreads();
     for (int i = threadIdx.x; i < n_rows * S::FEATURES / 2; i += CLUSTER_THREADS) {
         const int row = i / (S::FEATURES / 2), column = i % (S::FEATURES / 2) * 2;
         const float2 gate = take_sums<S>(sums, row, column);
         const float2 up = take_sums<S>(sums, row, S::FEATURES + column);
-        const float scale = scales[row];
+        const float by = scales[row];
         *reinterpret_cast<__nv_bfloat162 *>(c.m.middle + (int64_t)row * F + feature + column) =
-            __floats2bfloat162_rn(activate_value(gate.x * scale, c.m.act) * (up.x * scale),
-                                  activate_value(gate.y * scale, c.m.act) * (up.y * scale));
+            __floats2bfloat162_rn(activate_value(gate.x * by, c.m.act) * (up.x * by),
+                                  activate_value(gate.y * by, c.m.act) * (up.y * by));
     }
+    if (state.from >= 0)
+        *state.to = state.z;
 }
 
 /* ---- down ---- */
