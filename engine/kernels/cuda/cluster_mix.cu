@@ -66,8 +66,7 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int LATENTS = (CLUSTER_LATENTS + LATENT_GROUPS - 1) / LATENT_GROUPS;
     static_assert(HEAD % 32 == 0 && QKV_K % 32 == 0 && COLUMNS % 32 == 0 && PIECE % 4 == 0 &&
                       PIECE <= 64 && D % (ROW_PIECES * CLUSTER_BLOCKS) == 0 && WIDTH % 32 == 0 &&
-                      WIDTH % COLUMNS == 0 && QUADS <= WARP * 2 && PAIRS % 2 == 0 &&
-                      3 * PAIRS / 2 <= CLUSTER_THREADS / CLUSTER_ROWS,
+                      WIDTH % COLUMNS == 0 && QUADS <= WARP * 2 && PAIRS % 2 == 0,
                   "tiles of products");
     static_assert(CLUSTER_LATENTS == (int)HALF && ROWS <= 2, "a latent of a row a lane");
 
@@ -350,9 +349,10 @@ static __device__ __forceinline__ void put_angles(const struct mix_call &c, int 
               &angles[i].y);
 }
 
-/* The rings' values to shared memory, all by one thread: begin, then, where they have room, copy. A
- * __syncthreads comes between begin and bulk_wait. */
-enum { VALUES_THREAD = (CLUSTER_WARPS - 2) * WARP };
+/* The rings' values to shared memory: begin, then, where they have room, copy, each row by another
+ * of the warps that have little to do until the rows have been sent; one row by the thread that
+ * began. A __syncthreads comes between begin and bulk_wait, and before copies of more. */
+enum { VALUES_THREAD = 2 * WARP };
 
 template <class S, int HEAD>
 static __device__ __forceinline__ void begin_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
@@ -373,7 +373,7 @@ static __device__ __forceinline__ void copy_values(const struct mix_call &c,
 {
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
-        if (threadIdx.x == VALUES_THREAD && rows[r].n_keys)
+        if ((int)threadIdx.x == VALUES_THREAD + r * WARP && rows[r].n_keys)
             bulk_copy(shared + S::values + r * S::values_bytes,
                       c.m.ring_v + ring_of<HEAD>(c, rows[r]),
                       rows[r].n_keys * HEAD * (int)sizeof(bf16),
@@ -615,53 +615,68 @@ put_z(const struct mix_call &c, const struct held_channels<S> &held, int tile, i
     }
 }
 
-/* q, k, v of the block's rows of the head, q and k turned, to the blocks of the step's rows: a
- * thread has two pairs of a row's q, k or v. The first rows are the last warps', which have none
- * of the latents' logits. */
+/* q, k, v of the block's rows of the head, q and k turned, to the blocks of the step's rows, by the
+ * warps that have none of the latents' logits: a thread has two pairs of q, k or v of a block's
+ * rows. */
 template <class S, int HEAD>
 static __device__ __forceinline__ void send_qkv(const struct mix_call &c, int rank, int n_rows,
                                                 unsigned char *shared)
 {
-    constexpr int EACH = CLUSTER_THREADS / CLUSTER_ROWS;
-    const int row = CLUSTER_ROWS - 1 - threadIdx.x / EACH, item = threadIdx.x % EACH;
+    constexpr int ITEMS = 3 * S::PAIRS / 2, FIRST = LOGIT_TILES * WARP;
+    static_assert(FIRST + CLUSTER_BLOCKS * ITEMS <= CLUSTER_THREADS, "an item a thread");
+    const int to = ((int)threadIdx.x - FIRST) / ITEMS, item = ((int)threadIdx.x - FIRST) % ITEMS;
     const int which = item / (S::PAIRS / 2), pair = item % (S::PAIRS / 2) * 2;
-    if (row >= n_rows || which > 2)
+    if ((int)threadIdx.x < FIRST || to >= n_rows || to >= CLUSTER_BLOCKS)
         return;
     const float *const sums =
-        at<float>(shared, S::sums) + row * 8 * S::QKV_TILES + which * S::PART + pair;
-    float2 low = make_float2(0, 0), high = low;
+        at<float>(shared, S::sums) + to * 8 * S::QKV_TILES + which * S::PART + pair;
+    float2 low[S::BLOCK_ROWS] = {}, high[S::BLOCK_ROWS] = {};
 #pragma unroll
     for (int w = 0; w < CLUSTER_WARPS; w++) {
-        const float *const from = sums + w * S::STEP_ROWS * 8 * S::QKV_TILES;
-        const float2 x0 = *reinterpret_cast<const float2 *>(from);
-        const float2 x1 = *reinterpret_cast<const float2 *>(from + S::PAIRS);
-        low.x += x0.x, low.y += x0.y;
-        high.x += x1.x, high.y += x1.y;
+#pragma unroll
+        for (int r = 0; r < S::BLOCK_ROWS; r++) {
+            const float *const from =
+                sums + (w * S::STEP_ROWS + r * CLUSTER_BLOCKS) * 8 * S::QKV_TILES;
+            const float2 x0 = *reinterpret_cast<const float2 *>(from);
+            const float2 x1 = *reinterpret_cast<const float2 *>(from + S::PAIRS);
+            low[r].x += x0.x, low[r].y += x0.y;
+            high[r].x += x1.x, high[r].y += x1.y;
+        }
     }
-    const float scale = at<float>(shared, S::scales)[row];
-    low.x *= scale, low.y *= scale;
-    high.x *= scale, high.y *= scale;
-    if (which < 2) {
-        const float4 a = *at<float4>(shared, S::angles + (row * S::PAIRS + pair) * 8);
-        const float factor = which == 0 ? c.m.scale : 1;
-        const float2 x0 = low, x1 = high;
-        low.x = fmaf(x0.x, a.y, -x1.x * a.x) * factor;
-        low.y = fmaf(x0.y, a.w, -x1.y * a.z) * factor;
-        high.x = fmaf(x0.x, a.x, x1.x * a.y) * factor;
-        high.y = fmaf(x0.y, a.z, x1.y * a.w) * factor;
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        const int row = to + r * CLUSTER_BLOCKS;
+        const float scale = at<float>(shared, S::scales)[row];
+        low[r].x *= scale, low[r].y *= scale;
+        high[r].x *= scale, high[r].y *= scale;
+        if (which < 2) {
+            const float4 a = *at<float4>(shared, S::angles + (row * S::PAIRS + pair) * 8);
+            const float factor = which == 0 ? c.m.scale : 1;
+            const float2 x0 = low[r], x1 = high[r];
+            low[r].x = fmaf(x0.x, a.y, -x1.x * a.x) * factor;
+            low[r].y = fmaf(x0.y, a.w, -x1.y * a.z) * factor;
+            high[r].x = fmaf(x0.x, a.x, x1.x * a.y) * factor;
+            high[r].y = fmaf(x0.y, a.z, x1.y * a.w) * factor;
+        }
     }
     bulk_barrier *const came = at<bulk_barrier>(shared, S::row_came);
-    const int of = row / CLUSTER_BLOCKS, to = row % CLUSTER_BLOCKS, at = rank * S::PAIRS + pair;
-    if (which != 1) {
-        float2 *const exact = at_row<float2, S>(shared, of, (which ? S::value : S::query) + at * 4);
-        cluster_send(exact, low, to, came);
-        cluster_send(exact + HEAD / 4, high, to, came);
-    }
-    if (which != 0) {
-        __nv_bfloat162 *const kept = at_row<__nv_bfloat162, S>(
-            shared, of, (which == 1 ? S::new_key : S::new_value) + at * 2);
-        cluster_send(kept, __floats2bfloat162_rn(low.x, low.y), to, came);
-        cluster_send(kept + HEAD / 4, __floats2bfloat162_rn(high.x, high.y), to, came);
+    const int at = rank * S::PAIRS + pair;
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++) {
+        if (to + r * CLUSTER_BLOCKS >= n_rows)
+            continue;
+        if (which != 1) {
+            float2 *const exact =
+                at_row<float2, S>(shared, r, (which ? S::value : S::query) + at * 4);
+            cluster_send(exact, low[r], to, came);
+            cluster_send(exact + HEAD / 4, high[r], to, came);
+        }
+        if (which != 0) {
+            __nv_bfloat162 *const kept = at_row<__nv_bfloat162, S>(
+                shared, r, (which == 1 ? S::new_key : S::new_value) + at * 2);
+            cluster_send(kept, __floats2bfloat162_rn(low[r].x, low[r].y), to, came);
+            cluster_send(kept + HEAD / 4, __floats2bfloat162_rn(high[r].x, high[r].y), to, came);
+        }
     }
 }
 
@@ -673,7 +688,7 @@ static __device__ __forceinline__ void send_logits(const struct mix_call &c, int
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int n = 2 * c.m.n_latents + 1;
     bulk_barrier *const came = at<bulk_barrier>(shared, S::row_came);
-    if (warp == LOGIT_TILES && lane < n_rows) {
+    if (warp == LOGIT_TILES - 1 && lane < n_rows) {
         float square = 0;
 #pragma unroll
         for (int i = 0; i < S::TILES; i++)
