@@ -1087,11 +1087,10 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     pdl_wait();
     gather_rows<S>(c, pieces, n_rows, shared);
 
-    const float scale = few_scale<D>(at<float>(shared, S::squares), c.m.norm.eps);
     bulk_wait(at<bulk_barrier>(shared, S::fetched));
     pdl_trigger(); /* not before: the next kernel's weights would come between these */
-    if (warp == CLUSTER_WARPS - 1 && lane < CLUSTER_ROWS)
-        at<float>(shared, S::scales)[lane] = scale;
+    /* Without a branch until the product has ended, among whose instructions it takes no time. */
+    const float scale = few_scale<D>(at<float>(shared, S::squares), c.m.norm.eps);
     float sum[S::QKV_TILES][4] = {};
     few_product<S::QKV_TILES, S::QKV_K, S::STEP_ROWS>(
         sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
@@ -1105,6 +1104,8 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
             *reinterpret_cast<float2 *>(to + j * 8 * 8 * S::QKV_TILES) =
                 make_float2(sum[n][2 * j], sum[n][2 * j + 1]);
     }
+    if (warp == CLUSTER_WARPS - 1 && lane < CLUSTER_ROWS)
+        at<float>(shared, S::scales)[lane] = scale;
     if (has_second)
         step_channels<S, WIDTH, 2>(channels, rank, scale, shared);
     else
