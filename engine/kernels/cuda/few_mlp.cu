@@ -3,7 +3,7 @@
  *
  * few_mlp_in: a block has 1/64 of the features, their rows of gate and up in shared memory; its
  * warps are 4 quarters of D times gate and up. few_mlp_out: a block has 8 rows of down, each of its
- * warps an eighth of F. Sums of the warps meet in shared memory and are added in order. Before
+ * warps two sixteenths of F. Sums of the warps meet in shared memory and are added in order. Before
  * pdl_wait all weights are on their way.
  * few_mlp_in also puts the RG-LRU's z into the state, as no block of the mixing may.
  * Bytes: 14 MB of weights at D = 768, F = 3072: floor 4.6 us; up to FEW_ALONE rows 27 KB a row and
@@ -41,12 +41,12 @@ template <int D, int F> struct in_shape {
 };
 
 template <int D, int F> struct out_shape {
-    static constexpr int K = F / CLUSTER_WARPS, PIECES = K / 32; /* of a warp */
+    static constexpr int K = F / CLUSTER_WARPS, PIECES = K / 32; /* of a warp: two slices */
     static constexpr int ROW = F + 32;                           /* spreads 16 bytes of 8 rows */
-    static_assert(D % 8 == 0 && K % 32 == 0, "tiles of products");
+    static_assert(D % 8 == 0 && K % 64 == 0, "tiles of products");
 
     static constexpr int weights = 0;
-    static constexpr int sums = weights; /* [warps, 16, 8], when those have been used */
+    static constexpr int sums = weights; /* [2 warps, 16, 8], when those have been used */
     static constexpr int fetched = weights + 8 * ROW * 2;
     static constexpr int bytes = fetched + sizeof(bulk_barrier);
 };
@@ -331,29 +331,38 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     bulk_wait(fetched);
     /* k is permuted: a lane's 16 bytes of a row are what it feeds to the tensor core */
     const bf16 *const own = weights + g * S::ROW + warp * S::K + t * 8;
-    float sum[2][4] = {};
+    float sum[2][2][4] = {}; /* of a slice, of its even and odd steps: chains of PIECES / 2 */
 #pragma unroll
     for (int p = 0; p < S::PIECES; p++) {
+        float(*const slice)[4] = sum[p / (S::PIECES / 2)];
         const uint4 w = *reinterpret_cast<const uint4 *>(own + p * 32);
         const uint32_t a0[4] = {low[p].x, high[p].x, low[p].y, high[p].y};
         const uint32_t a1[4] = {low[p].z, high[p].z, low[p].w, high[p].w};
         const uint32_t b0[2] = {w.x, w.y}, b1[2] = {w.z, w.w};
-        mma_bf16(sum[0], a0, b0);
-        mma_bf16(sum[1], a1, b1);
+        mma_bf16(slice[0], a0, b0);
+        mma_bf16(slice[1], a1, b1);
     }
-    float *to = sums + (warp * CLUSTER_ROWS + g) * 8 + 2 * t;
     __syncthreads();
-    *reinterpret_cast<float2 *>(to) = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
-    *reinterpret_cast<float2 *>(to + 64) =
-        make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        float *const to = sums + ((2 * warp + s) * CLUSTER_ROWS + g) * 8 + 2 * t;
+        float(*const slice)[4] = sum[s];
+        *reinterpret_cast<float2 *>(to) =
+            make_float2(slice[0][0] + slice[1][0], slice[0][1] + slice[1][1]);
+        *reinterpret_cast<float2 *>(to + 64) =
+            make_float2(slice[0][2] + slice[1][2], slice[0][3] + slice[1][3]);
+    }
     __syncthreads();
     if (!mine)
         return;
-    float y = residual;
+    float y[2] = {residual, 0}; /* halves of the slices, in order */
 #pragma unroll
-    for (int w = 0; w < CLUSTER_WARPS; w++)
-        y += sums[w * CLUSTER_ROWS * 8 + threadIdx.x];
-    c.m.x[(int64_t)row * D + column] = y;
+    for (int w = 0; w < CLUSTER_WARPS; w++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            y[half] += sums[(half * CLUSTER_WARPS + w) * CLUSTER_ROWS * 8 + threadIdx.x];
+    }
+    c.m.x[(int64_t)row * D + column] = y[0] + y[1];
 }
 
 /* ---- launching ---- */
