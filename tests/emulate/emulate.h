@@ -424,6 +424,11 @@ static inline uint4 load_streaming(const void *p, EMULATE_PLACE)
     return *(const uint4 *)p;
 }
 
+template <class T> static inline T *kept_address(T *p)
+{
+    return p;
+}
+
 /* Nothing happens, but p must be global memory. */
 static inline void prefetch_l2(const void *p, EMULATE_PLACE)
 {

@@ -317,9 +317,9 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     }
     const int n_rows = c.step.sizes->n_rows;
     __syncthreads(); /* bulk_wait: the barrier has begun */
+    const bf16 *const middle = kept_address(c.m.middle + (int64_t)g * F + warp * S::K + t * 8);
 
     pdl_wait();
-    const bf16 *const middle = c.m.middle + (int64_t)g * F + warp * S::K + t * 8;
     uint4 low[S::PIECES], high[S::PIECES];
 #pragma unroll
     for (int p = 0; p < S::PIECES; p++) {

@@ -130,6 +130,14 @@ static __device__ __forceinline__ uint4 load_streaming(const void *p)
     return v;
 }
 
+/* p, computed here and kept: without it the compiler may compute an address again for every load,
+ * after a wait rather than before it. */
+template <class T> static __device__ __forceinline__ T *kept_address(T *p)
+{
+    asm volatile("" : "+l"(p));
+    return p;
+}
+
 /* Ask for the line of global memory that p is in; a hint, for data soon to be read. */
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
