@@ -301,8 +301,8 @@ static __device__ __forceinline__ void cluster_send(T *shared, const T &value, i
 #endif
 }
 
-/* Any thread: until all of the bytes sent to b are there, for this thread to read. Nothing else that
- * the peers wrote need be seen: an acquire in the cluster would empty the L1. */
+/* Any thread: until all of the bytes sent to b are there, for this thread to read. Nothing else
+ * that the peers wrote need be seen: an acquire in the cluster would empty the L1. */
 static __device__ __forceinline__ void cluster_receive(bulk_barrier *b)
 {
     bulk_wait(b);
