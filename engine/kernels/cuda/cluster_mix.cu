@@ -11,10 +11,12 @@
  *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 mixed_came
  *   output projection over the head's columns, to the head's partial rows
  * The receiver counts the bytes, all of a launch's, so that nobody waits for more than it needs,
- * and nobody ends while something is on its way to it. Before pdl_wait: weights to shared memory;
- * of one row the state, the ring's values to shared memory, the rest to registers. Of two rows a
- * key is there, the rest in L2: values come to the place of weights that have been used, keys and
- * latents between sending and receiving. There state is written, too, outside of the chain.
+ * and nobody ends while something is on its way to it.
+ *
+ * Before pdl_wait: weights to shared memory; of one row the state, the ring's values to shared
+ * memory, the rest to registers. Of two rows the keys and values of one are there, the rest in L2:
+ * values come to the place of weights that have been used, keys and latents between sending and
+ * receiving. There state is written, too, outside of the chain.
  *
  * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
  * 4.2 us at 16.
@@ -80,13 +82,20 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     /* Of the mixing, in the place of the rows, when they have been used. */
     static constexpr int local = rows, other = local + ROWS * GROUPS * HEAD * 4;
     static_assert(ROWS * (GROUPS + LATENT_GROUPS) * HEAD * 4 <= rows_bytes, "place of the rows");
-    static constexpr int sums = rows + rows_bytes; /* [warps, STEP_ROWS, 8 QKV_TILES] */
-    static constexpr int z = sums + CLUSTER_WARPS * STEP_ROWS * 8 * QKV_TILES * 4;
-    static constexpr int mixed = z + STEP_ROWS * SLICE * 2;
+    /* [warps, STEP_ROWS, 8 QKV_TILES]; of two rows where the warp has used weights of q, k, v: in
+     * its columns of their first rows. */
+    static constexpr int sums = ROWS == 1 ? rows + rows_bytes : qkv;
+    static constexpr int sums_row = ROWS == 1 ? 8 * QKV_TILES : ROW / 2; /* strides */
+    static constexpr int sums_warp = ROWS == 1 ? STEP_ROWS * sums_row : QKV_K / 2;
+    static_assert(8 * QKV_TILES * 4 <= QKV_K * 2 && STEP_ROWS <= QKV, "place of the sums");
+    static constexpr int z = rows + rows_bytes + (ROWS == 1 ? CLUSTER_WARPS * sums_warp * 4 : 0);
+    /* In the place of z: who sends it has received all that others make of z. */
+    static constexpr int mixed = z;
+    static_assert(OUT <= SLICE, "place of z");
     /* What the cluster's blocks send to the block of a row, for each of its rows: logits [blocks,
      * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key and v [HEAD]
      * bf16. */
-    static constexpr int row = mixed + STEP_ROWS * OUT * 2;
+    static constexpr int row = z + STEP_ROWS * SLICE * 2;
     static constexpr int logits = 0, z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4;
     static constexpr int query = z_squares + CLUSTER_BLOCKS * 4, value = query + HEAD * 4;
     static constexpr int new_key = value + HEAD * 4, new_value = new_key + HEAD * 2;
@@ -106,13 +115,13 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int mixed_came = row_came + (int)sizeof(bulk_barrier);
     static constexpr int rows_came = mixed_came + (int)sizeof(bulk_barrier);
     static constexpr int row_sent = row_bytes - CLUSTER_BLOCKS * LOGITS * 4;
-    /* The ring's values [ROWS, CLUSTER_RING_ROWS, HEAD]; of two rows in the place of the weights
-     * of q, k and v, when those have been used. */
+    /* The ring's values [CLUSTER_RING_ROWS, HEAD], values_step from one row's to the other's: those
+     * are in the place of weights of q, k and v, when they have been used, behind the sums. */
     static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * 2;
     static constexpr int end = (rows_came + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
-    static constexpr int values = ROWS == 1 ? end : qkv;
-    static constexpr int bytes = ROWS == 1 ? end + values_bytes : end;
-    static_assert(ROWS == 1 || ROWS * values_bytes <= latents, "values in the place of weights");
+    static constexpr int values = end, values_step = qkv + STEP_ROWS * ROW * 2 - values;
+    static constexpr int bytes = values + values_bytes;
+    static_assert(ROWS == 1 || values + values_step + values_bytes <= latents, "place of weights");
 };
 
 template <class T> static __device__ __forceinline__ T *at(unsigned char *shared, int offset)
@@ -322,13 +331,13 @@ static __device__ __forceinline__ void hold_gates(struct held_rows<S> *h, const 
     }
 }
 
-/* A row's rings and its latents' sums to L2. */
+/* A row's latents' sums to L2, and its rings. */
 template <int HEAD>
 static __device__ __forceinline__ void prefetch_row(const struct mix_call &c,
-                                                    const struct mix_row &r)
+                                                    const struct mix_row &r, bool rings)
 {
     const int at_bf16 = threadIdx.x * 64, at_f32 = threadIdx.x * 32, M = c.m.n_latents;
-    if (at_bf16 < r.n_keys * HEAD) {
+    if (rings && at_bf16 < r.n_keys * HEAD) {
         prefetch_l2(c.m.ring_k + ring_of<HEAD>(c, r) + at_bf16);
         prefetch_l2(c.m.ring_v + ring_of<HEAD>(c, r) + at_bf16);
     }
@@ -349,9 +358,9 @@ static __device__ __forceinline__ void put_angles(const struct mix_call &c, int 
               &angles[i].y);
 }
 
-/* The rings' values to shared memory: begin, then, where they have room, copy, each row by another
- * of the warps that have little to do until the rows have been sent; one row by the thread that
- * began. A __syncthreads comes between begin and bulk_wait, and before copies of more. */
+/* The rings' values to shared memory, all by one thread, of a warp that has little to do until the
+ * rows have been sent: begin, then, where they have room, copy. A __syncthreads comes between begin
+ * and bulk_wait. */
 enum { VALUES_THREAD = 2 * WARP };
 
 template <class S, int HEAD>
@@ -367,35 +376,28 @@ static __device__ __forceinline__ void begin_values(const struct mix_row (&rows)
 }
 
 template <class S, int HEAD>
-static __device__ __forceinline__ void copy_values(const struct mix_call &c,
-                                                   const struct mix_row (&rows)[S::BLOCK_ROWS],
-                                                   unsigned char *shared)
+static __device__ __forceinline__ void
+copy_values(const struct mix_call &c, const struct mix_row &row, int r, unsigned char *shared)
 {
-#pragma unroll
-    for (int r = 0; r < S::BLOCK_ROWS; r++)
-        if ((int)threadIdx.x == VALUES_THREAD + r * WARP && rows[r].n_keys)
-            bulk_copy(shared + S::values + r * S::values_bytes,
-                      c.m.ring_v + ring_of<HEAD>(c, rows[r]),
-                      rows[r].n_keys * HEAD * (int)sizeof(bf16),
-                      at<bulk_barrier>(shared, S::values_fetched));
+    if (threadIdx.x == VALUES_THREAD && row.n_keys)
+        bulk_copy(shared + S::values + r * S::values_step, c.m.ring_v + ring_of<HEAD>(c, row),
+                  row.n_keys * HEAD * (int)sizeof(bf16),
+                  at<bulk_barrier>(shared, S::values_fetched));
 }
 
 /* Zeros in place of the values of keys that a row does not have yet; each by the warp that reads
  * them, which a __syncwarp follows. */
 template <class S, int HEAD>
-static __device__ __forceinline__ void clear_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
+static __device__ __forceinline__ void clear_values(const struct mix_row &row, int r,
                                                     unsigned char *shared)
 {
     constexpr int OWN = S::values_bytes / CLUSTER_WARPS;
     static_assert(CLUSTER_RING_ROWS == CLUSTER_WARPS * (int)HALF, "a warp's keys");
-#pragma unroll
-    for (int r = 0; r < S::BLOCK_ROWS; r++) {
-        const int first = threadIdx.x / WARP * OWN;
-        const int past = rows[r].n_keys * HEAD * (int)sizeof(bf16);
-        for (int i = (past > first ? past : first) + threadIdx.x % WARP * 16; i < first + OWN;
-             i += WARP * 16)
-            *at<uint4>(shared, S::values + r * S::values_bytes + i) = make_uint4(0, 0, 0, 0);
-    }
+    const int first = threadIdx.x / WARP * OWN;
+    const int past = row.n_keys * HEAD * (int)sizeof(bf16);
+    for (int i = (past > first ? past : first) + threadIdx.x % WARP * 16; i < first + OWN;
+         i += WARP * 16)
+        *at<uint4>(shared, S::values + r * S::values_step + i) = make_uint4(0, 0, 0, 0);
 }
 
 /* The RG-LRU's part of a lane: rows g and g + 8, two channels of a tile. */
@@ -629,14 +631,13 @@ static __device__ __forceinline__ void send_qkv(const struct mix_call &c, int ra
     if ((int)threadIdx.x < FIRST || to >= n_rows || to >= CLUSTER_BLOCKS)
         return;
     const float *const sums =
-        at<float>(shared, S::sums) + to * 8 * S::QKV_TILES + which * S::PART + pair;
+        at<float>(shared, S::sums) + to * S::sums_row + which * S::PART + pair;
     float2 low[S::BLOCK_ROWS] = {}, high[S::BLOCK_ROWS] = {};
 #pragma unroll
     for (int w = 0; w < CLUSTER_WARPS; w++) {
 #pragma unroll
         for (int r = 0; r < S::BLOCK_ROWS; r++) {
-            const float *const from =
-                sums + (w * S::STEP_ROWS + r * CLUSTER_BLOCKS) * 8 * S::QKV_TILES;
+            const float *const from = sums + w * S::sums_warp + r * CLUSTER_BLOCKS * S::sums_row;
             const float2 x0 = *reinterpret_cast<const float2 *>(from);
             const float2 x1 = *reinterpret_cast<const float2 *>(from + S::PAIRS);
             low[r].x += x0.x, low[r].y += x0.y;
@@ -845,7 +846,7 @@ static __device__ __forceinline__ void renew_values(const struct mix_row (&rows)
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         if (rows[r].newest / HALF == warp && lane < S::EIGHTS)
-            at<uint4>(shared, S::values + r * S::values_bytes + rows[r].newest * HEAD * 2)[lane] =
+            at<uint4>(shared, S::values + r * S::values_step + rows[r].newest * HEAD * 2)[lane] =
                 at_row<uint4, S>(shared, r, S::new_value)[lane];
     __syncwarp();
 }
@@ -868,7 +869,7 @@ static __device__ __forceinline__ void take_values(const float (&weight)[S::BLOC
         for (int r = 0; r < S::BLOCK_ROWS; r++) {
             const float share = __shfl_sync(0xffffffffu, weight[r], 2 * key);
             float v[8];
-            eight(v, *reinterpret_cast<const uint4 *>(values + r * (S::values_bytes / 2) +
+            eight(v, *reinterpret_cast<const uint4 *>(values + r * (S::values_step / 2) +
                                                       j * S::VALUE_GROUPS * HEAD));
 #pragma unroll
             for (int i = 0; i < 8; i++)
@@ -1069,14 +1070,13 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     struct held_rows<S> held;
     hold_key<S, HEAD>(held.key[0], c, rows[0]);
     begin_values<S, HEAD>(rows, shared);
-    if (ROWS == 1) {
+    copy_values<S, HEAD>(c, rows[0], 0, shared);
+    clear_values<S, HEAD>(rows[0], 0, shared);
+    if (ROWS == 1)
         hold_sums<S, HEAD>(held.s[0], c, rows[0]);
-        copy_values<S, HEAD>(c, rows, shared);
-        clear_values<S, HEAD>(rows, shared);
-    }
 #pragma unroll
     for (int r = 0; r < ROWS && ROWS > 1; r++) /* later, there is too little room */
-        prefetch_row<HEAD>(c, rows[r]);
+        prefetch_row<HEAD>(c, rows[r], r > 0);
     keep_places<S>(rows, shared);
     hold_gates<S>(&held, c, rows);
     put_angles<S>(c, rank, shared);
@@ -1095,13 +1095,14 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     few_product<S::QKV_TILES, S::QKV_K, S::STEP_ROWS>(
         sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
         at<bf16>(shared, S::qkv) + warp * S::QKV_K, S::ROW, S::QKV - 1);
+    __syncwarp(); /* sums may lie over weights */
 #pragma unroll
     for (int n = 0; n < S::QKV_TILES; n++) {
-        float *const to = at<float>(shared, S::sums) +
-                          (warp * S::STEP_ROWS + g) * 8 * S::QKV_TILES + 8 * n + 2 * t;
+        float *const to =
+            at<float>(shared, S::sums) + warp * S::sums_warp + g * S::sums_row + 8 * n + 2 * t;
 #pragma unroll
         for (int j = 0; j < ROWS; j++)
-            *reinterpret_cast<float2 *>(to + j * 8 * 8 * S::QKV_TILES) =
+            *reinterpret_cast<float2 *>(to + j * 8 * S::sums_row) =
                 make_float2(sum[n][2 * j], sum[n][2 * j + 1]);
     }
     if (warp == CLUSTER_WARPS - 1 && lane < CLUSTER_ROWS)
@@ -1112,13 +1113,12 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         step_channels<S, WIDTH, 1>(channels, rank, scale, shared);
     __syncthreads();
     take_places<S>(rows, shared);
-    if (ROWS > 1) /* over the weights of q, k and v */
-        copy_values<S, HEAD>(c, rows, shared);
+    if (ROWS > 1) /* over weights of q, k and v */
+        copy_values<S, HEAD>(c, rows[ROWS - 1], ROWS - 1, shared);
     send_logits<S>(c, rank, n_rows, shared);
     send_qkv<S, HEAD>(c, rank, n_rows, shared);
-    if (ROWS > 1)
-        clear_values<S, HEAD>(rows, shared);
     if (ROWS > 1) {
+        clear_values<S, HEAD>(rows[ROWS - 1], ROWS - 1, shared);
         hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
