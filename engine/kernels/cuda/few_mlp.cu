@@ -135,8 +135,13 @@ static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n
     float *const squares = reinterpret_cast<float *>(shared + S::squares);
     float *const scales = reinterpret_cast<float *>(shared + S::scales);
     if (!alone) {
-        for (int i = threadIdx.x; i < n_rows * (D / 8); i += CLUSTER_THREADS)
-            copy_async_16(rows + i / (D / 8) * S::ROW + i % (D / 8) * 8, c.m.h + 8 * i);
+        static_assert(CLUSTER_THREADS == 16 * CLUSTER_ROWS && D % 128 == 0, "16 threads a row");
+        const int row = threadIdx.x / 16, first = threadIdx.x % 16 * 8;
+        if (row < n_rows) {
+#pragma unroll
+            for (int i = 0; i < D; i += 128)
+                copy_async_16(rows + row * S::ROW + first + i, c.m.h + row * D + first + i);
+        }
         copy_async_commit();
         if ((int)threadIdx.x < n_rows)
             scales[threadIdx.x] = __ldcg(c.m.scales + threadIdx.x);
