@@ -280,10 +280,10 @@ static __global__ void bulk_of_fewer_bytes(float *x)
 {
     DYNAMIC_SHARED(uint64_t, shared);
     pdl_wait();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < WARP)
         bulk_begin(shared, 64);
+    if (threadIdx.x == 0)
         bulk_copy(shared + 2, x, 32, shared);
-    }
     __syncthreads();
     bulk_wait(shared);
 }
@@ -314,7 +314,7 @@ static const struct {
     {"copy_from_nowhere", copy_from_nowhere, 256, "not aligned to 16", 0},
     {"copy_to_global", copy_to_global, 256, "is not shared memory", 0},
     {"odd_bulk", odd_bulk, 256, "not multiples of 16", 0},
-    {"bulk_of_fewer_bytes", bulk_of_fewer_bytes, 256, "for 64 bytes, of which 32", 0},
+    {"bulk_of_fewer_bytes", bulk_of_fewer_bytes, 256, "for bytes", 0},
     {"no_wait", no_wait, 0, "called pdl_wait", 0},
     {"early_write", early_write, 0, "written before pdl_wait", 0},
     {"prefetch_shared", prefetch_shared, 256, "is not global memory", 0},

@@ -950,6 +950,31 @@ void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, 
     meet(0xffffffffu, &mine, multiply, file, line);
 }
 
+/* A row of 64 values whose 16-byte pieces have changed places. */
+static float unpacked(const __nv_bfloat16 *rows, int row, int column)
+{
+    return __bfloat162float(rows[row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8]);
+}
+
+void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int column,
+           const char *file, int line)
+{
+    if ((uintptr_t)a % 1024 || (uintptr_t)b % 1024 || !is_shared(a, 64 * 128) ||
+        !is_shared(b, (size_t)n * 128) || column % 16 || column < 0 || column >= 64)
+        mistake(file, line, "wgmma of %p and %p, %d rows, column %d: not 1,024-byte aligned tiles",
+                (const void *)a, (const void *)b, n, column);
+    meet(0xffffffffu, nullptr, [](void **, uint32_t) {}, file, line);
+    const int row0 = (int)self->index.x / 32 % 4 * 16 + self->lane / 4;
+    for (int tile = 0; tile < n / 8; tile++)
+        for (int j = 0; j < 4; j++) {
+            const int row = row0 + j / 2 * 8, out = 8 * tile + self->lane % 4 * 2 + j % 2;
+            float sum = 0;
+            for (int k = column; k < column + 16; k++)
+                sum = fmaf(unpacked(a, row, k), unpacked(b, out, k), sum);
+            d[4 * tile + j] += sum;
+        }
+}
+
 struct load {
     uint32_t *out;
     const void *row;

@@ -11,8 +11,8 @@
  *   - a barrier or a warp operation that some of its threads never reach, or that meets another
  *   - a shuffle from a lane that takes no part, a lane mask that is wrong
  *   - use of shared or device memory nobody wrote: both start as NaN
- *   - shared memory written or read beyond its end; misaligned ldmatrix rows, copy_async_16 and
- *     vector accesses (with -fsanitize=alignment)
+ *   - shared memory written or read beyond its end; misaligned ldmatrix rows, wgmma tiles,
+ *     copy_async_16 and vector accesses (with -fsanitize=alignment)
  *   - data of copy_async_16 used before copy_async_wait, of bulk_copy before bulk_wait, and copies
  *     over data still in use: the target is NaN until then; a bulk_wait for fewer bytes than were
  *     asked for, or for more than ever are
@@ -214,6 +214,8 @@ static inline float bf16_value(uint32_t bits)
 }
 
 void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line);
+void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int column,
+           const char *file, int line);
 void ldmatrix(uint32_t *out, const void *row, int n, bool transposed, const char *file, int line);
 
 template <class T> struct same {
@@ -380,9 +382,11 @@ static inline bool cluster_fits(const void *, int, int, size_t)
 
 typedef uint64_t bulk_barrier;
 
-static inline void bulk_begin(bulk_barrier *b, uint32_t n_bytes, EMULATE_PLACE)
+static inline void bulk_begin(bulk_barrier *b, uint32_t n_bytes, int n = 1, EMULATE_PLACE)
 {
-    emulate::begin_bulk(b, n_bytes, file, line);
+    if (emulate::self->lane < n)
+        emulate::begin_bulk(b + emulate::self->lane, n_bytes, file, line);
+    __syncwarp(0xffffffffu, file, line);
 }
 static inline void bulk_copy(void *shared, const void *global, uint32_t n_bytes, bulk_barrier *b,
                              EMULATE_PLACE)
@@ -392,6 +396,30 @@ static inline void bulk_copy(void *shared, const void *global, uint32_t n_bytes,
 static inline void bulk_wait(bulk_barrier *b, EMULATE_PLACE)
 {
     emulate::wait_bulk(b, file, line);
+}
+
+/* Products of warpgroups, each warp for its 16 rows, at once: their end is not waited for. */
+static inline void shared_for_products(void)
+{
+}
+static inline void wgmma_begin(void)
+{
+}
+static inline void wgmma_commit(void)
+{
+}
+template <int N> static inline void wgmma_wait(void)
+{
+}
+template <int N>
+static inline void wgmma_bf16(float (&d)[N / 2], const __nv_bfloat16 *a, const __nv_bfloat16 *b,
+                              int column, EMULATE_PLACE)
+{
+    emulate::wgmma(d, a, b, N, column, file, line);
+}
+static inline bool has_warpgroups(const void *)
+{
+    return true;
 }
 
 template <class T>

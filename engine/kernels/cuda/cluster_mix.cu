@@ -175,9 +175,7 @@ static __device__ __forceinline__ void fetch_weights(const struct mix_call &c, i
     bf16 *const qkv = at<bf16>(shared, S::qkv), *const latents = at<bf16>(shared, S::latents);
     bulk_barrier *const fetched = at<bulk_barrier>(shared, S::fetched);
     if (threadIdx.x / WARP == CLUSTER_WARPS - 1) {
-        if (threadIdx.x % WARP == 0)
-            bulk_begin(fetched, S::QKV * D * (int)sizeof(bf16) + S::gates_bytes);
-        __syncwarp();
+        bulk_begin(fetched, S::QKV * D * (int)sizeof(bf16) + S::gates_bytes);
         for (int r = threadIdx.x % WARP; r < S::QKV; r += WARP) {
             const int i = r / S::PART, j = r % S::PART, high = j >= S::PAIRS;
             const bf16 *const from = i == 0 ? m.q : i == 1 ? m.k : m.v;
@@ -211,7 +209,7 @@ static __device__ __forceinline__ void begin_exchanges(const struct mix_call &c,
                                                        int n_rows, unsigned char *shared)
 {
     const int here = rank < n_rows ? (n_rows - 1 - rank) / CLUSTER_BLOCKS + 1 : 0;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x / WARP == 0) {
         bulk_begin(at<bulk_barrier>(shared, S::row_came),
                    here * (S::row_sent + CLUSTER_BLOCKS * logit_tiles(c) * 8 * (int)sizeof(float)));
         bulk_begin(at<bulk_barrier>(shared, S::mixed_came), n_rows * HEAD * (int)sizeof(bf16));
@@ -220,7 +218,6 @@ static __device__ __forceinline__ void begin_exchanges(const struct mix_call &c,
                        ? n_rows * (S::DIM * (int)sizeof(bf16) + ROW_PIECES * (int)sizeof(float))
                        : 0);
     }
-    __syncwarp();
 }
 
 static __device__ __forceinline__ struct mix_row find_row(const struct mix_call &c, int head,
@@ -371,7 +368,7 @@ static __device__ __forceinline__ void begin_values(const struct mix_row (&rows)
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         n_keys += rows[r].n_keys;
-    if (threadIdx.x == VALUES_THREAD)
+    if (threadIdx.x / WARP == VALUES_THREAD / WARP)
         bulk_begin(at<bulk_barrier>(shared, S::values_fetched), n_keys * HEAD * (int)sizeof(bf16));
 }
 

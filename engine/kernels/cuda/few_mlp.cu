@@ -245,9 +245,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     const int group = warp / 2, half = warp % 2, feature = blockIdx.x * S::FEATURES;
     pdl_trigger();
     if (warp == 0) {
-        if (lane == 0)
-            bulk_begin(fetched, S::SUM * D * (int)sizeof(bf16));
-        __syncwarp();
+        bulk_begin(fetched, S::SUM * D * (int)sizeof(bf16));
         few_fetch<D>(weights, S::ROW, c.m.gate + (int64_t)feature * D, D, S::FEATURES, fetched);
         few_fetch<D>(weights + S::FEATURES * S::ROW, S::ROW, c.m.up + (int64_t)feature * D, D,
                      S::FEATURES, fetched);
@@ -315,9 +313,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     const int row = threadIdx.x / 8, column = 8 * blockIdx.x + threadIdx.x % 8;
     pdl_trigger();
     if (warp == 0) {
-        if (lane == 0)
-            bulk_begin(fetched, 8 * F * (int)sizeof(bf16));
-        __syncwarp();
+        bulk_begin(fetched, 8 * F * (int)sizeof(bf16));
         few_fetch<F>(weights, S::ROW, c.m.down + (int64_t)8 * blockIdx.x * F, F, 8, fetched);
     }
     const int n_rows = c.step.sizes->n_rows;

@@ -212,19 +212,25 @@ template <class T> static __device__ __forceinline__ T *cluster_peer(T *shared, 
 /* Counts the bytes of the copies that name it, once in a kernel. In shared memory. */
 typedef uint64_t bulk_barrier;
 
-/* One thread: n_bytes are to come. Before it, nobody may copy; before a barrier of the block that
- * comes after it, nobody may wait. */
-static __device__ __forceinline__ void bulk_begin(bulk_barrier *b, uint32_t n_bytes)
+/* All lanes of a warp: n_bytes are to come, for each of n barriers, at most one a lane. Before it,
+ * nobody may copy; before a barrier of the block that comes after it, nobody may wait. */
+static __device__ __forceinline__ void bulk_begin(bulk_barrier *b, uint32_t n_bytes, int n = 1)
 {
 #if __CUDA_ARCH__ >= 900
-    const uint32_t address = (uint32_t)__cvta_generic_to_shared(b);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
-                 "r"(n_bytes)
-                 : "memory");
+    const int lane = threadIdx.x % WARP;
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(b + lane);
+    if (lane < n) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp(); /* for racecheck, which takes the two for different lanes' */
+    if (lane < n)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
+                     "r"(n_bytes)
+                     : "memory");
+    __syncwarp();
 #else
-    (void)b, (void)n_bytes;
+    (void)b, (void)n_bytes, (void)n;
     __trap();
 #endif
 }
@@ -261,6 +267,103 @@ static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
     (void)b;
     __trap();
 #endif
+}
+
+/* ---- products of warpgroups: four warps, 64 rows (machine code for 9.0 alone, sm_90a) ----
+ *
+ * Both factors lie in shared memory as packed.cuh has them: rows of 64 bf16 values whose 16-byte
+ * pieces have changed places, beginning at multiples of 1,024 bytes. */
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LATTE_WARPGROUPS 1
+#endif
+
+/* What threads have written to shared memory is seen by products and bulk copies that follow. */
+static __device__ __forceinline__ void shared_for_products(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ uint64_t wgmma_factor(const bf16 *rows)
+{
+    const uint64_t address = (uint64_t)__cvta_generic_to_shared(rows);
+    const uint64_t eight_rows = 1024 >> 4, swizzle_128 = 1;
+    return (address & 0x3ffff) >> 4 | (uint64_t)1 << 16 | eight_rows << 32 | swizzle_128 << 62;
+}
+
+/* Before the first product, when registers of the sums have been written. */
+static __device__ __forceinline__ void wgmma_begin(void)
+{
+#ifdef LATTE_WARPGROUPS
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void wgmma_commit(void)
+{
+#ifdef LATTE_WARPGROUPS
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+/* Until at most N of the committed groups are unfinished. */
+template <int N> static __device__ __forceinline__ void wgmma_wait(void)
+{
+#ifdef LATTE_WARPGROUPS
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#endif
+}
+
+#define WGMMA_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+
+/* d[N / 2] += a b^T in the background: 64 rows of a, N of b, 16 columns, from `column` on of the 64.
+ * Of tile n of 8 columns d[4 n ..] are as mma_bf16's d, in warp w's rows 16 w on. */
+template <int N>
+static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 *a, const bf16 *b,
+                                                  int column)
+{
+    static_assert(N == 16 || N == 48 || N == 64, "instructions there are names for");
+    const uint64_t left = wgmma_factor(a) + column / 8, right = wgmma_factor(b) + column / 8;
+#ifdef LATTE_WARPGROUPS
+    if constexpr (N == 16)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
+                     : WGMMA_4(d, 0), WGMMA_4(d, 4)
+                     : "l"(left), "l"(right), "r"(1));
+    if constexpr (N == 48)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+                     "%21,%22,%23}, %24, %25, p, 1, 1, 0, 0;\n}"
+                     : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
+                       WGMMA_4(d, 20)
+                     : "l"(left), "l"(right), "r"(1));
+    if constexpr (N == 64)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+                     "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+                     : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
+                       WGMMA_4(d, 20), WGMMA_4(d, 24), WGMMA_4(d, 28)
+                     : "l"(left), "l"(right), "r"(1));
+#else
+    (void)left, (void)right, (void)d;
+    __trap();
+#endif
+}
+
+#undef WGMMA_4
+
+/* Whether the device runs machine code of this kernel that was made for its warpgroups. */
+static inline bool has_warpgroups(const void *kernel)
+{
+    cudaFuncAttributes attributes = {};
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+        return attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
+    (void)cudaGetLastError(); /* an answer, not a failure */
+    return false;
 }
 
 /* One thread: `value`, of 4, 8 or 16 bytes, to the same place in the dynamic shared memory of block
