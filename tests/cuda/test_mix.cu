@@ -511,6 +511,8 @@ static void check_row(session *s, mix_memory &mem, const mix_case &k, int r)
 }
 
 /* One step of the sessions named in order. */
+static bool packs; /* the results are packed rows */
+
 static void run_step(struct device &dev, mix_memory &mem, const mix_case &k,
                      const std::vector<session *> &who, int bucket)
 {
@@ -521,11 +523,21 @@ static void run_step(struct device &dev, mix_memory &mem, const mix_case &k,
     mem.qkv.put(), mem.gates.put();
     mem.out.set(floats_t(mem.out.host.size(), 77));
     dev.begin((int)who.size(), bucket, positions, slots);
-    const struct mix call = mem.call(k);
+    const int n = k.H * k.d;
+    array<bf16> packed(packs ? (size_t)packed_values(MAX_ROWS, n) : 0);
+    struct mix call = mem.call(k);
+    if (packs) {
+        packed.set(floats_t(packed.host.size(), 77));
+        call.packed.values = packed.device;
+    }
     if (!fused_mix(&dev.c, &call))
         fail_msg("%s: fused_mix does not take it", case_name());
     dev.finish();
-    mem.out.get(), mem.ring_k.get(), mem.ring_v.get(), mem.m.get(), mem.alpha.get(), mem.s.get();
+    packed.get(), mem.out.get();
+    for (int r = 0; packs && r < MAX_ROWS; r++)
+        for (int i = 0; i < n; i++)
+            mem.out.host[(size_t)(r * n + i)] = packed.host[(size_t)packed_at(r, i, n)];
+    mem.ring_k.get(), mem.ring_v.get(), mem.m.get(), mem.alpha.get(), mem.s.get();
 }
 
 static void run_case(const mix_case &k)
@@ -622,6 +634,15 @@ static void test_rings(void **)
           {3, 3, 16, 2, 3, DTYPE_F32, false, 0, 9, 12},
           {1, 1, 64, 4, 300, DTYPE_BF16, false, 0, 1000, 3},
           {2, 2, 32, 4, 140, DTYPE_F32, false, 0, 150, 4}, );
+}
+
+static void test_packed(void **)
+{
+    packs = true;
+    CASES({2, 2, 96, 16, 128, DTYPE_BF16, false, 0, 200, 4},
+          {4, 4, 64, 8, 20, DTYPE_BF16, true, 30, 200, 4},
+          {2, 1, 96, 16, 130, DTYPE_F8_E4M3, false, 0, 300, 4}, );
+    packs = false;
 }
 
 static void test_one_half(void **)
@@ -876,7 +897,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_shapes),   TEST(test_warps),      TEST(test_which_form), TEST(test_rings),
-        TEST(test_one_half), TEST(test_neighbours), TEST(test_refused),    TEST(test_front),
+        TEST(test_packed),   TEST(test_one_half),   TEST(test_neighbours), TEST(test_refused),
+        TEST(test_front),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -7,7 +7,8 @@
  *   4 mlp in   up = act(gate(norm2(x))) * up(norm2(x))    (fused_product)
  *   5 mlp out  x += W_down up                             (fused_product)
  * Above FRONT_ROWS rows the first is three: norm_to_bf16, fused_rglru, fused_product. Some shapes
- * have a form of their own for few rows: cluster.cuh; large matrices: stream.cuh.
+ * have forms of their own: for few rows cluster.cuh, for up to 256 warpgroup.cuh; large matrices:
+ * stream.cuh.
  * Each prefetches its weights before pdl_wait, so that memory stays busy while the one before
  * it drains. Weights are read once, whatever the batch, up to SKINNY_ROWS rows.
  *
@@ -16,7 +17,7 @@
 #ifndef LATTE_CUDA_FUSED_CUH
 #define LATTE_CUDA_FUSED_CUH
 
-#include "engine/kernels/cuda/cuda.cuh"
+#include "engine/kernels/cuda/packed.cuh"
 
 enum {
     SKINNY_ROWS = 48,          /* the skinny product is the way up to so many rows */
@@ -93,6 +94,10 @@ struct rglru_front {
                                 * PIECE_ROWS in all */
     const bf16 *h = nullptr;   /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
                                 * not used; NULL: normed here */
+    struct packed_rows packed = {}; /* the same in another order, of decode steps: instead of h */
+    /* Decode steps: z * out_weight and squares in D / 8 parts go here, and not to z. */
+    struct packed_rows out = {};
+    const float *out_weight = nullptr; /* [D] */
 };
 /* False: not for this shape (D/B no multiple of 8, above 512 ...): the caller composes. */
 bool fused_rglru(struct cuda *c, const struct rglru_front *f);
@@ -117,6 +122,7 @@ struct mix {
     struct device_slab<float> m, alpha, s;
     struct slab ring_k, ring_v; /* dtype as they say */
     bf16 *out;                  /* [rows, H*d] */
+    struct packed_rows packed;  /* given, decode only: it goes there instead */
 };
 /* False: not for this shape (head_dim, ring too long): the caller composes. */
 bool fused_mix(struct cuda *c, const struct mix *m);

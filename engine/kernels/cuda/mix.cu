@@ -372,7 +372,6 @@ static __device__ __forceinline__ void put_out(const struct mix_call &c, const s
     const int latent_groups = c.m.latents.n_latents ? S::threads / (dim / 4) : 0;
     const float *stats = reinterpret_cast<const float *>(shared + c.at.stats);
     const float *share = reinterpret_cast<const float *>(shared + c.at.window_share);
-    bf16 *out = c.m.out + ((int64_t)b.row * c.m.window.n_heads + b.head) * dim;
     for (int i = threadIdx.x; i < n; i += S::threads) {
         const int h = i / dim;
         float sum = 0, total = 0, rest = 0;
@@ -388,7 +387,7 @@ static __device__ __forceinline__ void put_out(const struct mix_call &c, const s
                 total += stats[w * S::heads + h];
             rest = fmaf(latent_groups ? share[h] : 1, sum / total, rest);
         }
-        out[i] = from_float<bf16>(rest);
+        *out_of(c, b, i, dim) = from_float<bf16>(rest);
     }
 }
 

@@ -53,6 +53,16 @@ template <class S> static __device__ __forceinline__ int dim_of(const struct mix
     return S::d ? S::d : c.head_dim;
 }
 
+/* Where value i of the block's heads, of dim values each, goes. */
+static __device__ __forceinline__ bf16 *out_of(const struct mix_call &c, const struct mix_block &b,
+                                               int i, int dim)
+{
+    const int n = c.m.window.n_heads * dim, column = b.head * dim + i;
+    if (c.m.packed.values)
+        return c.m.packed.values + packed_at(b.row, column, n);
+    return c.m.out + (int64_t)b.row * n + column;
+}
+
 /* exp(a - b) for a <= b; 1 for equal ones, even infinite. */
 static __device__ __forceinline__ float exp_below(float a, float b)
 {

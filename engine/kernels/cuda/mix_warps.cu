@@ -286,7 +286,7 @@ static __device__ __forceinline__ void put_sum(const struct mix_call &c, const s
     for (int w = 0; w < WARPS * S::at_once; w++)
         rest += rests[w * S::d + i];
     rest = fmaf(window, local / total, rest);
-    c.m.out[((int64_t)b.row * c.m.window.n_heads + b.head) * S::d + i] = from_float<bf16>(rest);
+    *out_of(c, b, i, S::d) = from_float<bf16>(rest);
 }
 
 /* What the row's products and gates give, each by a warp; m and alpha: as they were. */

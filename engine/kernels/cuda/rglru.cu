@@ -24,12 +24,13 @@ enum {
     TERM_STRIDE = 56, /* float2 a row of terms: 8 more than a multiple of 16 spreads the banks */
 };
 
+template <bool PACKED>
 static __global__ void __launch_bounds__(ITEM_THREADS)
     rglru_item_kernel(const __grid_constant__ struct rglru_decode d)
 {
     DYNAMIC_SHARED(unsigned char, shared);
     pdl_trigger();
-    rglru_item<3>(d, blockIdx.x, shared);
+    rglru_item<3, PACKED>(d, blockIdx.x, shared);
 }
 
 /* ---- prompts ---- */
@@ -323,7 +324,7 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
         return false;
     if (!decode && c->step.rows > PIECE_ROWS && !f.products)
         return false;
-    if (!f.h && (!decode || c->step.rows > NORMED_ROWS)) {
+    if (!f.h && !f.packed.values && (!decode || c->step.rows > NORMED_ROWS)) {
         norm_to_bf16(c, c->converted, f.x, f.norm, f.dim, nullptr, c->step.rows,
                      &c->step.sizes->n_rows);
         f.h = c->converted;
@@ -333,7 +334,7 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
         return true;
     }
     const struct rglru_decode d = rglru_decode_of(c, &f);
-    launch(&c->queue, "rglru", rglru_item_kernel, dim3(rglru_items(&d)), ITEM_THREADS,
-           rglru_shared_bytes(&d), d);
+    launch(&c->queue, "rglru", f.packed.values ? rglru_item_kernel<true> : rglru_item_kernel<false>,
+           dim3(rglru_items(&d)), ITEM_THREADS, rglru_shared_bytes(&d), d);
     return true;
 }

@@ -51,19 +51,21 @@ static inline __host__ __device__ int rglru_items(const struct rglru_decode *d)
     return (d->rows + rows - 1) / rows * d->f.n_blocks * rglru_groups(d);
 }
 
-/* Shared memory that an item takes, 16-byte aligned: rows, weights, constants, the norm. */
+/* Shared memory that an item takes, 16-byte aligned: rows, weights, constants, the norm, its
+ * factors of the rows. */
 static inline __host__ __device__ size_t rglru_shared_bytes(const struct rglru_decode *d)
 {
     const int stride = rglru_stride(d->f.dim / d->f.n_blocks);
     return (size_t)(RGLRU_ROWS * d->row_tiles + 2 * 8 * d->n_tiles) * stride * sizeof(bf16) +
-           (size_t)d->n_tiles * 8 * 3 * sizeof(float) + (size_t)stride * 2 * sizeof(float);
+           (size_t)d->n_tiles * 8 * 3 * sizeof(float) + (size_t)stride * 2 * sizeof(float) +
+           (size_t)RGLRU_ROWS * d->row_tiles * sizeof(float);
 }
 
 /* The shapes that rglru_item can do: widths D/B that are multiples of 8 up to 512. */
 static inline bool rglru_possible(const struct rglru_front *f)
 {
     const int width = f->dim / f->n_blocks;
-    return (f->h || f->norm.weight) && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
+    return (f->h || f->packed.values || f->norm.weight) && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
 }
 
 /* How the step's rows are cut: tall items, as rows are fewer bytes than weights, and of as few
@@ -213,13 +215,15 @@ static __device__ __forceinline__ void rglru_products(float (&r)[TILES][4], floa
     }
 }
 
-/* Two channels' terms of one row, from a lane's products (r, i at j and j + 1). */
+/* Two channels' terms of one row, from a lane's products (r, i at j and j + 1). scale: what norms
+ * the row, where it is not normed. */
 static __device__ __forceinline__ float4 rglru_pair(const float *r, const float *i, const bf16 *h,
-                                                    const struct rglru_channel (&c)[2], bool begins)
+                                                    const struct rglru_channel (&c)[2], bool begins,
+                                                    float scale = 1)
 {
     const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(h));
-    const float2 u = rglru_terms(r[0], i[0], x.x, c[0], begins);
-    const float2 v = rglru_terms(r[1], i[1], x.y, c[1], begins);
+    const float2 u = rglru_terms(r[0] * scale, i[0] * scale, x.x * scale, c[0], begins);
+    const float2 v = rglru_terms(r[1] * scale, i[1] * scale, x.y * scale, c[1], begins);
     return make_float4(u.x, u.y, v.x, v.y);
 }
 
@@ -290,18 +294,40 @@ static __device__ __forceinline__ void rglru_take_rows(bf16 *h, const struct rgl
     for (unsigned at = threadIdx.x; at < n * chunks; at += blockDim.x) {
         const int r = at / chunks, i = at % chunks * 8;
         const bool here = row0 + r < d.rows && i < width;
-        copy_async_16(h + r * stride + i,
-                      d.f.h + (here ? (int64_t)(row0 + r) * d.f.dim + first + i : 0), here);
+        const bf16 *from = d.f.h;
+        if (here && d.f.packed.values)
+            from = d.f.packed.values + packed_at(row0 + r, first + i, d.f.dim);
+        else if (here)
+            from += (int64_t)(row0 + r) * d.f.dim + first + i;
+        copy_async_16(h + r * stride + i, from, here);
     }
     copy_async_commit();
 }
 
+enum { RGLRU_LANES = 4 }; /* that add up the squares of a packed row: 64 rows for 256 threads */
+
+/* Two channels of z of a row, for the product that comes; all lanes of a warp. */
+static __device__ __forceinline__ void rglru_pack(const struct rglru_front &f, float2 z,
+                                                  const float *weight, int row, int channel,
+                                                  bool here)
+{
+    float square = fmaf(z.x, z.x, z.y * z.y);
+    square += __shfl_xor_sync(0xffffffffu, square, 1);
+    square += __shfl_xor_sync(0xffffffffu, square, 2);
+    if (!here)
+        return;
+    packed_store(f.out.values, f.dim, row, channel, z.x * weight[0], z.y * weight[1]);
+    if (threadIdx.x % 4 == 0)
+        f.out.squares[row * f.out.n_parts + channel / 8] = square;
+}
+
 /* One lane's part of a tile: z of two rows and two channels, to the state and to z. h: the
- * warp's rows; c: the channels' constants. */
+ * warp's rows, and what norms them, or NULL; c: the channels' constants; weight: out's. */
 static __device__ __forceinline__ void
 rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const float2 past[2],
-           const bf16 *h, const bf16 *recurrence, const bf16 *input,
-           const struct rglru_channel *constants, int row0, int first, int channel, int stride)
+           const bf16 *h, const float *scales, const bf16 *recurrence, const bf16 *input,
+           const struct rglru_channel *constants, const float *weight, int row0, int first,
+           int channel, int stride)
 {
     const struct rglru_front &f = d.f;
     const int lane = threadIdx.x % WARP;
@@ -312,20 +338,23 @@ rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const floa
     for (int j = 0; j < 2; j++) {
         const int row = lane / 4 + 8 * j;
         const float4 t = rglru_pair(r[0] + 2 * j, i[0] + 2 * j, h + row * stride + channel - first,
-                                    c, at.begins[j]);
+                                    c, at.begins[j], scales ? scales[row] : 1);
         const float2 z = make_float2(fmaf(t.x, past[j].x, t.y), fmaf(t.z, past[j].y, t.w));
         if (at.here[j]) {
             *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
-            *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
+            if (!f.out.values)
+                *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
         }
+        if (f.out.values)
+            rglru_pack(f, z, weight, row0 + row, channel, at.here[j]);
     }
 }
 
 /* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
  * weights and the step's arrays, which are copied before the step's first kernel; no thread of the
  * block may have returned before. shared: rglru_shared_bytes. The block has a multiple of 4 warps;
- * AT_ONCE: tiles whose states a lane asks for at a time. */
-template <int AT_ONCE>
+ * AT_ONCE: tiles whose states a lane asks for at a time; PACKED: f.packed is given. */
+template <int AT_ONCE, bool PACKED>
 static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
                                                   unsigned char *shared)
 {
@@ -341,16 +370,21 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         reinterpret_cast<struct rglru_channel *>(weights + 2 * 8 * d.n_tiles * stride);
     float *const norm_weight = reinterpret_cast<float *>(constants + 8 * d.n_tiles);
     float *const norm_bias = norm_weight + stride;
+    float *const scales = norm_bias + stride;
+    float *const out_weight = norm_weight; /* of the item's channels: no norm here, then */
+    const bool normed = PACKED || f.h;
 
     const size_t from = (size_t)(first + out0) * width;
     rglru_stage(weights, f.recurrence_gate + from, f.input_gate + from, n_tiles * 8, width, stride);
     for (int i = threadIdx.x; i < n_tiles * 8; i += blockDim.x)
         constants[i] = rglru_channel_of(f, first + out0 + i);
-    for (int i = threadIdx.x; !f.h && i < width; i += blockDim.x) {
+    for (int i = threadIdx.x; f.out.values && i < n_tiles * 8; i += blockDim.x)
+        out_weight[i] = __ldg(f.out_weight + first + out0 + i);
+    for (int i = threadIdx.x; !normed && i < width; i += blockDim.x) {
         norm_weight[i] = __ldg(f.norm.weight + first + i);
         norm_bias[i] = f.norm.bias ? __ldg(f.norm.bias + first + i) : 0;
     }
-    if (!f.h)
+    if (!normed)
         __syncthreads();
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -360,8 +394,12 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         rglru_locate(&at, d, row0 + my_row);
 
     pdl_wait();
-    if (f.h)
+    if (normed)
         rglru_take_rows(h, d, row0, n, first, width, stride);
+    struct packed_squares<RGLRU_LANES> squares;
+    const int scaled = (int)threadIdx.x / RGLRU_LANES; /* the row it helps to norm */
+    if (PACKED)
+        hold_squares(&squares, f.packed, row0 + scaled, scaled < n && row0 + scaled < d.rows);
     bool ready = false;
     for (int tile0 = warp / d.row_tiles; !ready || tile0 < n_tiles; tile0 += AT_ONCE * step) {
         float2 past[AT_ONCE][2];
@@ -371,10 +409,15 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
                 rglru_past(past[k], d, at, first + out0 + (tile0 + k * step) * 8 + lane % 4 * 2);
         }
         if (!ready) {
-            if (f.h)
+            if (normed)
                 copy_async_wait<0>();
             else
                 rglru_norm_rows(h, d, row0, n, first, width, stride, norm_weight, norm_bias);
+            if (PACKED) {
+                const float scale = scale_of_squares(squares, f.packed);
+                if (scaled < n && threadIdx.x % RGLRU_LANES == 0)
+                    scales[scaled] = scale;
+            }
             __syncthreads();
             ready = true;
         }
@@ -382,9 +425,11 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         for (int k = 0; k < AT_ONCE; k++) {
             const int tile = tile0 + k * step, column = tile * 8 + lane % 4 * 2;
             if (tile < n_tiles)
-                rglru_tile(d, at, past[k], h + my_row * stride, weights + tile * 8 * stride,
-                           weights + (n_tiles + tile) * 8 * stride, constants + column,
-                           row0 + my_row, first, first + out0 + column, stride);
+                rglru_tile(d, at, past[k], h + my_row * stride,
+                           PACKED ? scales + my_row : nullptr,
+                           weights + tile * 8 * stride, weights + (n_tiles + tile) * 8 * stride,
+                           constants + column, out_weight + column, row0 + my_row, first,
+                           first + out0 + column, stride);
         }
     }
 }
