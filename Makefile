@@ -274,6 +274,11 @@ $(BUILD)/%.o: %.c
 	$(say) CC $<
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(SAN_FLAGS) -MMD -MP -c -o $@ $<
 
+# Instructions of warpgroups are of capability 9.0 alone: machine code of a name of its own.
+comma := ,
+$(BUILD)/cuda/engine/kernels/cuda/warpgroup.o: NVCCFLAGS := \
+  $(patsubst arch=compute_90$(comma)code=sm_90,arch=compute_90a$(comma)code=sm_90a,$(NVCCFLAGS))
+
 $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/flags
 	@mkdir -p $(@D)
 	$(say) NVCC $<

@@ -8,6 +8,7 @@
 #include "engine/kernels/cuda/cluster.cuh"
 #include "engine/kernels/cuda/fused.cuh"
 #include "engine/kernels/cuda/stream.cuh"
+#include "engine/kernels/cuda/warpgroup.cuh"
 
 extern "C" {
 #include "engine/state.h"
@@ -40,6 +41,10 @@ struct layer_scratch {
     float *scales;    /* [rows] */
     void *prepared;   /* [layers] cluster_prepare's */
     int n_prepared;   /* layers that are */
+    /* Layers of up to WARPGROUP_ROWS rows: x, z, what is mixed and the mlp's features. */
+    bf16 *packed_x, *packed_z, *packed_mixed, *packed_up;
+    float *x_squares, *z_squares;
+    int packed_layer; /* whose norm1 the layer before left in packed_x; -1: nobody's */
     size_t n_bytes;
     int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */
     struct beside beside; /* v, q and k, while the queue has the RG-LRU */
@@ -53,7 +58,7 @@ struct scratch_item {
     int rows;
 };
 
-enum { N_ITEMS = 20 };
+enum { N_ITEMS = 26 };
 
 static int64_t padded_columns(int n)
 {
@@ -87,6 +92,7 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
     const struct cluster_shape shape = cluster_shape_of(c);
     const size_t prepared = rglru && cluster_has(&shape) ? cluster_prepared_bytes(&shape) : 0;
     const int few = rows < CLUSTER_ROWS ? rows : CLUSTER_ROWS;
+    const size_t packed = rglru && cluster_has(&shape) ? sizeof(bf16) : 0;
     const struct scratch_item items[N_ITEMS] = {
         {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
         {(void **)&s->h, rglru || c->post_norms ? D * sizeof(bf16) : 0, rows},
@@ -108,6 +114,12 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
         {(void **)&s->shares, MIX_CLUSTERS * D * rglru, few},
         {(void **)&s->scales, rglru, few},
         {&s->prepared, prepared, c->n_layers},
+        {(void **)&s->packed_x, D * packed, WARPGROUP_ROWS},
+        {(void **)&s->packed_z, D * packed, WARPGROUP_ROWS},
+        {(void **)&s->packed_mixed, q * packed, WARPGROUP_ROWS},
+        {(void **)&s->packed_up, F * packed, WARPGROUP_ROWS},
+        {(void **)&s->x_squares, packed ? WARPGROUP_PARTS * sizeof(float) : 0, WARPGROUP_ROWS},
+        {(void **)&s->z_squares, packed ? D / 8 * sizeof(float) : 0, WARPGROUP_ROWS},
     };
     for (int i = 0; i < N_ITEMS; i++)
         out[i] = items[i];
@@ -131,7 +143,7 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
     if (!s)
         return fail(err, STATUS_NOMEM, "fused layers: out of memory");
     c->layer = s;
-    s->h_layer = -1;
+    s->h_layer = s->packed_layer = -1;
     const cudaError_t error = beside_open(&s->beside);
     if (error != cudaSuccess)
         return fail(err, STATUS_DEVICE, "fused layers: a stream: %s", cudaGetErrorString(error));
@@ -234,6 +246,7 @@ struct pass {
     bool full, latents, window;
     bool chained; /* each sublayer ends with the norm that the next one begins with */
     bool normed;  /* h is norm1(x) already */
+    bool packed;  /* packed_x is norm1's already */
     int layer;
 };
 
@@ -307,6 +320,25 @@ static void products(const struct pass *p, struct product vqk, bool is_stacked)
     }
 }
 
+static struct rglru_front rglru_of(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    struct rglru_front f = {};
+    f.products = p->s->recurrence32;
+    f.x = floats(p->x);
+    f.norm = norm_of(&w->norm1);
+    f.recurrence_gate = floats(w->recurrence_gate);
+    f.recurrence_bias = floats(w->recurrence_bias);
+    f.input_gate = floats(w->input_gate);
+    f.input_bias = floats(w->input_bias);
+    f.lambda = floats(w->lambda);
+    f.state = float_slab(&p->state->slabs[STATE_RGLRU]);
+    f.z = p->s->z;
+    f.dim = p->config->hidden_size;
+    f.n_blocks = p->config->rglru_blocks;
+    return f;
+}
+
 /* Pass 1: v, q, k and the RG-LRU, all from norm1(x). */
 static void front(const struct pass *p)
 {
@@ -320,20 +352,8 @@ static void front(const struct pass *p)
     const bool rglru = !p->full && p->config->latent_input == LATENT_INPUT_RGLRU;
     const bool small = p->c->step.decode && p->c->step.rows <= FRONT_ROWS && !p->chained;
     struct rglru_front f = {};
-    if (rglru) {
-        f.products = p->s->recurrence32;
-        f.x = floats(p->x);
-        f.norm = norm_of(&w->norm1);
-        f.recurrence_gate = floats(w->recurrence_gate);
-        f.recurrence_bias = floats(w->recurrence_bias);
-        f.input_gate = floats(w->input_gate);
-        f.input_bias = floats(w->input_bias);
-        f.lambda = floats(w->lambda);
-        f.state = float_slab(&p->state->slabs[STATE_RGLRU]);
-        f.z = p->s->z;
-        f.dim = p->config->hidden_size;
-        f.n_blocks = p->config->rglru_blocks;
-    }
+    if (rglru)
+        f = rglru_of(p);
     if (rglru && is_stacked && small && fused_front(p->c, &vqk, &f))
         return;
     if (rglru && !small && !p->normed)
@@ -523,7 +543,7 @@ static void mlp_in(const struct pass *p)
     fused_product(p->c, &q, p->s->wide);
 }
 
-/* ---- few rows ---- */
+/* ---- few rows, and not many ---- */
 
 static bool plain_matrix(const struct linear *l)
 {
@@ -535,7 +555,8 @@ static bool plain_norm(const struct norm *n)
     return n->weight && !n->bias && n->type == NORM_RMS;
 }
 
-static bool for_clusters(const struct pass *p)
+/* The main configuration in its plainest form, of a shape that there are kernels for. */
+static bool plain_layer(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
     const struct model_config *c = p->config;
@@ -543,19 +564,24 @@ static bool for_clusters(const struct pass *p)
                                              &w->o_proj,    &w->latent_q, &w->latent_k,
                                              &w->gate_proj, &w->up_proj,  &w->down_proj};
     const struct cluster_shape shape = cluster_shape_of(c);
-    if (!p->c->step.decode || p->c->step.rows > CLUSTER_ROWS || p->c->queue.deterministic ||
-        !p->latents || !p->window || c->latent_input != LATENT_INPUT_RGLRU ||
-        !cluster_knows(p->c, &shape))
+    if (!p->c->step.decode || p->c->queue.deterministic || !p->latents || !p->window ||
+        c->latent_input != LATENT_INPUT_RGLRU || !cluster_has(&shape))
         return false;
     if (w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight || w->post_norm2.weight ||
         c->n_kv_heads != c->n_heads || config_latents_per_head(c) > CLUSTER_LATENTS ||
-        config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS ||
-        p->state->slabs[STATE_RING_K].dtype != DTYPE_BF16)
+        config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS)
         return false;
     for (size_t i = 0; i < sizeof(matrices) / sizeof(*matrices); i++)
         if (!plain_matrix(matrices[i]))
             return false;
     return plain_norm(&w->norm1) && plain_norm(&w->norm2) && plain_norm(&w->rglru_norm);
+}
+
+static bool for_clusters(const struct pass *p)
+{
+    const struct cluster_shape shape = cluster_shape_of(p->config);
+    return p->c->step.rows <= CLUSTER_ROWS && plain_layer(p) && cluster_knows(p->c, &shape) &&
+           p->state->slabs[STATE_RING_K].dtype == DTYPE_BF16;
 }
 
 static const bf16 *matrix(const struct linear *l)
@@ -653,6 +679,101 @@ static void layer_by_clusters(const struct pass *p)
     mlp_of_few(p, &shape);
 }
 
+static bool for_warpgroups(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    const struct linear *const vqk[] = {&w->v_proj, &w->q_proj, &w->k_proj};
+    const struct linear *const logits[] = {&w->latent_q, &w->latent_k};
+    const struct linear *const gate_up[] = {&w->gate_proj, &w->up_proj};
+    struct product_weight a, b, c;
+    return p->c->step.rows <= WARPGROUP_ROWS && plain_layer(p) && warpgroups_are_there(p->c) &&
+           stack(&a, vqk, 3) && stack(&b, logits, 2) && stack(&c, gate_up, 2) &&
+           warpgroup_has(OUTPUT_BF16, a.n_out, a.n_in) &&
+           warpgroup_has(OUTPUT_F32, b.n_out, b.n_in) &&
+           warpgroup_has(OUTPUT_ACTIVATE, c.n_out, c.n_in) &&
+           warpgroup_has(OUTPUT_ADD, w->o_proj.n_out, w->o_proj.n_in) &&
+           warpgroup_has(OUTPUT_ADD, w->down_proj.n_out, w->down_proj.n_in);
+}
+
+/* Matrices from `first` on, which lie one behind the other. */
+static struct warpgroup_product group_product(const struct pass *p, const struct packed_rows *in,
+                                              const struct linear *first, int n_out,
+                                              enum product_output output)
+{
+    struct warpgroup_product q = {};
+    q.in = *in;
+    q.weights = matrix(first);
+    q.n_out = n_out;
+    q.output = output;
+    q.act = p->config->hidden_act;
+    q.rows = p->c->step.rows;
+    q.n_rows = &p->c->step.sizes->n_rows;
+    return q;
+}
+
+/* x += the product, and what the next sublayer begins with, unless there is none. */
+static void group_add(const struct pass *p, const struct packed_rows *in, const struct linear *l,
+                      const struct packed_rows *x, const struct norm *next)
+{
+    struct warpgroup_product q = group_product(p, in, l, l->n_out, OUTPUT_ADD);
+    q.out = floats(p->x);
+    q.out_stride = l->n_out;
+    if (next) {
+        q.next = *x;
+        q.next_weight = floats(next->weight);
+    }
+    warpgroup_products(p->c, &q, 1);
+}
+
+/* A layer of up to WARPGROUP_ROWS rows: see warpgroup.cuh. */
+static void layer_by_warpgroups(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    struct layer_scratch *s = p->s;
+    const struct model_config *config = p->config;
+    const int D = config->hidden_size;
+    const bool is_last = p->layer + 1 >= config->n_layers;
+    const struct norm *next = is_last || !plain_norm(&w[1].norm1) ? NULL : &w[1].norm1;
+    const struct packed_rows x = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm1.eps};
+    const struct packed_rows x2 = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm2.eps};
+    const struct packed_rows z = {s->packed_z, D, s->z_squares, D / 8, w->rglru_norm.eps};
+    const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
+    const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
+    if (!p->packed)
+        pack_rows(p->c, &x, floats(p->x), floats(w->norm1.weight), p->c->step.rows,
+                  &p->c->step.sizes->n_rows);
+    s->packed_layer = next ? p->layer + 1 : -1;
+
+    struct rglru_front f = rglru_of(p);
+    f.packed = x;
+    f.out = z;
+    f.out_weight = floats(w->rglru_norm.weight);
+    CHECK(fused_rglru(p->c, &f));
+
+    const int columns = w->latent_q.n_out + w->latent_k.n_out;
+    struct warpgroup_product front[] = {
+        group_product(p, &x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16),
+        group_product(p, &z, &w->latent_q, columns, OUTPUT_F32)};
+    front[0].out = s->vqk;
+    front[0].out_stride = vqk_stride(p);
+    front[1].out = s->gates;
+    front[1].out_stride = columns;
+    warpgroup_products(p->c, front, 2);
+
+    struct mix m = mix_of(p);
+    m.g = s->gates;
+    m.theta = s->gates + w->latent_q.n_out;
+    m.gate_stride = columns;
+    m.packed = mixed;
+    CHECK(fused_mix(p->c, &m));
+    group_add(p, &mixed, &w->o_proj, &x2, &w->norm2);
+    struct warpgroup_product features = group_product(
+        p, &x2, &w->gate_proj, 2 * config->intermediate_size, OUTPUT_ACTIVATE);
+    features.next = up;
+    warpgroup_products(p->c, &features, 1);
+    group_add(p, &up, &w->down_proj, &x, next);
+}
+
 static bool is_chained(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
@@ -678,8 +799,14 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     p.latents = !p.full && config->n_latents > 0;
     p.window = config_ring_rows(config, layer) > 0;
     p.layer = layer;
+    p.packed = p.s->packed_layer == layer;
+    p.s->packed_layer = -1;
     if (for_clusters(&p)) {
         layer_by_clusters(&p);
+        return true;
+    }
+    if (for_warpgroups(&p)) {
+        layer_by_warpgroups(&p);
         return true;
     }
     if (!knows(w, config, layer))
