@@ -12,11 +12,14 @@ enum {
     F32_THREADS = 256, /* 16 x 16, each PER x 4 results */
 };
 
-/* Matrices of so many values (the latents' logits) are skinny products up to so many rows: they
- * fill a few SMs only, and what follows them begins beside them. */
+/* Small matrices (the latents' logits) are skinny products up to so many rows: they fill a few SMs
+ * only, and what follows them begins beside them. Large ones (heads, a large model's mlp) take so
+ * long that the library's launches do not count. */
 enum {
     SMALL_VALUES = 1 << 18,
     SMALL_ROWS = 192,
+    LARGE_VALUES = 1 << 24,
+    LARGE_ROWS = 16,
 };
 
 /* out[rows, n_out] = in W^T + bias in plain f32, each result summed over n_in in order. A block
@@ -94,8 +97,13 @@ void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
 {
     if (stream_large(c, p))
         return;
-    const bool small = (int64_t)p->w.n_out * p->w.n_in <= SMALL_VALUES;
-    if (c->queue.deterministic || p->rows <= (small ? (int)SMALL_ROWS : (int)SKINNY_ROWS))
+    const int64_t n_values = (int64_t)p->w.n_out * p->w.n_in;
+    int skinny_rows = SKINNY_ROWS;
+    if (n_values <= SMALL_VALUES)
+        skinny_rows = SMALL_ROWS;
+    else if (n_values >= LARGE_VALUES)
+        skinny_rows = LARGE_ROWS;
+    if (c->queue.deterministic || p->rows <= skinny_rows)
         skinny_product(c, p);
     else
         library_product(c, p, wide);
