@@ -463,6 +463,11 @@ static inline void prefetch_l2(const void *p, EMULATE_PLACE)
     if (!p || emulate::is_shared(p, 1))
         emulate::mistake(file, line, "prefetch_l2 of %p, which is not global memory", p);
 }
+static inline void prefetch_l1(const void *p, EMULATE_PLACE)
+{
+    if (!p || emulate::is_shared(p, 1))
+        emulate::mistake(file, line, "prefetch_l1 of %p, which is not global memory", p);
+}
 
 static inline int cluster_rank(EMULATE_PLACE)
 {

@@ -138,10 +138,16 @@ template <class T> static __device__ __forceinline__ T *kept_address(T *p)
     return p;
 }
 
-/* Ask for the line of global memory that p is in; a hint, for data soon to be read. */
+/* Ask for the line of global memory that p is in; a hint, for data soon to be read; L1: by this
+ * block. */
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+static __device__ __forceinline__ void prefetch_l1(const void *p)
+{
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
 /* ---- clusters: the blocks of a launch_cluster() that run at the same time (9.0 and later) ---- */

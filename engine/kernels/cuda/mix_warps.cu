@@ -306,6 +306,25 @@ static __device__ __forceinline__ void put_row(const struct mix_call &c, const s
         put_gates<S>(c, b, shared, 0, m, alpha);
 }
 
+/* Each warp asks for what it will take of the row that comes: put_row waits for it otherwise. */
+template <class S>
+static __device__ __forceinline__ void ask_for_row(const struct mix_call &c, int row, int head)
+{
+    enum { LINE = 128 };
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = c.m.latents.n_latents;
+    const int n_queries = n + c.m.latents.gated_window, n_bytes = S::row_bytes;
+    if (warp == GATES_WARP) { /* both ends, which are in one line or in two */
+        const float *const g = c.m.g + row * c.m.gate_stride + head * n_queries;
+        const float *const theta = c.m.theta + row * c.m.gate_stride + head * n;
+        if (lane < 4)
+            prefetch_l1(lane < 2 ? g + lane * (n_queries - 1) : theta + (lane - 2) * (n - 1));
+    } else if (lane <= n_bytes / LINE + 1) { /* every line that it may begin or end in */
+        const bf16 *const from = warp == 0 ? c.m.q : warp == 1 ? c.m.k : c.m.v;
+        const int at = lane * LINE < n_bytes ? lane * LINE : n_bytes - 1;
+        prefetch_l1((const char *)(from + row * c.m.stride + head * S::d) + at);
+    }
+}
+
 /* The head's rings of a slot. */
 template <class S>
 static __device__ __forceinline__ const bf16 *ring_of(const void *ring, const struct mix_call &c,
@@ -360,6 +379,8 @@ __global__ void __launch_bounds__(S::threads)
         copy_async_wait<1>(); /* the keys */
         __syncthreads();
 
+        if (more)
+            ask_for_row<S>(c, next_row, b.head);
         const float window = *reinterpret_cast<const float *>(shared + c.at.window_share);
         float score[OWN / 8], top, total;
         score_own<S>(score, c, b, shared);
