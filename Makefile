@@ -160,6 +160,9 @@ ifndef GPU_PREBUILT
 endif
 	@sh tests/run.sh $(BUILD) gpu
 
+# Under racecheck and initcheck, where a model's tests take many minutes each.
+KERNEL_TESTS := draw instructions linear mix model_clusters prompt rglru rows warpgroup
+
 test-gpu-sanitize: ## a quick selection of them under compute-sanitizer's tools
 ifndef GPU_PREBUILT
 	@sh deploy/packages.sh test
@@ -167,6 +170,7 @@ ifndef GPU_PREBUILT
 endif
 	@code=0; for tool in memcheck racecheck initcheck; do echo "== $$tool"; \
 	  LATTE_TEST_QUICK=1 TEST_EXCEPT=stress \
+	  TEST_ONLY="$$([ $$tool = memcheck ] || echo $(KERNEL_TESTS))" \
 	  TEST_UNDER="compute-sanitizer --tool $$tool $$([ $$tool = memcheck ] && echo --report-api-errors no) --error-exitcode 1" \
 	  sh tests/run.sh $(BUILD) gpu || code=1; done; exit $$code
 
