@@ -240,21 +240,57 @@ static void expect(const char *what, const struct unit *u, int r, int i, float g
                  u->batch.step.n_rows, i, u->dim, got, want);
 }
 
-/* Run the batch; every row's z and every state against the oracle, which starts from host[STATE]
- * and leaves the states there. Rows and slots that take no part must stay as they are. */
+/* Put the states; a fresh slot may hold anything. */
+static void put_states(struct unit *u)
+{
+    const struct step *step = &u->batch.step;
+    const size_t D = (size_t)u->dim, n_bytes = (size_t)u->n_slots * D * sizeof(float);
+    for (int s = 0; s < step->n_seqs; s++)
+        for (size_t i = 0; i < D && step->positions[step->seq_start[s]] == 0; i++)
+            u->host[STATE][(size_t)step->seq_slot[s] * D + i] = NAN;
+    assert_int_equal(u->b->ops->write(u->b, u->buffer[STATE], 0, u->host[STATE], n_bytes, NULL),
+                     STATUS_OK);
+}
+
+/* Every row's z, unless NULL, and every state against the oracle, which starts from host[STATE]
+ * and leaves the states there. */
+static void check_sessions(struct unit *u, const float *state, const float *z)
+{
+    const struct step *step = &u->batch.step;
+    const size_t D = (size_t)u->dim;
+    for (int s = 0; s < step->n_seqs; s++) {
+        float *at = u->host[STATE] + (size_t)step->seq_slot[s] * D;
+        const float *left = state + (size_t)step->seq_slot[s] * D;
+        for (int i = 0; i < u->dim; i++) {
+            double past = at[i];
+            for (int r = step->seq_start[s]; r < step->seq_start[s + 1]; r++) {
+                const float *h = u->host[H] + (size_t)r * D;
+                const double log_a =
+                    -8 * log1p(exp((double)u->host[LAMBDA][i])) * gate(u, R_GATE, R_BIAS, h, i);
+                const double gated = gate(u, I_GATE, I_BIAS, h, i) * h[i];
+                past = step->positions[r] == 0
+                           ? gated
+                           : exp(log_a) * past + sqrt(-expm1(2 * log_a)) * gated;
+                if (z)
+                    expect("z", u, r, i, z[(size_t)r * D + i], past);
+            }
+            expect("state", u, step->seq_start[s + 1] - 1, i, left[i], past);
+            at[i] = left[i];
+        }
+    }
+    assert_memory_equal(state, u->host[STATE], (size_t)u->n_slots * D * sizeof(float));
+}
+
+/* Run the batch. Rows and slots that take no part must stay as they are. */
 static void run_and_check(struct unit *u, int max_rows)
 {
     const struct step *step = &u->batch.step;
     const size_t D = (size_t)u->dim, n_states = (size_t)u->n_slots * D;
     const size_t n_z = (size_t)max_rows * D;
     make_h(u);
-    for (int s = 0; s < step->n_seqs; s++) /* a fresh slot may hold anything */
-        for (size_t i = 0; i < D && step->positions[step->seq_start[s]] == 0; i++)
-            u->host[STATE][(size_t)step->seq_slot[s] * D + i] = NAN;
+    put_states(u);
     for (size_t i = 0; i < n_z; i++)
         u->host[Z][i] = -77;
-    assert_int_equal(
-        u->b->ops->write(u->b, u->buffer[STATE], 0, u->host[STATE], n_states * 4, NULL), STATUS_OK);
     assert_int_equal(u->b->ops->write(u->b, u->buffer[Z], 0, u->host[Z], n_z * 4, NULL), STATUS_OK);
 
     struct rglru_front f = u->f;
@@ -270,30 +306,78 @@ static void run_and_check(struct unit *u, int max_rows)
     float *state = take(n_states, 0), *z = take(n_z, 0);
     get(u->b, state, u->buffer[STATE], n_states * 4);
     get(u->b, z, u->buffer[Z], n_z * 4);
-    for (int s = 0; s < step->n_seqs; s++) {
-        float *at = u->host[STATE] + (size_t)step->seq_slot[s] * D;
-        const float *left = state + (size_t)step->seq_slot[s] * D;
-        for (int i = 0; i < u->dim; i++) {
-            double past = at[i];
-            for (int r = step->seq_start[s]; r < step->seq_start[s + 1]; r++) {
-                const float *h = u->host[H] + (size_t)r * D;
-                const double log_a =
-                    -8 * log1p(exp((double)u->host[LAMBDA][i])) * gate(u, R_GATE, R_BIAS, h, i);
-                const double gated = gate(u, I_GATE, I_BIAS, h, i) * h[i];
-                past = step->positions[r] == 0
-                           ? gated
-                           : exp(log_a) * past + sqrt(-expm1(2 * log_a)) * gated;
-                expect("z", u, r, i, z[(size_t)r * D + i], past);
-            }
-            expect("state", u, step->seq_start[s + 1] - 1, i, left[i], past);
-            at[i] = left[i];
-        }
-    }
+    check_sessions(u, state, z);
     for (size_t i = (size_t)step->n_rows * D; i < n_z; i++)
         assert_true(z[i] == -77);
-    assert_memory_equal(state, u->host[STATE], n_states * 4);
     free(state);
     free(z);
+}
+
+/* The same with rows that are packed (packed.cuh): bf16(x times the norm's weight), what norms them
+ * in parts beside them; and z left that way. */
+static void run_packed(struct unit *u, int max_rows)
+{
+    const struct step *step = &u->batch.step;
+    const int D = u->dim, n_in = 12, n_out = D / 8;
+    const size_t n = (size_t)packed_values(max_rows, D), n_states = (size_t)u->n_slots * D;
+    bf16 *values = (bf16 *)malloc(n * sizeof(*values));
+    float *squares = take((size_t)max_rows * n_in, 0), *weight = take((size_t)D, 1.5f);
+    float *parts = take((size_t)max_rows * n_out, 0), *state = take(n_states, 0);
+    struct buffer *buffer[5] = {};
+    memset((void *)values, 0xff, n * sizeof(*values)); /* NaN */
+    for (int r = 0; r < max_rows; r++) {
+        const float *x = u->host[X] + (size_t)r * D;
+        double sum = 0;
+        for (int i = 0; i < D; i++)
+            sum += (double)x[i] * x[i];
+        for (int i = 0; i < n_in; i++)
+            squares[r * n_in + i] = r < step->n_rows ? (float)(sum * (i + 1) / 78) : NAN;
+        for (int i = 0; i < D && r < step->n_rows; i++) {
+            const float y = to_bf16(x[i] * u->host[NORM][i]);
+            values[packed_at(r, i, D)] = __float2bfloat16_rn(y);
+            u->host[H][(size_t)r * D + i] = (float)(y / sqrt(sum / D + 1e-6));
+        }
+    }
+    const size_t n_floats = n / 2;
+    struct rglru_front f = u->f;
+    f.x = NULL;
+    f.norm.weight = f.norm.bias = NULL;
+    f.packed = {(bf16 *)put(u->b, &buffer[0], (const float *)values, n_floats), D,
+                put(u->b, &buffer[1], squares, (size_t)max_rows * n_in), n_in, 1e-6f};
+    memset((void *)values, 0xff, n * sizeof(*values));
+    f.out = {(bf16 *)put(u->b, &buffer[2], (const float *)values, n_floats), D,
+             put(u->b, &buffer[3], parts, (size_t)max_rows * n_out), n_out, 0};
+    f.out_weight = put(u->b, &buffer[4], weight, (size_t)D);
+    f.z = NULL;
+    put_states(u);
+    begin(u->b, &u->batch);
+    assert_true(fused_rglru(cuda_of(u->b), &f));
+    finish(u->b);
+    get(u->b, state, u->buffer[STATE], n_states * sizeof(float));
+    get(u->b, values, buffer[2], n * sizeof(*values));
+    get(u->b, parts, buffer[3], (size_t)max_rows * n_out * sizeof(float));
+    check_sessions(u, state, NULL);
+    for (int r = 0; r < max_rows; r++) {
+        const float *z = r < step->n_rows ? state + (size_t)step->seq_slot[r] * D : NULL;
+        for (int i = 0; i < D; i++) {
+            const float got = __bfloat162float(values[packed_at(r, i, D)]);
+            if (z ? got != to_bf16(z[i] * weight[i]) : !isnan(got))
+                fail_msg("packed z of row %d of %d, channel %d: %g", r, step->n_rows, i, got);
+        }
+        for (int i = 0; z && i < n_out; i++) {
+            double want = 0;
+            for (int k = 8 * i; k < 8 * i + 8; k++)
+                want += (double)z[k] * z[k];
+            expect("squares", u, r, i, parts[r * n_out + i], want);
+        }
+    }
+    for (int i = 0; i < 5; i++)
+        u->b->ops->buffer_close(u->b, buffer[i]);
+    free(values);
+    free(squares);
+    free(weight);
+    free(parts);
+    free(state);
 }
 
 static int new_seed(void **)
@@ -327,6 +411,25 @@ static void test_decode(void **)
 }
 
 /* Lengths around a piece, short sequences that share tiles, single rows between prompts. */
+static void test_packed(void **)
+{
+    static const struct {
+        int dim, n_blocks, rows;
+    } shapes[] = {{768, 8, 19}, {768, 8, 130}, {256, 4, 5}, {128, 1, 33}};
+    for (size_t i = 0; i < COUNT_OF(shapes); i++) {
+        struct unit *u = unit_new();
+        const int most = 136;
+        unit_open(u, most, most, shapes[i].dim, shapes[i].n_blocks, false, i % 2);
+        for (int step = 0; step < 2; step++) {
+            batch_init(&u->batch);
+            for (int r = 0; r < shapes[i].rows; r++)
+                batch_add(&u->batch, most - r, r % 3 == 1 ? 0 : 1 + r, 1);
+            run_packed(u, most);
+        }
+        unit_close(u);
+    }
+}
+
 static void test_prompts(void **)
 {
     static const int lengths[][8] = {
@@ -483,7 +586,7 @@ static void test_norms(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_norms),       TEST(test_decode),    TEST(test_prompts),
+        TEST(test_norms),       TEST(test_decode),    TEST(test_packed),   TEST(test_prompts),
         TEST(test_long_prompt), TEST(test_same_bits), TEST(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
