@@ -280,8 +280,9 @@ $(BUILD)/%.o: %.c
 
 # Instructions of warpgroups are of capability 9.0 alone: machine code of a name of its own.
 comma := ,
-$(BUILD)/cuda/engine/kernels/cuda/warpgroup.o: NVCCFLAGS := \
-  $(patsubst arch=compute_90$(comma)code=sm_90,arch=compute_90a$(comma)code=sm_90a,$(NVCCFLAGS))
+$(BUILD)/cuda/engine/kernels/cuda/warpgroup.o: private NVCCFLAGS := \
+  $(patsubst arch=compute_90$(comma)code=sm_90,arch=compute_90a$(comma)code=sm_90a,$(NVCCFLAGS)) \
+  $(if $(filter 90,$(CUARCH)),-DLATTE_SM_90A)
 
 $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/flags
 	@mkdir -p $(@D)

@@ -411,6 +411,9 @@ static inline void wgmma_commit(void)
 template <int N> static inline void wgmma_wait(void)
 {
 }
+template <int N> static inline void wgmma_finish(float (&)[N])
+{
+}
 template <int N>
 static inline void wgmma_bf16(float (&d)[N / 2], const __nv_bfloat16 *a, const __nv_bfloat16 *b,
                               int column, EMULATE_PLACE)

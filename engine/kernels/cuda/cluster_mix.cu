@@ -106,8 +106,8 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int stats = z_parts + TILES * CLUSTER_ROWS * 4; /* [ROWS, 2, warps]: tops, */
     static constexpr int angles = stats + ROWS * 2 * CLUSTER_WARPS * 4; /* totals; [16, PAIRS] */
     static constexpr int places = angles + CLUSTER_ROWS * PAIRS * 8;    /* sine, cosine; mix_row */
-    static constexpr int shares = places + ROWS * (int)sizeof(struct mix_row); /* [ROWS]; p(0|t) */
-    static constexpr int fetched = shares + 2 * 4;                             /* [2] */
+    static constexpr int shares = places + ROWS * (int)sizeof(struct mix_row); /* [2]; p(0|t) */
+    static constexpr int fetched = shares + 2 * 4;
     static constexpr int values_fetched = fetched + (int)sizeof(bulk_barrier);
     /* What the cluster's blocks have sent: to `row` but for the logits' bytes, which depend on how
      * many latents there are; to `mixed`; to `rows` and `squares`. */
@@ -484,7 +484,7 @@ static __device__ __forceinline__ void send_pieces(const uint2 (&y)[2], const st
             cluster_send(to, both, peer, came);
 }
 
-/* After pdl_wait: x times the norm's weight as bf16 [16, ROW], with squares [ROW_PIECES, 16 rows];
+/* After pdl_wait: x times the norm's weight as bf16 [STEP_ROWS, ROW], with squares [ROW_PIECES, 16 rows];
  * complete when it returns. All threads of the cluster call it. */
 template <class S>
 static __device__ __forceinline__ void gather_rows(const struct mix_call &c,

@@ -14,7 +14,7 @@
  *   mix.cu         one row of a layer's mixing, fused; mix_warps.cu for some shapes
  *   layer.cu       the fused layer and head
  *   cluster_mix.cu, few_mlp.cu  a layer of few rows, by clusters
- *   warpgroup.cu   products of a layer of 17 to 256 rows, by warpgroups
+ *   warpgroup.cu   products of a layer of up to 256 rows, by warpgroups
  *   stream.cu, residual.cu      products of large matrices; what follows them
  *   beside.cu      a second stream, for a branch of a layer
  *   draw.cu        sampling

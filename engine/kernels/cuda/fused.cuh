@@ -95,7 +95,7 @@ struct rglru_front {
     const bf16 *h = nullptr;   /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
                                 * not used; NULL: normed here */
     struct packed_rows packed = {}; /* the same in another order, of decode steps: instead of h */
-    /* Decode steps: z * out_weight and squares in D / 8 parts go here, and not to z. */
+    /* With packed: z * out_weight and squares in D / 8 parts go here, and not to z. */
     struct packed_rows out = {};
     const float *out_weight = nullptr; /* [D] */
 };

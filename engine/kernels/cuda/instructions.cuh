@@ -313,7 +313,7 @@ static __device__ __forceinline__ void wgmma_commit(void)
 #endif
 }
 
-/* Until at most N of the committed groups are unfinished. */
+/* Until at most N of the committed groups are unfinished. Before sums are read: wgmma_finish. */
 template <int N> static __device__ __forceinline__ void wgmma_wait(void)
 {
 #ifdef LATTE_WARPGROUPS
@@ -362,13 +362,27 @@ static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 
 
 #undef WGMMA_4
 
-/* Whether the device runs machine code of this kernel that was made for its warpgroups. */
+/* Until all are finished; d is not touched before. */
+template <int N> static __device__ __forceinline__ void wgmma_finish(float (&d)[N])
+{
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/* Whether the device runs machine code of this kernel that was made for its warpgroups. The build
+ * says of a file that there is such code (LATTE_SM_90A): the driver does not. */
 static inline bool has_warpgroups(const void *kernel)
 {
+#ifdef LATTE_SM_90A
     cudaFuncAttributes attributes = {};
     if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
         return attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
     (void)cudaGetLastError(); /* an answer, not a failure */
+#else
+    (void)kernel;
+#endif
     return false;
 }
 

@@ -567,7 +567,7 @@ static bool plain_layer(const struct pass *p)
     if (!p->c->step.decode || p->c->queue.deterministic || !p->latents || !p->window ||
         c->latent_input != LATENT_INPUT_RGLRU || !cluster_has(&shape))
         return false;
-    if (w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight || w->post_norm2.weight ||
+    if (w->vapor_theta || w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight || w->post_norm2.weight ||
         c->n_kv_heads != c->n_heads || config_latents_per_head(c) > CLUSTER_LATENTS ||
         config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS)
         return false;

@@ -320,6 +320,7 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
 {
     const bool decode = c->step.decode;
     struct rglru_front f = *front;
+    CHECK(!f.out.values || (decode && f.packed.values));
     if (!rglru_possible(&f) || gates_shared_bytes(&f) > shared_limit(&c->queue))
         return false;
     if (!decode && c->step.rows > PIECE_ROWS && !f.products)

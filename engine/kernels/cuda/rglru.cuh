@@ -65,7 +65,8 @@ static inline __host__ __device__ size_t rglru_shared_bytes(const struct rglru_d
 static inline bool rglru_possible(const struct rglru_front *f)
 {
     const int width = f->dim / f->n_blocks;
-    return (f->h || f->packed.values || f->norm.weight) && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
+    return (f->h || f->packed.values || f->norm.weight) && f->dim % f->n_blocks == 0 &&
+           width % 8 == 0 && width <= 512;
 }
 
 /* How the step's rows are cut: tall items, as rows are fewer bytes than weights, and of as few
@@ -353,7 +354,8 @@ rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const floa
 /* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
  * weights and the step's arrays, which are copied before the step's first kernel; no thread of the
  * block may have returned before. shared: rglru_shared_bytes. The block has a multiple of 4 warps;
- * AT_ONCE: tiles whose states a lane asks for at a time; PACKED: f.packed is given. */
+ * AT_ONCE: tiles whose states a lane asks for at a time; PACKED: f.packed is given, and the block
+ * has RGLRU_LANES threads for each row of the item. */
 template <int AT_ONCE, bool PACKED>
 static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
                                                   unsigned char *shared)
@@ -425,8 +427,7 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         for (int k = 0; k < AT_ONCE; k++) {
             const int tile = tile0 + k * step, column = tile * 8 + lane % 4 * 2;
             if (tile < n_tiles)
-                rglru_tile(d, at, past[k], h + my_row * stride,
-                           PACKED ? scales + my_row : nullptr,
+                rglru_tile(d, at, past[k], h + my_row * stride, PACKED ? scales + my_row : nullptr,
                            weights + tile * 8 * stride, weights + (n_tiles + tile) * 8 * stride,
                            constants + column, out_weight + column, row0 + my_row, first,
                            first + out0 + column, stride);

@@ -1,4 +1,4 @@
-/* warpgroup.cu - products of 17 to 256 rows by warpgroups, see warpgroup.cuh.
+/* warpgroup.cu - products of up to 256 rows by warpgroups, see warpgroup.cuh.
  *
  * Each warpgroup has 64 rows and all of the block's columns. Chunks of 64 columns of the rows have
  * a barrier each, which counts the bytes of one bulk copy; where not all chunks have a place, a
@@ -135,11 +135,9 @@ multiply(float (&sum)[4 * S::tiles], const struct warpgroup_product &p,
             __syncthreads();
             if (threadIdx.x == 0)
                 fetch_rows<S>(p, at, chunk - 1 + S::places, fetched, shared);
-        } else if (chunk > 0 && chunk - 1 + S::places == CHUNKS) {
-            __syncthreads(); /* all have been asked for */
         }
     }
-    wgmma_wait<0>();
+    wgmma_finish(sum);
 }
 
 /* ---- what follows ---- */
@@ -176,7 +174,7 @@ static __device__ __forceinline__ void put_results(const struct warpgroup_produc
     }
 }
 
-/* The activations, to 3 units in the last place of f32 where that is quick: results are bf16. */
+/* The activations; quick ones are good to 1e-6, and results are bf16. */
 template <bool QUICK>
 static __device__ __forceinline__ float activated(float gate, float up, enum activation act)
 {
@@ -412,7 +410,9 @@ static void run(struct cuda *c, const char *name, const struct warpgroup_product
 
 bool warpgroups_are_there(const struct cuda *c)
 {
-    return c->queue.capability == 90 && has_warpgroups((const void *)warpgroup_kernel<group_rows>);
+    typedef group_add_slices S;
+    return c->queue.capability == 90 && has_warpgroups((const void *)warpgroup_kernel<S>) &&
+           cluster_fits((const void *)warpgroup_kernel<S>, S::slices, S::threads, (size_t)S::bytes);
 }
 
 bool warpgroup_has(enum product_output output, int n_out, int n_in)
@@ -433,7 +433,8 @@ bool warpgroup_has(enum product_output output, int n_out, int n_in)
 void warpgroup_products(struct cuda *c, const struct warpgroup_product *p, int n)
 {
     for (int i = 0; i < n; i++)
-        CHECK(warpgroup_has(p[i].output, p[i].n_out, p[i].in.n) && p[i].rows == p->rows);
+        CHECK(warpgroup_has(p[i].output, p[i].n_out, p[i].in.n) && p[i].rows == p->rows &&
+              (p[i].output == OUTPUT_ADD) == !p[i].in.squares);
     CHECK(n == 1 || (n == 2 && p[0].output <= OUTPUT_F32 && p[1].output <= OUTPUT_F32));
     if (p->output == OUTPUT_ADD && p->in.n > WARPGROUP_DEPTH)
         run<group_add_slices>(c, "warpgroup_add", p, n);

@@ -1,4 +1,5 @@
-/* warpgroup.cuh - products of 17 to 256 rows on the tensor cores of capability 9.0.
+/* warpgroup.cuh - products of up to 256 rows on the tensor cores of capability 9.0: decode steps
+ * that are not for clusters (cluster.cuh).
  *
  *   out = scale(row) (in W^T), in packed (packed.cuh), W bf16 [n_out, n_in] as it is
  *
@@ -34,7 +35,8 @@ struct warpgroup_product {
     struct packed_rows in;
     const bf16 *weights; /* [n_out, n_in], 16-byte aligned */
     int n_out;
-    /* OUTPUT_BF16, OUTPUT_F32: out [rows, out_stride] = scale (in W^T), scale of in's squares.
+    /* in has squares, but of OUTPUT_ADD.
+     * OUTPUT_BF16, OUTPUT_F32: out [rows, out_stride] = scale (in W^T), scale of in's squares.
      * OUTPUT_ACTIVATE: next's values = act(gate) up; weights are n_out / 2 rows of gate, then up.
      * OUTPUT_ADD: out f32 += in W^T; then next's values = out * next_weight and its squares, unless
      * they are NULL. */
