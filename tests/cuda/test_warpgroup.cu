@@ -24,7 +24,7 @@ static const bool emulated = true;
 #else
 static const bool emulated = false;
 #endif
-static const float EPS = 1e-5f;
+static const float EPS = 0.25f; /* beside a mean square of a third: a wrong one shows */
 static struct cuda c;
 static int32_t *n_rows; /* device */
 static uint32_t seed;
@@ -189,13 +189,13 @@ static void check_packed(const struct packed_rows *p, const float *x, const floa
 struct rows_case {
     int rows, actual;
 };
-static const struct rows_case all_rows[] = {{17, 17},   {64, 50},   {70, 65},
-                                            {128, 128}, {136, 130}, {256, 256}};
+static const struct rows_case all_rows[] = {{17, 1},    {17, 17},   {64, 50},   {70, 65},
+                                            {128, 128}, {136, 130}, {256, 256}, {200, 60}};
 
 /* On an emulated device some. */
 static bool is_tested(const struct rows_case *r)
 {
-    return !emulated || r->rows == 64 || r->rows == 136;
+    return !emulated || r->actual == 1 || r->rows == 64 || r->rows == 136 || r->rows == 200;
 }
 
 static void put_n_rows(int n)
@@ -232,7 +232,7 @@ static void put_normed(struct packed_rows *in, const float *x, const float *weig
     pack_rows(&c, in, device_x, device_weight, rows, n_rows);
     check_packed(in, x, weight, actual);
     for (int r = 0; r < actual; r++) {
-        scales[r] = 1 / sqrt(row_square(x + (size_t)r * DEPTH, DEPTH) / DEPTH + EPS);
+        scales[r] = 1 / sqrt(row_square(x + (size_t)r * DEPTH, DEPTH) / DEPTH + in->eps);
         for (int i = 0; i < DEPTH; i++)
             values[(size_t)r * DEPTH + i] = rounded(x[(size_t)r * DEPTH + i] * weight[i]);
     }
@@ -253,7 +253,7 @@ static struct warpgroup_product product_of(const struct packed_rows *in, const b
     return p;
 }
 
-/* bf16 and f32 results of normed rows, in one launch. */
+/* bf16 results of normed rows and f32 ones of others, in one launch. */
 static void test_two_products(void **)
 {
     enum { N_BF16 = 104, N_F32 = 56, STRIDE = 112 };
@@ -263,17 +263,22 @@ static void test_two_products(void **)
             continue;
         seed = 7;
         put_n_rows(k.actual);
-        struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
-        float *x = random_values((size_t)MAX_ROWS * DEPTH, false);
+        struct packed_rows in[2];
         float *norm = random_values(DEPTH, false), *w = random_values(160 * DEPTH, true);
-        static float values[MAX_ROWS * DEPTH], found32[MAX_ROWS * N_F32];
-        static double scales[MAX_ROWS];
+        static float values[2][MAX_ROWS * DEPTH], found32[MAX_ROWS * N_F32];
+        static double scales[2][MAX_ROWS];
         static bf16 found16[MAX_ROWS * STRIDE];
-        put_normed(&in, x, norm, values, scales, k.rows, k.actual);
+        for (int i = 0; i < 2; i++) {
+            float *x = random_values((size_t)MAX_ROWS * DEPTH, false);
+            in[i] = packed_open(DEPTH, WARPGROUP_PARTS);
+            in[i].eps = EPS * (1 + i);
+            put_normed(&in[i], x, norm, values[i], scales[i], k.rows, k.actual);
+            free(x);
+        }
         bf16 *const weights = device_bf16(w, 160 * DEPTH);
         struct warpgroup_product p[] = {
-            product_of(&in, weights, N_BF16, OUTPUT_BF16, k.rows),
-            product_of(&in, weights + N_BF16 * DEPTH, N_F32, OUTPUT_F32, k.rows)};
+            product_of(&in[0], weights, N_BF16, OUTPUT_BF16, k.rows),
+            product_of(&in[1], weights + N_BF16 * DEPTH, N_F32, OUTPUT_F32, k.rows)};
         memset((void *)found16, 0xff, sizeof(found16));
         memset(found32, 0xff, sizeof(found32));
         p[0].out = on_device(found16, MAX_ROWS * STRIDE);
@@ -294,17 +299,18 @@ static void test_two_products(void **)
                     continue;
                 if (!there)
                     fail_msg("row %d of %d, column %d: %g was written", r, k.actual, i, y);
+                const double scale = scales[!first][r];
                 const double sum =
-                    scales[r] * dot(values + r * DEPTH, w + row * DEPTH, DEPTH, &slack);
-                check_value(y, sum, slack * scales[r] + (first ? 0x1p-8 * fabs(sum) : 0),
+                    scale * dot(values[!first] + r * DEPTH, w + row * DEPTH, DEPTH, &slack);
+                check_value(y, sum, slack * scale + (first ? 0x1p-8 * fabs(sum) : 0),
                             first ? "bf16" : "f32", r, i);
             }
         }
         cudaFree(weights);
         cudaFree(p[0].out);
         cudaFree(p[1].out);
-        packed_close(&in);
-        free(x);
+        packed_close(&in[0]);
+        packed_close(&in[1]);
         free(norm);
         free(w);
     }
@@ -325,7 +331,7 @@ static void test_activated(void **)
     need_warpgroups();
     const enum activation acts[] = {ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH};
     for (size_t j = 0; j < COUNT_OF(all_rows) + 2; j++) {
-        const struct rows_case k = all_rows[j < COUNT_OF(all_rows) ? j : 1];
+        const struct rows_case k = all_rows[j < COUNT_OF(all_rows) ? j : 2];
         const enum activation act = acts[j < COUNT_OF(all_rows) ? 0 : j - COUNT_OF(all_rows) + 1];
         if (!is_tested(&k))
             continue;
@@ -432,7 +438,7 @@ static void test_added_slices(void **)
 {
     need_warpgroups();
     for (const struct rows_case &k : all_rows) {
-        if (emulated ? k.rows == 17 : is_tested(&k))
+        if (emulated ? k.rows == 17 && k.actual == 17 : is_tested(&k))
             check_added(&k, MLP, k.rows != 64);
     }
 }
