@@ -103,9 +103,9 @@ static __global__ void read_far_beyond(float *x)
 static __global__ void odd_row(float *x)
 {
     DYNAMIC_SHARED(uint16_t, shared);
-    uint32_t matrix[2];
+    uint32_t matrix[4];
     pdl_wait();
-    ldmatrix_x2(matrix, shared + 9 * (threadIdx.x % 4));
+    ldmatrix_x4(matrix, shared + 9 * (threadIdx.x % 4));
     x[threadIdx.x] = (float)matrix[0];
 }
 
@@ -262,10 +262,10 @@ static __global__ void copy_to_peer(float *x)
 static __global__ void row_of_peer(float *)
 {
     DYNAMIC_SHARED(float4, shared);
-    uint32_t matrix[2];
+    uint32_t matrix[4];
     pdl_wait();
     cluster_sync();
-    ldmatrix_x2(matrix, cluster_peer(shared, cluster_rank() ^ 1));
+    ldmatrix_x4(matrix, cluster_peer(shared, cluster_rank() ^ 1));
 }
 
 static __global__ void odd_bulk(float *x)

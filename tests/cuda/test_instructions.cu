@@ -114,13 +114,13 @@ static __global__ void matrices(float *d, const float *a, const float *b, const 
     for (int i = lane; i < 128; i += WARP)
         sb[TRANS ? i / 8 * WIDTH + i % 8 : i % 8 * WIDTH + i / 8] = from_float<bf16>(b[i]);
     __syncwarp();
-    uint32_t x[4], y[2];
+    uint32_t x[4], y[4];
     float z[4];
     ldmatrix_x4(x, sa + lane % 16 * WIDTH + lane / 16 * 8);
     if (TRANS)
-        ldmatrix_x2_trans(y, sb + lane % 16 * WIDTH);
+        ldmatrix_x4_trans(y, sb + lane % 16 * WIDTH);
     else
-        ldmatrix_x2(y, sb + lane % 8 * WIDTH + lane / 8 % 2 * 8);
+        ldmatrix_x4(y, sb + lane % 8 * WIDTH + lane / 8 % 2 * 8);
     for (int i = 0; i < 4; i++)
         z[i] = c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2];
     mma_bf16(z, x, y);

@@ -13,17 +13,14 @@
 
 #include "engine/kernels/cuda/fused.cuh"
 #include "engine/kernels/cuda/stream.cuh"
+#include "tests/cuda/values.cuh"
 
 extern "C" {
-#include "tests/unit/unit.h"
 #include "weights/dtype.h"
 }
 
-#define OK(call) assert_int_equal((call), cudaSuccess)
-
 static struct cuda c;
 static struct step_sizes *sizes; /* device */
-static uint32_t seed;
 
 enum { MAX_ROWS = 80, MAX_DIM = 4096, PAD = 3 };
 
@@ -65,26 +62,6 @@ static void need_device(void)
     }
 }
 
-/* ---- values ---- */
-
-static float random_value(void)
-{
-    return (float)(int32_t)test_random(&seed) * 0x1p-31f;
-}
-
-static float rounded(float x)
-{
-    return __bfloat162float(__float2bfloat16_rn(x));
-}
-
-template <class T> static T *on_device(const T *host, size_t n)
-{
-    T *p;
-    OK(cudaMalloc((void **)&p, (n ? n : 1) * sizeof(T)));
-    OK(cudaMemcpy(p, host, n * sizeof(T), cudaMemcpyHostToDevice));
-    return p;
-}
-
 static void *from_device(const void *p, size_t n_bytes)
 {
     void *host = malloc(n_bytes);
@@ -116,24 +93,6 @@ struct operands {
     void *before;     /* out before the product */
     size_t out_bytes;
 };
-
-static float *random_values(size_t n, bool as_bf16)
-{
-    float *x = (float *)malloc((n + 1) * sizeof(*x));
-    for (size_t i = 0; i < n; i++)
-        x[i] = as_bf16 ? rounded(random_value()) : random_value();
-    return x;
-}
-
-static const void *device_bf16(const float *x, size_t n)
-{
-    bf16 *y = (bf16 *)malloc(n * sizeof(*y) + 1);
-    for (size_t i = 0; i < n; i++)
-        y[i] = __float2bfloat16_rn(x[i]);
-    void *p = on_device(y, n);
-    free(y);
-    return p;
-}
 
 /* Weights are whole numbers times their row's scale. */
 static const void *make_int8(struct operands *o, int n_out, int n_in)
@@ -186,7 +145,7 @@ static void make(struct operands *o, const struct shape *s)
     p->w.data = s->int8 ? make_int8(o, s->n_out, s->n_in) : device_bf16(o->weights, n_weights);
     p->w.scales = s->int8 ? on_device(o->scales, s->n_out) : nullptr;
     p->w.bias = s->bias ? on_device(o->bias, s->n_out) : nullptr;
-    p->in = normed ? on_device(o->in, (size_t)MAX_ROWS * s->n_in)
+    p->in = normed ? (const void *)on_device(o->in, (size_t)MAX_ROWS * s->n_in)
                    : device_bf16(o->in, (size_t)MAX_ROWS * s->n_in);
     p->in_stride = s->n_in;
     if (normed)

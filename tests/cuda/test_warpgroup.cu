@@ -7,15 +7,9 @@
  * row's norm is a factor of f32, good to 1e-6.
  */
 #include <math.h>
-#include <stdlib.h>
 
 #include "engine/kernels/cuda/warpgroup.cuh"
-
-extern "C" {
-#include "tests/unit/unit.h"
-}
-
-#define OK(call) assert_int_equal((call), cudaSuccess)
+#include "tests/cuda/values.cuh"
 
 enum { DEPTH = WARPGROUP_DEPTH, MLP = 4 * DEPTH, MAX_ROWS = WARPGROUP_ROWS };
 
@@ -27,7 +21,6 @@ static const bool emulated = false;
 static const float EPS = 0.25f; /* beside a mean square of a third: a wrong one shows */
 static struct cuda c;
 static int32_t *n_rows; /* device */
-static uint32_t seed;
 
 static int open_device(void **)
 {
@@ -57,44 +50,6 @@ static void need_warpgroups(void)
         print_message("SKIPPED: no CUDA device of capability 9.0\n");
         skip();
     }
-}
-
-/* ---- values ---- */
-
-static float random_value(void)
-{
-    return (float)(int32_t)test_random(&seed) * 0x1p-31f;
-}
-
-static float rounded(float x)
-{
-    return __bfloat162float(__float2bfloat16_rn(x));
-}
-
-static float *random_values(size_t n, bool as_bf16)
-{
-    float *x = (float *)malloc(n * sizeof(*x));
-    for (size_t i = 0; i < n; i++)
-        x[i] = as_bf16 ? rounded(random_value()) : random_value();
-    return x;
-}
-
-template <class T> static T *on_device(const T *host, size_t n)
-{
-    T *p;
-    OK(cudaMalloc((void **)&p, n * sizeof(T)));
-    OK(cudaMemcpy(p, host, n * sizeof(T), cudaMemcpyHostToDevice));
-    return p;
-}
-
-static bf16 *device_bf16(const float *x, size_t n)
-{
-    bf16 *y = (bf16 *)malloc(n * sizeof(*y));
-    for (size_t i = 0; i < n; i++)
-        y[i] = __float2bfloat16_rn(x[i]);
-    bf16 *p = on_device(y, n);
-    free(y);
-    return p;
 }
 
 template <class T> static void from_device(T *host, const T *p, size_t n)

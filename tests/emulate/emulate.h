@@ -349,17 +349,9 @@ static inline void ldmatrix_x4(uint32_t out[4], const void *row, EMULATE_PLACE)
 {
     emulate::ldmatrix(out, row, 4, false, file, line);
 }
-static inline void ldmatrix_x2(uint32_t out[2], const void *row, EMULATE_PLACE)
-{
-    emulate::ldmatrix(out, row, 2, false, file, line);
-}
 static inline void ldmatrix_x4_trans(uint32_t out[4], const void *row, EMULATE_PLACE)
 {
     emulate::ldmatrix(out, row, 4, true, file, line);
-}
-static inline void ldmatrix_x2_trans(uint32_t out[2], const void *row, EMULATE_PLACE)
-{
-    emulate::ldmatrix(out, row, 2, true, file, line);
 }
 
 static inline void copy_async_16(void *shared, const void *global, bool valid = true, EMULATE_PLACE)

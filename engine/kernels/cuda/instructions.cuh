@@ -35,7 +35,7 @@ static __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4],
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* Four (two) 8x8 matrices of 16-bit values from shared memory: lane 8i+j gives the address of
+/* Four 8x8 matrices of 16-bit values from shared memory: lane 8i+j gives the address of
  * row j of matrix i; out[i] of lane l holds row l/4, columns 2(l%4), +1 of matrix i. */
 static __device__ __forceinline__ void ldmatrix_x4(uint32_t out[4], const void *row)
 {
@@ -46,30 +46,12 @@ static __device__ __forceinline__ void ldmatrix_x4(uint32_t out[4], const void *
                  : "memory");
 }
 
-static __device__ __forceinline__ void ldmatrix_x2(uint32_t out[2], const void *row)
-{
-    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(out[0]), "=r"(out[1])
-                 : "r"(address)
-                 : "memory");
-}
-
 /* The same, each matrix transposed. */
 static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t out[4], const void *row)
 {
     uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t out[2], const void *row)
-{
-    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(out[0]), "=r"(out[1])
                  : "r"(address)
                  : "memory");
 }

@@ -725,34 +725,22 @@ static void group_add(const struct pass *p, const struct packed_rows *in, const 
     warpgroup_products(p->c, &q, 1);
 }
 
-/* A layer of up to WARPGROUP_ROWS rows: see warpgroup.cuh. */
-static void layer_by_warpgroups(const struct pass *p)
+/* From the packed rows x to what the output projection is given: RG-LRU, products, mixing. */
+static void group_mix(const struct pass *p, const struct packed_rows *x,
+                      const struct packed_rows *mixed)
 {
     const struct layer_weights *w = p->w;
-    struct layer_scratch *s = p->s;
-    const struct model_config *config = p->config;
-    const int D = config->hidden_size;
-    const bool is_last = p->layer + 1 >= config->n_layers;
-    const struct norm *next = is_last || !plain_norm(&w[1].norm1) ? NULL : &w[1].norm1;
-    const struct packed_rows x = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm1.eps};
-    const struct packed_rows x2 = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm2.eps};
+    const struct layer_scratch *s = p->s;
+    const int D = p->config->hidden_size, columns = w->latent_q.n_out + w->latent_k.n_out;
     const struct packed_rows z = {s->packed_z, D, s->z_squares, D / 8, w->rglru_norm.eps};
-    const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
-    const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
-    if (!p->packed)
-        pack_rows(p->c, &x, floats(p->x), floats(w->norm1.weight), p->c->step.rows,
-                  &p->c->step.sizes->n_rows);
-    s->packed_layer = next ? p->layer + 1 : -1;
-
     struct rglru_front f = rglru_of(p);
-    f.packed = x;
+    f.packed = *x;
     f.out = z;
     f.out_weight = floats(w->rglru_norm.weight);
     CHECK(fused_rglru(p->c, &f));
 
-    const int columns = w->latent_q.n_out + w->latent_k.n_out;
     struct warpgroup_product front[] = {
-        group_product(p, &x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16),
+        group_product(p, x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16),
         group_product(p, &z, &w->latent_q, columns, OUTPUT_F32)};
     front[0].out = s->vqk;
     front[0].out_stride = vqk_stride(p);
@@ -764,8 +752,29 @@ static void layer_by_warpgroups(const struct pass *p)
     m.g = s->gates;
     m.theta = s->gates + w->latent_q.n_out;
     m.gate_stride = columns;
-    m.packed = mixed;
+    m.packed = *mixed;
     CHECK(fused_mix(p->c, &m));
+}
+
+/* A layer of up to WARPGROUP_ROWS rows: see warpgroup.cuh. */
+static void layer_by_warpgroups(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    struct layer_scratch *s = p->s;
+    const struct model_config *config = p->config;
+    const int D = config->hidden_size;
+    const bool is_last = p->layer + 1 >= config->n_layers;
+    const struct norm *next = is_last || !plain_norm(&w[1].norm1) ? NULL : &w[1].norm1;
+    const struct packed_rows x = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm1.eps};
+    const struct packed_rows x2 = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm2.eps};
+    const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
+    const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
+    if (!p->packed)
+        pack_rows(p->c, &x, floats(p->x), floats(w->norm1.weight), p->c->step.rows,
+                  &p->c->step.sizes->n_rows);
+    s->packed_layer = next ? p->layer + 1 : -1;
+
+    group_mix(p, &x, &mixed);
     group_add(p, &mixed, &w->o_proj, &x2, &w->norm2);
     struct warpgroup_product features = group_product(
         p, &x2, &w->gate_proj, 2 * config->intermediate_size, OUTPUT_ACTIVATE);
