@@ -201,20 +201,6 @@ static __device__ __forceinline__ void find_state(struct held_state *h, const st
         quad;
 }
 
-/* Activations of two values beside each other, by instructions that are good to 2 units in the last
- * place, which is less than their bf16 result: no branches but for erf. */
-static __device__ __forceinline__ float2 few_activate(float2 x, enum activation act)
-{
-    if (act == ACTIVATION_GELU)
-        return make_float2(activate_value(x.x, act), activate_value(x.y, act));
-    const float cube = act == ACTIVATION_SILU ? 0 : 0.044715f; /* see activate_value */
-    const float factor = act == ACTIVATION_SILU ? 1 : 2 * 0.7978845608f;
-    const float low = factor * fmaf(x.x * cube, x.x * x.x, x.x);
-    const float high = factor * fmaf(x.y * cube, x.y * x.y, x.y);
-    return make_float2(x.x * quick_reciprocal(1 + quick_exp2(-1.44269504f * low)),
-                       x.y * quick_reciprocal(1 + quick_exp2(-1.44269504f * high)));
-}
-
 /* Columns c and c + 1 of a row of the groups' sums, added in order. */
 template <class S>
 static __device__ __forceinline__ float2 take_sums(const float *sums, int row, int column)
@@ -284,7 +270,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         const float2 gate = take_sums<S>(sums, row, column);
         const float2 up = take_sums<S>(sums, row, S::FEATURES + column);
         const float by = scales[row];
-        const float2 y = few_activate(make_float2(gate.x * by, gate.y * by), c.m.act);
+        const float2 y = quick_activate(make_float2(gate.x * by, gate.y * by), c.m.act);
         *reinterpret_cast<__nv_bfloat162 *>(c.m.middle + (int64_t)row * F + feature + column) =
             __floats2bfloat162_rn(y.x * (up.x * by), y.y * (up.y * by));
     }

@@ -23,6 +23,20 @@ static __device__ __forceinline__ float activate_value(float x, enum activation 
     return x * sigmoid(2 * 0.7978845608f * fmaf(x * 0.044715f, x * x, x));
 }
 
+/* The activations of two values beside each other, good to 1e-6: for results that are bf16. No
+ * branches but for erf. */
+static __device__ __forceinline__ float2 quick_activate(float2 x, enum activation act)
+{
+    if (act == ACTIVATION_GELU)
+        return make_float2(activate_value(x.x, act), activate_value(x.y, act));
+    const float cube = act == ACTIVATION_SILU ? 0 : 0.044715f;
+    const float factor = act == ACTIVATION_SILU ? 1 : 2 * 0.7978845608f;
+    const float low = factor * fmaf(x.x * cube, x.x * x.x, x.x);
+    const float high = factor * fmaf(x.y * cube, x.y * x.y, x.y);
+    return make_float2(x.x * quick_reciprocal(1 + quick_exp2(-1.44269504f * low)),
+                       x.y * quick_reciprocal(1 + quick_exp2(-1.44269504f * high)));
+}
+
 /* Sine and cosine of position * frequency, reduced modulo pi/2 in double: exact to float for
  * any position a session can reach and frequencies up to a few turns a row. */
 static __device__ __forceinline__ void angle(int64_t position, double frequency, float *sine,

@@ -174,16 +174,7 @@ static __device__ __forceinline__ void put_results(const struct warpgroup_produc
     }
 }
 
-/* The activations; quick ones are good to 1e-6, and results are bf16. */
-template <bool QUICK>
-static __device__ __forceinline__ float activated(float gate, float up, enum activation act)
-{
-    if (QUICK)
-        return gate * quick_reciprocal(1 + quick_exp2(gate * -1.44269504f)) * up;
-    return activate_value(gate, act) * up;
-}
-
-template <class S, bool QUICK>
+template <class S>
 static __device__ __forceinline__ void put_activated(const struct warpgroup_product &p,
                                                      const float (&sum)[4 * S::tiles],
                                                      const struct group_lane &l)
@@ -195,9 +186,10 @@ static __device__ __forceinline__ void put_activated(const struct warpgroup_prod
 #pragma unroll
         for (int n = 0; n < S::tiles / 2; n++) {
             const float *const gate = sum + 4 * n + 2 * j, *const up = gate + 2 * S::tiles;
-            const float x = activated<QUICK>(gate[0] * l.scale[j], up[0] * l.scale[j], p.act);
-            const float y = activated<QUICK>(gate[1] * l.scale[j], up[1] * l.scale[j], p.act);
-            packed_store(p.next.values, p.next.n, l.row[j], l.column + 8 * n, x, y);
+            const float2 act =
+                quick_activate(make_float2(gate[0] * l.scale[j], gate[1] * l.scale[j]), p.act);
+            packed_store(p.next.values, p.next.n, l.row[j], l.column + 8 * n,
+                         act.x * (up[0] * l.scale[j]), act.y * (up[1] * l.scale[j]));
         }
     }
 }
@@ -344,12 +336,9 @@ static __global__ void __launch_bounds__(S::threads, 1)
         exchange<S>(sum, at.slice, shared);
     if constexpr (S::output == OUTPUT_ADD)
         put_sums<HELD>(p, &held, sum, l);
-    else if constexpr (S::pairs) {
-        if (p.act == ACTIVATION_SILU)
-            put_activated<S, true>(p, sum, l);
-        else
-            put_activated<S, false>(p, sum, l);
-    } else
+    else if constexpr (S::pairs)
+        put_activated<S>(p, sum, l);
+    else
         put_results<S>(p, sum, l);
 }
 
