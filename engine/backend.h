@@ -261,6 +261,9 @@ struct backend_ops {
 
     bool is_device; /* buffers are memory of its own, and not the host's */
     void (*memory)(struct backend *b, struct backend_memory *out);
+    /* The rows of a step are rounded up, to few numbers; the first step of each costs more. The
+     * next such number after n, 0 after the last. */
+    int (*next_rows)(const struct backend *b, int n);
 };
 
 struct backend {

@@ -211,6 +211,7 @@ static const struct backend_ops fused_ops = {
     .note = cuda_note,
     GPU_SLOT_OPS,
     .memory = gpu_memory,
+    .next_rows = gpu_next_rows,
 };
 
 static const struct backend_ops composed_ops = {
@@ -223,6 +224,7 @@ static const struct backend_ops composed_ops = {
     .note = cuda_note,
     GPU_SLOT_OPS,
     .memory = gpu_memory,
+    .next_rows = NULL, /* nothing is recorded */
 };
 
 extern "C" int backend_cuda_count(void)

@@ -11,9 +11,9 @@
 #include "engine/pool.h"
 #include "engine/scheduler.h"
 #include "engine/sizing.h"
-#include "engine/stepper.h"
+#include "engine/warm_up.h"
 
-enum { MAX_STEP_TOKENS = 1 << 20, WARM_UP_TOKENS = 64 };
+enum { MAX_STEP_TOKENS = 1 << 20 };
 
 /* A device with its own copy of the model and its own thread. */
 struct unit {
@@ -97,50 +97,17 @@ static enum status open_backend(struct backend **out, const struct sizing *s, st
     return backend_cuda_open(out, &s->backend, err);
 }
 
-/* A chunk and a single row, so that the first request finds memory touched and threads up. */
-static enum status feed_warm_up(struct stepper *stepper, int n_rows, struct error *err)
+static enum status run_warm_up(struct unit *u, const struct sizing *s,
+                               const struct engine_options *o, struct error *err)
 {
-    const int32_t tokens[WARM_UP_TOKENS] = {0};
-    const struct stepper_seq steps[] = {
-        {.n_rows = n_rows,
-         .tokens = tokens,
-         .draws = true,
-         .draw_position = (uint64_t)n_rows,
-         .n_top = -1},
-        {.n_rows = 1,
-         .draws = true,
-         .draw_position = (uint64_t)n_rows + 1,
-         .n_output = 1,
-         .n_top = -1},
-    };
-    struct sampling_params params;
-    const struct sampled *results;
-    sampling_params_init(&params);
-    enum status st = stepper_admit(stepper, 0, &params, true, err);
-    for (size_t i = 0; i < sizeof(steps) / sizeof(*steps) && !st; i++) {
-        st = stepper_queue(stepper, &steps[i], 1, err);
-        if (!st)
-            st = stepper_collect(stepper, &results, err);
-    }
-    return st;
-}
-
-static enum status warm_up(struct model *model, const struct sizing *s, struct error *err)
-{
-    const struct stepper_options options = {.n_slots = s->model.n_slots,
-                                            .max_rows = s->model.max_rows,
-                                            .max_logit_rows = s->model.max_logit_rows};
-    int64_t limit = model_max_position(model);
-    int chunk = s->scheduler.chunk_tokens, n = chunk < WARM_UP_TOKENS ? chunk : WARM_UP_TOKENS;
-    if (limit && limit < n + 1)
-        return STATUS_OK;
-    struct stepper *stepper = NULL;
-    enum status st = stepper_open(&stepper, model, &options, err);
-    if (!st)
-        st = feed_warm_up(stepper, n, err);
-    stepper_close(stepper);
-    model_reset(model, 0);
-    return st;
+    const struct warm_up w = {.n_slots = s->model.n_slots,
+                              .max_rows = s->model.max_rows,
+                              .max_logit_rows = s->model.max_logit_rows,
+                              .chunk = s->scheduler.chunk_tokens,
+                              .max_batch = s->scheduler.max_batch ? s->scheduler.max_batch
+                                                                  : s->model.n_slots,
+                              .every_size = o->warm_up};
+    return warm_up(u->model, &w, err);
 }
 
 /* As the backend keeps account, or as it was planned. */
@@ -184,7 +151,7 @@ static enum status open_unit(struct engine *e, const struct checkpoint *c, struc
     e->n_units++;
     st = model_open(&u->model, c, backend, &s.model, show_progress, progress, err);
     if (!st)
-        st = warm_up(u->model, &s, err);
+        st = run_warm_up(u, &s, progress->options, err);
     if (st)
         return st;
     describe_device(u, &s, &bytes);

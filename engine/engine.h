@@ -45,6 +45,8 @@ struct engine_options {
     int chunk_tokens;           /* prompt rows one sequence brings to a step at most (256 at most
                                  * where the prompt is scored). Chunks begin at multiples of it,
                                  * so a result does not depend on the load. 0: 128, on a GPU 4096 */
+    bool warm_up;               /* GPU: try all sizes of steps while opening; otherwise the first
+                                 * step of each size takes up to 0.1 s longer */
     size_t max_prompt_tokens;   /* longer prompts are TOO_LARGE at submission; 0: no limit */
     progress_fn *progress;      /* loading, may be NULL */
     void *progress_context;

@@ -611,6 +611,12 @@ bool model_memory(const struct model *m, struct backend_memory *out)
     return true;
 }
 
+int model_next_rows(const struct model *m, int n)
+{
+    const struct backend_ops *ops = m->backend->ops;
+    return ops->next_rows ? ops->next_rows(m->backend, n) : 0;
+}
+
 bool model_is_on_device(const struct model *m)
 {
     return m->backend->ops->is_device;

@@ -131,6 +131,9 @@ int64_t model_max_position(const struct model *m); /* 0: no limit (no full_atten
 size_t model_state_bytes(const struct model *m);   /* of one slot */
 size_t model_weight_bytes(const struct model *m);  /* as the backend keeps them */
 const char *model_backend_name(const struct model *m);
+/* backend.h next_rows: the next number of rows after n that steps are rounded up to; 0 after the
+ * last, and where steps are not rounded. */
+int model_next_rows(const struct model *m, int n);
 /* Whether slots are memory of a device, so that a state in one is a copy beside the host's. */
 bool model_is_on_device(const struct model *m);
 /* False where the backend keeps no account (ref, cpu). */

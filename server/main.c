@@ -117,6 +117,7 @@ static enum status open_engine(struct program *p, struct error *err)
     e.max_queue = (int)o->max_queue;
     e.step_tokens = (int)o->step_tokens;
     e.chunk_tokens = (int)o->chunk_tokens;
+    e.warm_up = !o->no_warmup;
     e.max_prompt_tokens = (size_t)o->max_prompt_tokens;
     e.progress = show_progress;
     e.progress_context = p;

@@ -37,6 +37,8 @@
       "GPU")                                                                                       \
     X(deterministic, FLAG, "deterministic", "0", 0, 1, NULL,                                       \
       "on a GPU: the same bits in a batch of any size")                                            \
+    X(no_warmup, FLAG, "no-warmup", "0", 0, 1, NULL,                                               \
+      "on a GPU: serve at once; the first step of each size then takes up to 0.1 s longer")        \
     X(threads, INT, "threads", "0", 0, 1024, "N", "compute threads; 0: one per usable core")       \
     X(max_slots, INT, "max-slots", "0", 0, 65536, "N",                                             \
       "sequences held on each device; 0: 64 on a CPU, as many as fit on a GPU")                    \

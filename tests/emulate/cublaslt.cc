@@ -210,6 +210,16 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                       cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                       const cublasLtMatmulAlgo_t *,
+                                       cublasLtMatmulHeuristicResult_t *result)
+{
+    memset((void *)result, 0, sizeof(*result));
+    return check(product_of(desc), matrix_of(a), matrix_of(b), matrix_of(c), matrix_of(d));
+}
+
 static size_t index_of(const matrix *m, int64_t batch, uint64_t row, uint64_t column)
 {
     const bool columns = m->order == CUBLASLT_ORDER_COL;

@@ -45,7 +45,7 @@ static void test_defaults(void **state)
     assert_int_equal(o.max_slots, 0);
     assert_string_equal(o.device, "auto");
     assert_true(o.device_memory_share == 0.9);
-    assert_false(o.deterministic);
+    assert_false(o.deterministic || o.no_warmup);
     assert_int_equal(o.max_body_mb, 32);
     assert_null(o.api_key_file);
     assert_null(o.unix_socket);

@@ -122,6 +122,7 @@ enum status gpu_put(struct backend *b, int slot, struct error *err);
 /* ---- steps.cu ---- */
 
 size_t gpu_block_bytes(const struct backend_options *options); /* of the largest step's arrays */
+int gpu_next_rows(const struct backend *b, int n);
 bool gpu_begin(struct backend *b, const struct step *step);
 enum status gpu_submit(struct backend *b, struct error *err);
 enum status gpu_wait(struct backend *b, const struct sampled **results, struct error *err);

@@ -9,6 +9,7 @@
 
 #include <cublasLt.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum {
     WORKSPACE_BYTES = 32 << 20,
@@ -33,7 +34,8 @@ struct gemm {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t weights, in, out;
     cublasLtMatmulAlgo_t algorithm;
-    bool tuned;
+    bool tuned;    /* it is the fastest of some */
+    bool searched; /* of the library's candidates, and not of those of other numbers of rows */
 };
 
 struct library {
@@ -218,32 +220,73 @@ static bool may_time(struct cuda *c, const struct gemm_shape *s)
            capturing == cudaStreamCaptureStatusNone;
 }
 
-/* The library's first candidate, or where timing is possible the fastest. Timing writes results
- * that the product itself writes again; sums, which it must not disturb, go elsewhere. */
+static bool same_but_for_rows(const struct gemm_shape *a, const struct gemm_shape *b)
+{
+    struct gemm_shape c = *a;
+    c.rows = b->rows;
+    return !memcmp(&c, b, sizeof(c));
+}
+
+/* What the matrix's products of other numbers of rows were found to be fastest with, as far as
+ * they can do this one. Their kernels are loaded: the library loads one in a millisecond. */
+static int known_candidates(struct library *l, const struct gemm *g,
+                            cublasLtMatmulAlgo_t out[N_CANDIDATES])
+{
+    int n = 0;
+    for (int i = 0; i < l->n_gemms && n < N_CANDIDATES; i++) {
+        const struct gemm *other = &l->gemms[i];
+        cublasLtMatmulHeuristicResult_t result = {};
+        if (!other->searched || !same_but_for_rows(&other->shape, &g->shape) ||
+            cublasLtMatmulAlgoCheck(l->handle, g->operation, g->weights, g->in, g->out, g->out,
+                                    &other->algorithm, &result) != CUBLAS_STATUS_SUCCESS ||
+            result.workspaceSize > WORKSPACE_BYTES)
+            continue;
+        out[n++] = other->algorithm;
+    }
+    return n;
+}
+
+static cublasStatus_t find_candidates(struct library *l, const struct gemm *g, int most,
+                                      cublasLtMatmulAlgo_t out[N_CANDIDATES], int *n)
+{
+    cublasLtMatmulHeuristicResult_t results[N_CANDIDATES] = {};
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        l->handle, g->operation, g->weights, g->in, g->out, g->out, l->preference, most, results,
+        n);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        return status;
+    for (int i = 0; i < *n; i++)
+        out[i] = results[i].algo;
+    return *n ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+/* The library's first candidate, or where timing is possible the fastest: of the library's for
+ * powers of two, of those for others. Timing writes results that the product itself writes again;
+ * sums, which it must not disturb, go elsewhere. */
 static cublasStatus_t gemm_choose(struct cuda *c, struct gemm *g, const bf16 *weights,
                                   const bf16 *in, void *out)
 {
-    cublasLtMatmulHeuristicResult_t candidates[N_CANDIDATES] = {};
+    cublasLtMatmulAlgo_t candidates[N_CANDIDATES] = {};
     const bool timed = may_time(c, &g->shape);
+    const bool between = g->shape.rows & (g->shape.rows - 1);
     void *to = g->shape.add ? c->library->scratch : out;
-    int n = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        c->library->handle, g->operation, g->weights, g->in, g->out, g->out, c->library->preference,
-        timed ? N_CANDIDATES : 1, candidates, &n);
+    int n = timed && between ? known_candidates(c->library, g, candidates) : 0;
+    g->searched = timed && !n;
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    if (!n)
+        status = find_candidates(c->library, g, timed ? N_CANDIDATES : 1, candidates, &n);
     if (status != CUBLAS_STATUS_SUCCESS)
         return status;
-    if (n == 0)
-        return CUBLAS_STATUS_NOT_SUPPORTED;
     int chosen = 0;
     float best = -1;
     for (int i = 0; i < n && timed && n > 1; i++) {
-        const float ms = gemm_time(c, g, &candidates[i].algo, weights, in, to);
+        const float ms = gemm_time(c, g, &candidates[i], weights, in, to);
         if (ms >= 0 && (best < 0 || ms < best)) {
             best = ms;
             chosen = i;
         }
     }
-    g->algorithm = candidates[chosen].algo;
+    g->algorithm = candidates[chosen];
     g->tuned = timed;
     return status;
 }

@@ -22,6 +22,12 @@ static int bucket(int n, int most)
     return size < most ? size : most;
 }
 
+int gpu_next_rows(const struct backend *b, int n)
+{
+    const int most = ((const struct gpu *)b)->cuda.options.max_rows;
+    return n < most ? bucket(n + 1, most) : 0;
+}
+
 static struct form form_of(const struct gpu *g, const struct step *step)
 {
     const struct backend_options *o = &g->cuda.options;
