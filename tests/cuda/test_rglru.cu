@@ -522,7 +522,7 @@ static void test_refusals(void **)
 /* x += norm(y), and gathered rows to bf16, for lengths of every kernel. */
 static void test_norms(void **)
 {
-    static const int dims[] = {5, 64, 100, 256, 260, 1024, 1028, 2304, 2564, 3001};
+    static const int dims[] = {5, 64, 100, 256, 260, 1024, 1028, 2304, 2564, 3001, 4096, 4100};
     for (size_t d = 0; d < COUNT_OF(dims); d++) {
         const int D = dims[d], n = 7, most = 9;
         struct backend *b = open_backend(most, most, D);
@@ -581,6 +581,52 @@ static void test_norms(void **)
     }
 }
 
+/* Few long rows have a kernel of their own: a row alone has the bits it has among many. */
+static void test_norm_of_any_rows(void **)
+{
+    static const int dims[] = {768, 1028, 2304, 3004, 4096, 4100};
+    for (size_t d = 0; d < COUNT_OF(dims); d++) {
+        const int D = dims[d], most = 320, n_few = 3;
+        const size_t n = (size_t)most * D;
+        struct backend *b = open_backend(most, most, D);
+        struct batch *batch = (struct batch *)calloc(1, sizeof(*batch));
+        struct buffer *buffer[5];
+        bf16 *many = (bf16 *)malloc(n * sizeof(bf16)), *few = (bf16 *)malloc(n * sizeof(bf16));
+        float *in = take(n, 3), *weight = take(D, 2), *bias = take(D, 1);
+        const float *x = put(b, &buffer[0], in, n);
+        const float *w = put(b, &buffer[1], weight, D), *shift = put(b, &buffer[2], bias, D);
+        for (int i = 3; i < 5; i++)
+            assert_int_equal(b->ops->buffer_open(b, &buffer[i], n * sizeof(bf16), NULL), STATUS_OK);
+        for (int layer = 0; layer < 2; layer++) {
+            const struct device_norm norm = {w, layer ? shift : NULL,
+                                             layer ? NORM_LAYER : NORM_RMS, 1e-5f};
+            for (int i = 3; i < 5; i++) {
+                const int rows = i == 3 ? most : n_few;
+                struct cuda *c = cuda_of(b);
+                batch_init(batch);
+                batch_add(batch, 0, 0, rows);
+                begin(b, batch);
+                norm_to_bf16(c, (bf16 *)buffer[i]->data, x, norm, D, NULL, rows,
+                             &c->step.sizes->n_rows);
+                finish(b);
+            }
+            get(b, many, buffer[3], n_few * D * sizeof(bf16));
+            get(b, few, buffer[4], n_few * D * sizeof(bf16));
+            if (memcmp(many, few, n_few * D * sizeof(bf16)))
+                fail_msg("rows of %d change in company", D);
+        }
+        for (int i = 0; i < 5; i++)
+            b->ops->buffer_close(b, buffer[i]);
+        b->ops->close(b);
+        free(batch);
+        free(many);
+        free(few);
+        free(in);
+        free(weight);
+        free(bias);
+    }
+}
+
 #define TEST(f) cmocka_unit_test_setup(f, new_seed)
 
 int main(void)
@@ -588,6 +634,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(test_norms),       TEST(test_decode),    TEST(test_packed),   TEST(test_prompts),
         TEST(test_long_prompt), TEST(test_same_bits), TEST(test_refusals),
+        TEST(test_norm_of_any_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -10,6 +10,7 @@
 enum {
     THREADS = 256,
     ROW_WARPS = 4, /* of a block of norm_kernel: a warp has a row */
+    BLOCK_QUADS = 1024, /* of a row that a block of norm_block_kernel has */
 };
 
 /* ---- embeddings ---- */
@@ -259,6 +260,55 @@ static __global__ void __launch_bounds__(ROW_WARPS *WARP)
     }
 }
 
+/* Values of all threads of the block, a warp after the other as norm_kernel has them in one lane:
+ * the same bits. */
+static __device__ __forceinline__ float ordered_sum(float x, float (&partial)[WARP][WARP])
+{
+    const int lane = threadIdx.x % WARP, n_warps = blockDim.x / WARP;
+    partial[threadIdx.x / WARP][lane] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int p = 0; p < n_warps; p++)
+        sum += partial[p][lane];
+    return warp_sum(sum);
+}
+
+/* Few long rows: a block has a row, a thread four values. Results are norm_kernel's, bit for bit. */
+template <class Store>
+static __global__ void __launch_bounds__(BLOCK_QUADS)
+    norm_block_kernel(const __grid_constant__ struct norm_call call, Store store)
+{
+    __shared__ float partial[2][WARP][WARP];
+    const float4 zero = make_float4(0, 0, 0, 0);
+    const int quad = threadIdx.x, dim = call.dim;
+    const bool here = quad < dim / 4;
+    const float *const weight = call.norm.weight, *const bias = call.norm.bias;
+    pdl_trigger();
+    const float4 w = here && weight ? quad_at(weight, quad) : zero;
+    const float4 b = here && bias ? quad_at(bias, quad) : zero;
+    const int64_t row = blockIdx.x, at = row * dim + 4 * quad;
+    const bool idle = row >= *call.n_rows * call.groups;
+    pdl_wait();
+    if (idle)
+        return;
+    const int64_t from = call.in_rows ? call.in_rows[row] : row;
+    float4 y = zero, before = zero;
+    if (here) {
+        y = reinterpret_cast<const float4 *>(call.in + from * dim)[quad];
+        before = store.before(at);
+    }
+    if (weight) {
+        struct row_scale s = {0, 0};
+        if (call.norm.type == NORM_LAYER)
+            s.mean = ordered_sum((y.x + y.y) + (y.z + y.w), partial[0]) / dim;
+        const float squares = ordered_sum(here ? square_sum(y, s.mean) : 0, partial[1]);
+        s.scale = norm_scale(squares, dim, call.norm.eps);
+        y = normed_quad(y, s, w, b);
+    }
+    if (here)
+        store.four(at, y, before);
+}
+
 /* Longer rows, read again for each pass: they stay in the first cache. */
 template <class Store>
 static __global__ void __launch_bounds__(ROW_WARPS *WARP)
@@ -322,6 +372,13 @@ static void norm_rows(struct cuda *c, const char *where, const struct norm_call 
                       Store store)
 {
     void (*kernel)(struct norm_call, Store) = norm_long_kernel<Store>;
+    const int64_t n = rows * call->groups;
+    if (call->dim % 4 == 0 && call->dim > 1024 && call->dim <= 4 * BLOCK_QUADS &&
+        n <= 2 * c->queue.n_sms) {
+        launch(&c->queue, where, norm_block_kernel<Store>, dim3((unsigned)n),
+               ceil_div(call->dim / 4, WARP) * WARP, 0, *call, store);
+        return;
+    }
     if (call->dim % 4)
         kernel = norm_odd_kernel<Store>;
     else if (call->dim <= 256)
@@ -332,7 +389,6 @@ static void norm_rows(struct cuda *c, const char *where, const struct norm_call 
         kernel = norm_kernel<8, Store>;
     else if (call->dim <= 2560)
         kernel = norm_kernel<20, Store>;
-    const int64_t n = rows * call->groups;
     launch(&c->queue, where, kernel, dim3((unsigned)((n + ROW_WARPS - 1) / ROW_WARPS)),
            ROW_WARPS * WARP, 0, *call, store);
 }
