@@ -212,6 +212,7 @@ static const struct backend_ops fused_ops = {
     GPU_SLOT_OPS,
     .memory = gpu_memory,
     .next_rows = gpu_next_rows,
+    .layers = gpu_layers,
 };
 
 static const struct backend_ops composed_ops = {
@@ -225,6 +226,7 @@ static const struct backend_ops composed_ops = {
     GPU_SLOT_OPS,
     .memory = gpu_memory,
     .next_rows = NULL, /* nothing is recorded */
+    .layers = NULL,
 };
 
 extern "C" int backend_cuda_count(void)

@@ -107,7 +107,7 @@ static enum status run_warm_up(struct unit *u, const struct sizing *s,
                               .max_batch = s->scheduler.max_batch ? s->scheduler.max_batch
                                                                   : s->model.n_slots,
                               .every_size = o->warm_up};
-    return warm_up(u->model, &w, err);
+    return warm_up(u->model, &w, u->device.layers, err);
 }
 
 /* As the backend keeps account, or as it was planned. */
@@ -115,12 +115,10 @@ static void describe_device(struct unit *u, const struct sizing *s, const struct
 {
     struct engine_device *d = &u->device;
     struct backend_memory memory;
-    *d = (struct engine_device){
-        .n_slots = s->model.n_slots,
-        .weight_bytes = model_weight_bytes(u->model),
-        .state_bytes = (size_t)s->model.n_slots * model_state_bytes(u->model),
-        .workspace_bytes = b->workspace,
-    };
+    d->n_slots = s->model.n_slots;
+    d->weight_bytes = model_weight_bytes(u->model);
+    d->state_bytes = (size_t)s->model.n_slots * model_state_bytes(u->model);
+    d->workspace_bytes = b->workspace;
     snprintf(d->name, sizeof(d->name), "%s, %d threads", model_backend_name(u->model),
              s->backend.n_threads);
     if (!model_memory(u->model, &memory))

@@ -617,6 +617,13 @@ int model_next_rows(const struct model *m, int n)
     return ops->next_rows ? ops->next_rows(m->backend, n) : 0;
 }
 
+const char *model_layers(const struct model *m)
+{
+    const struct backend_ops *ops = m->backend->ops;
+    const char *layers = ops->layers ? ops->layers(m->backend) : NULL;
+    return layers ? layers : "ops";
+}
+
 bool model_is_on_device(const struct model *m)
 {
     return m->backend->ops->is_device;

@@ -134,6 +134,8 @@ const char *model_backend_name(const struct model *m);
 /* backend.h next_rows: the next number of rows after n that steps are rounded up to; 0 after the
  * last, and where steps are not rounded. */
 int model_next_rows(const struct model *m, int n);
+/* backend.h layers: how the last step's layers are computed; "ops" where that is all there is. */
+const char *model_layers(const struct model *m);
 /* Whether slots are memory of a device, so that a state in one is a copy beside the host's. */
 bool model_is_on_device(const struct model *m);
 /* False where the backend keeps no account (ref, cpu). */

@@ -1,7 +1,9 @@
 /* warm_up.c - see warm_up.h */
 #include "engine/warm_up.h"
 
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "engine/stepper.h"
 
@@ -17,6 +19,7 @@ struct warming {
     int most_rows;            /* that a sequence may have, where contexts are limited */
     int32_t *tokens;          /* [max_rows] zeros */
     struct stepper_seq *seqs; /* [most of a step] */
+    char *layers;             /* [WARM_UP_LAYERS] */
 };
 
 static int least(int a, int b)
@@ -83,16 +86,29 @@ static enum status read_every_size(struct warming *w, int n, struct error *err)
     return st;
 }
 
+static void say_layers(struct warming *w, const char *how, int n)
+{
+    const size_t at = strlen(w->layers);
+    snprintf(w->layers + at, WARM_UP_LAYERS - at, at ? ", %s to %d" : "%s to %d rows", how, n);
+}
+
 /* The last size may be rounded up from n. */
 static enum status decode_every_size(struct warming *w, int n, struct error *err)
 {
     enum status st = STATUS_OK;
+    const char *how = NULL;
     int done = 0;
     for (int size = model_next_rows(w->model, 0); size && done < n && !st;
          size = model_next_rows(w->model, size)) {
+        const int before = done;
         done = least(size, n);
         st = decode(w, done, N_RECORDED, err);
+        if (how && strcmp(how, model_layers(w->model)))
+            say_layers(w, how, before);
+        how = model_layers(w->model);
     }
+    if (how)
+        say_layers(w, how, done);
     return st;
 }
 
@@ -109,13 +125,15 @@ static enum status run(struct warming *w, struct error *err)
     return st;
 }
 
-enum status warm_up(struct model *model, const struct warm_up *o, struct error *err)
+enum status warm_up(struct model *model, const struct warm_up *o, char layers[WARM_UP_LAYERS],
+                    struct error *err)
 {
     const struct stepper_options options = {
         .n_slots = o->n_slots, .max_rows = o->max_rows, .max_logit_rows = o->max_logit_rows};
     const int64_t limit = model_max_position(model);
     const int n_seqs = least(o->n_slots, o->max_rows);
-    struct warming w = {.model = model, .options = o, .most_rows = o->max_rows};
+    struct warming w = {.model = model, .options = o, .most_rows = o->max_rows, .layers = layers};
+    layers[0] = 0;
     if (limit && limit <= w.most_rows)
         w.most_rows = (int)limit - 1;
     if (w.most_rows < N_RECORDED)

@@ -23,7 +23,11 @@ struct warm_up {
     bool every_size; /* steps of all sizes, prompts and decoding, on a device that rounds them */
 };
 
-/* The slots are empty before and after. */
-enum status warm_up(struct model *model, const struct warm_up *options, struct error *err);
+enum { WARM_UP_LAYERS = 120 };
+
+/* The slots are empty before and after. layers: how steps of how many rows are decoded, for people
+ * ("clusters to 16 rows, warpgroups to 256, passes to 1024"); of every size alone, else empty. */
+enum status warm_up(struct model *model, const struct warm_up *options, char layers[WARM_UP_LAYERS],
+                    struct error *err);
 
 #endif

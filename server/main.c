@@ -180,6 +180,8 @@ static void log_memory(const struct engine *engine, int n_devices)
         engine_device(engine, i, &device);
         engine_device_row(&device, text, sizeof(text));
         log_event(LOG_INFO, "memory", "%s", text);
+        if (*device.layers)
+            log_event(LOG_INFO, "kernels", "%s decodes by %s", device.name, device.layers);
     }
 }
 

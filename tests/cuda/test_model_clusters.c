@@ -128,10 +128,23 @@ static double difference(struct run *run, struct run *other, int batch, int *mos
     return worst;
 }
 
+/* Results alone would not tell whether a layer went the slower way. */
+static void check_layers(const struct run *r, const char *expected)
+{
+    struct backend_memory memory;
+    assert_true(model_memory(r->model, &memory));
+    const bool is_known =
+        run_emulated() || strstr(memory.device, "H100") || strstr(memory.device, "H200");
+    if (is_known && strcmp(model_layers(r->model), expected))
+        fail_msg("%s: layers by %s, expected by %s", r->label, model_layers(r->model), expected);
+}
+
 static void check_batch(struct run *fused, struct run *composed, int batch, int *most)
 {
     const double worst = difference(fused, composed, batch, most);
     size_t n;
+    check_layers(fused, batch <= BY_CLUSTERS ? "clusters" : "warpgroups");
+    check_layers(composed, "ops");
     print_message("%d rows: logits differ by %g\n", batch, worst);
     if (!(worst <= LOGIT_TOLERANCE))
         fail_msg("%d rows: logits differ by %g", batch, worst);
@@ -192,7 +205,9 @@ static void test_vapor(void **state)
     (void)state;
     open_two(&fused, &composed, &vapor);
     assert_true(difference(&fused, &composed, 2, NULL) == 0);
+    check_layers(&fused, "ops");
     assert_true(difference(&fused, &composed, 17, NULL) == 0);
+    check_layers(&fused, "ops");
     run_close(&fused);
     run_close(&composed);
 }

@@ -41,6 +41,12 @@ static int device_next_rows(const struct backend *b, int n)
     return 0;
 }
 
+static const char *device_layers(const struct backend *b)
+{
+    (void)b;
+    return device.n_rows[device.n_steps - 1] <= 4 ? "magic" : "sorcery";
+}
+
 static struct model *open_model(const char *layers, bool rounds)
 {
     char dir[100], config[800];
@@ -67,6 +73,7 @@ static struct model *open_model(const char *layers, bool rounds)
     device = (struct device){.ref = b->ops, .ops = *b->ops};
     device.ops.begin = device_begin;
     device.ops.next_rows = rounds ? device_next_rows : NULL;
+    device.ops.layers = rounds ? device_layers : NULL;
     b->ops = &device.ops;
     assert_int_equal(model_open(&model, c, b, &options, NULL, NULL, &err), STATUS_OK);
     checkpoint_close(c);
@@ -90,11 +97,13 @@ static struct warm_up options_of(int max_batch, bool every_size)
                             .every_size = every_size};
 }
 
+static char said[WARM_UP_LAYERS];
+
 static void run_warm_up(struct model *model, int max_batch, bool every_size)
 {
     const struct warm_up options = options_of(max_batch, every_size);
     struct error err;
-    if (warm_up(model, &options, &err))
+    if (warm_up(model, &options, said, &err))
         fail_msg("%s", err.text);
 }
 
@@ -120,6 +129,7 @@ static void test_every_size_is_stepped(void **state)
     }
     for (int i = 0; i < device.n_steps; i++)
         assert_true(device.n_seqs[i] <= 12);
+    assert_string_equal(said, "magic to 4 rows, sorcery to 12");
     model_close(model);
 }
 
@@ -131,6 +141,7 @@ static void test_a_batch_between_sizes(void **state)
     run_warm_up(model, 9, true);
     assert_true(count_steps(8, 8) >= 2 && count_steps(9, 9) >= 2);
     assert_int_equal(count_steps(10, 10), 0);
+    assert_string_equal(said, "magic to 4 rows, sorcery to 9");
     model_close(model);
 }
 
@@ -143,6 +154,7 @@ static void test_few_steps_otherwise(void **state)
         assert_int_equal(device.n_steps, 2);
         assert_int_equal(count_steps(1, 16), 1);
         assert_int_equal(count_steps(1, 1), 1);
+        assert_string_equal(said, "");
         model_close(model);
     }
 }
@@ -194,7 +206,7 @@ static enum status warm_up_once(void *context, struct error *err)
 {
     (void)context;
     const struct warm_up options = options_of(4, false);
-    return warm_up(walked, &options, err);
+    return warm_up(walked, &options, said, err);
 }
 
 static void test_out_of_memory(void **state)

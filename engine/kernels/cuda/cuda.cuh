@@ -64,6 +64,7 @@ struct cuda {
     size_t partial_values;
     void *prompt_scratch; /* prompt.cu's, prompt_scratch_bytes of options */
     struct layer_scratch *layer; /* layer.cu's own */
+    const char *layers;          /* of the step being queued, see backend.h; NULL: single ops */
 };
 
 static inline struct cuda *cuda_of(struct backend *b)

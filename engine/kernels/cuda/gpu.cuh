@@ -25,6 +25,7 @@ struct form {
 struct recorded {
     struct form form;
     int n_seen;
+    const char *layers;    /* as cuda.layers; NULL until submitted */
     cudaGraphExec_t graph; /* NULL until captured */
 };
 
@@ -123,6 +124,7 @@ enum status gpu_put(struct backend *b, int slot, struct error *err);
 
 size_t gpu_block_bytes(const struct backend_options *options); /* of the largest step's arrays */
 int gpu_next_rows(const struct backend *b, int n);
+const char *gpu_layers(const struct backend *b);
 bool gpu_begin(struct backend *b, const struct step *step);
 enum status gpu_submit(struct backend *b, struct error *err);
 enum status gpu_wait(struct backend *b, const struct sampled **results, struct error *err);

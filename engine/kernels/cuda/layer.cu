@@ -811,15 +811,18 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     p.packed = p.s->packed_layer == layer;
     p.s->packed_layer = -1;
     if (for_clusters(&p)) {
+        c->layers = "clusters";
         layer_by_clusters(&p);
         return true;
     }
     if (for_warpgroups(&p)) {
+        c->layers = "warpgroups";
         layer_by_warpgroups(&p);
         return true;
     }
     if (!knows(w, config, layer))
         return false;
+    c->layers = "passes";
     p.chained = is_chained(&p);
     p.normed = p.chained && layer > 0 && p.s->h_layer == layer;
     const bool is_last = layer + 1 >= config->n_layers;

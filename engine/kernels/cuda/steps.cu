@@ -28,6 +28,11 @@ int gpu_next_rows(const struct backend *b, int n)
     return n < most ? bucket(n + 1, most) : 0;
 }
 
+const char *gpu_layers(const struct backend *b)
+{
+    return ((const struct gpu *)b)->cuda.layers;
+}
+
 static struct form form_of(const struct gpu *g, const struct step *step)
 {
     const struct backend_options *o = &g->cuda.options;
@@ -164,7 +169,7 @@ static struct recorded *find_form(struct gpu *g, const struct form *f)
     if (g->n_recorded == MAX_GRAPHS)
         return NULL; /* launched kernel by kernel */
     struct recorded *r = &g->recorded[g->n_recorded++];
-    *r = (struct recorded){*f, 0, NULL};
+    *r = (struct recorded){*f, 0, NULL, NULL};
     return r;
 }
 
@@ -199,6 +204,7 @@ bool gpu_begin(struct backend *b, const struct step *step)
         drawing_begin(&g->cuda, place, step);
     g->current = find_form(g, &form);
     g->replaying = g->current && g->current->graph;
+    g->cuda.layers = g->replaying ? g->current->layers : NULL;
     if (g->replaying)
         return true;
     if (g->current && g->current->n_seen++ > 0)
@@ -221,6 +227,8 @@ enum status gpu_submit(struct backend *b, struct error *err)
 {
     struct gpu *g = gpu_of(b);
     const int place = (int)(g->n_submitted % DEPTH);
+    if (g->current)
+        g->current->layers = g->cuda.layers;
     if (g->capturing) {
         end_capture(g);
         g->replaying = true;
