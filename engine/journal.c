@@ -16,6 +16,7 @@
 #include <xxhash.h>
 
 #include "engine/base/pack.h"
+#include "engine/base/thread.h"
 
 enum {
     FILE_HEAD_BYTES = 64,
@@ -595,7 +596,7 @@ enum status journal_open(struct journal **out, const struct journal_options *opt
 
 enum status journal_start(struct journal *j, struct error *err)
 {
-    int failed = pthread_create(&j->thread, NULL, run, j);
+    int failed = thread_start(&j->thread, "latte-journal", run, j);
     if (failed)
         return fail(err, STATUS_NOMEM, "%s: no thread: %s", j->path, strerror(failed));
     j->is_started = true;

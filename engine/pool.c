@@ -18,6 +18,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine/base/thread.h"
+
 /* About 20 microseconds: longer than the gap between two ops of a step, shorter than what
  * another process would miss. */
 enum { N_SPINS = 600 };
@@ -204,7 +206,7 @@ static enum status start_workers(struct pool *p, struct error *err)
 {
     for (int i = 0; i < p->n_threads - 1; i++) {
         p->workers[i] = (struct worker){.pool = p, .number = i + 1};
-        if (pthread_create(&p->workers[i].thread, NULL, worker_main, &p->workers[i]))
+        if (thread_start(&p->workers[i].thread, "latte-compute", worker_main, &p->workers[i]))
             return fail(err, STATUS_INTERNAL, "thread pool: cannot start thread %d of %d", i + 2,
                         p->n_threads);
         p->n_started++;

@@ -9,6 +9,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "engine/base/thread.h"
 #include "engine/redis.h"
 #include "engine/redis_scripts.h"
 
@@ -802,10 +803,10 @@ enum status redis_store_open(struct redis_store **out, const struct redis_store_
 
 enum status redis_store_start(struct redis_store *s, struct error *err)
 {
-    int failed = pthread_create(&s->committer, NULL, run_committer, s);
+    int failed = thread_start(&s->committer, "latte-commit", run_committer, s);
     s->has_committer = !failed;
     if (!failed)
-        failed = pthread_create(&s->keeper, NULL, run_keeper, s);
+        failed = thread_start(&s->keeper, "latte-lease", run_keeper, s);
     s->has_keeper = s->has_committer && !failed;
     return failed ? fail(err, STATUS_NOMEM, "no thread for Redis: %s", strerror(failed))
                   : STATUS_OK;

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/base/thread.h"
 #include "engine/image.h"
 #include "engine/inbox.h"
 #include "engine/plan.h"
@@ -538,7 +539,7 @@ enum status scheduler_open(struct scheduler **out, struct model *model,
 
     enum status st = take_memory(s, model, err);
     if (!st) {
-        int failed = pthread_create(&s->thread, NULL, run, s);
+        int failed = thread_start(&s->thread, "latte-engine", run, s);
         if (failed)
             st = fail(err, STATUS_NOMEM, "engine thread: %s", strerror(failed));
     }

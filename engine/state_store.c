@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine/base/thread.h"
 #include "engine/engine.h"
 #include "engine/redis.h"
 #include "engine/redis_store.h"
@@ -706,7 +707,7 @@ enum status state_store_start(struct state_store *s, struct error *err)
         return st;
     s->images->has_files = true;
     forget_known(s);
-    int failed = pthread_create(&s->thread, NULL, run, s);
+    int failed = thread_start(&s->thread, "latte-states", run, s);
     if (failed)
         return fail(err, STATUS_NOMEM, "%s: no thread: %s", s->path, strerror(failed));
     s->is_started = true;

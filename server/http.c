@@ -24,6 +24,7 @@
 
 #include <microhttpd.h>
 
+#include "engine/base/thread.h"
 #include "server/http_private.h"
 #include "server/log.h"
 #include "server/metrics.h"
@@ -345,7 +346,7 @@ enum status http_start(struct http_server *s, struct error *err)
     enum status st = s->tls ? tls_start(s->tls, err) : STATUS_OK;
     if (st)
         return st;
-    int code = pthread_create(&s->thread, NULL, loop_run, s);
+    int code = thread_start(&s->thread, "latte-io", loop_run, s);
     if (code)
         return fail(err, STATUS_NOMEM, "http: the io thread did not start: %s", strerror(code));
     s->started = true;

@@ -18,6 +18,7 @@
 
 #include <gnutls/gnutls.h>
 
+#include "engine/base/thread.h"
 #include "server/http_private.h"
 #include "server/http_tls.h"
 #include "server/log.h"
@@ -429,7 +430,7 @@ enum status tls_open(struct tls **out, const char *cert_path, const char *key_pa
 
 enum status tls_start(struct tls *s, struct error *err)
 {
-    int code = pthread_create(&s->thread, NULL, run, s);
+    int code = thread_start(&s->thread, "latte-tls", run, s);
     if (code)
         return fail(err, STATUS_NOMEM, "tls: the thread did not start: %s", strerror(code));
     s->started = true;

@@ -23,6 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine/base/thread.h"
 #include "engine/build_info.h"
 #include "engine/engine.h"
 #include "server/http.h"
@@ -312,7 +313,7 @@ static enum status start(struct program *p, struct error *err)
     fflush(stdout);
     if (!p->is_terminal)
         log_event(LOG_INFO, "loading", "%s from %s", p->name, p->options.model);
-    if (pthread_create(&p->loader, NULL, run_loader, p))
+    if (thread_start(&p->loader, "latte-load", run_loader, p))
         return fail(err, STATUS_NOMEM, "the loading thread did not start");
     return STATUS_OK;
 }

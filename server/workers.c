@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "engine/base/thread.h"
+
 struct work_list {
     struct work_item *first, **end; /* end: where the next item is linked */
 };
@@ -83,7 +85,7 @@ enum status workers_open(struct workers **out, int n_threads, void (*notify)(voi
     w->notify = notify;
     w->context = context;
     for (; w->n_threads < n_threads; w->n_threads++) {
-        if (pthread_create(&w->threads[w->n_threads], NULL, work, w)) {
+        if (thread_start(&w->threads[w->n_threads], "latte-worker", work, w)) {
             fail(err, STATUS_NOMEM, "workers: only %d of %d threads could be started", w->n_threads,
                  n_threads);
             workers_close(w);
