@@ -316,6 +316,7 @@ static void open_engine(struct engine **e, const char *dir)
     options.max_queue = 32;
     options.step_tokens = 96;
     options.chunk_tokens = 32;
+    options.warm_up = true;
     if (engine_open(e, &options, &err))
         fail_msg("%s", err.text);
 }

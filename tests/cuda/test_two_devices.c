@@ -26,6 +26,7 @@ static void open_engine(struct engine **e, const char *devices)
     options.n_slots = N_SLOTS;
     options.step_tokens = 64;
     options.chunk_tokens = 32;
+    options.warm_up = true;
     if (engine_open(e, &options, &err))
         fail_msg("%s", err.text);
 }
