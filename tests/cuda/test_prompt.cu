@@ -18,7 +18,7 @@ extern "C" {
 typedef std::vector<float> floats_of;
 typedef std::vector<double> doubles_of;
 
-enum { N_SLOTS = 9, MAX_ROWS = 1024, MAX_SEQS = 8, SPARE = 3 /* rows of the bucket not used */ };
+enum { N_SLOTS = 9, MAX_ROWS = 1024, SPARE = 3 /* rows of the bucket not used */ };
 
 #define OK(call) assert_int_equal((call), cudaSuccess)
 
@@ -592,7 +592,7 @@ static size_t piece_values_of(const struct shape *sh)
 static void take_scratch(const struct test_case *t, bool pieces, size_t partial_values)
 {
     struct cuda *c = &device.c;
-    c->max_pieces = MAX_ROWS / PIECE_ROWS + MAX_SEQS + SPARE;
+    c->max_pieces = c->step.n_pieces;
     c->piece_values = pieces ? piece_values_of(&t->shape) + 1 : 0;
     c->piece_states = upload<float>(floats_of((size_t)c->max_pieces * c->piece_values, NAN));
     c->partial_values = partial_values;
@@ -870,6 +870,21 @@ static void check_extremes(const struct shape &shape, bool half, run_case *run, 
     }
 }
 
+/* More pieces than are scanned at a time; how many depends on the step. */
+static void check_long(const struct shape &shape, bool half, run_case *run, double tolerance)
+{
+    const struct batch b = {{{1, 1, 77}, {2, 9000, 5}, {3, 64, 0}, {4, 1100, 0}, {5, 65, 3}}};
+    const struct test_case t = make_case(shape, b, LATENTS, half, half);
+    check(&t, run, tolerance);
+}
+
+static void test_latent_long(void **)
+{
+    need_device();
+    by_pieces = true;
+    check_long({1, 1, 6, 3, 1, 0, 3}, false, run_latent, 2e-5);
+}
+
 static void test_latent_extremes(void **)
 {
     need_device();
@@ -968,6 +983,12 @@ static void test_mix_long(void **)
               {{{1, 300, 0}, {2, 1, 50}, {3, 230, 90}, {4, 290, 1000000}}});
 }
 
+static void test_mix_latents_long(void **)
+{
+    need_device();
+    check_long({1, 1, 16, 3, 0, 0, 3}, true, run_mix, 8e-3);
+}
+
 static void test_mix_extremes(void **)
 {
     need_device();
@@ -988,18 +1009,13 @@ static void test_mix_refuses(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_latent),
-        TEST(test_latent_decode),
-        TEST(test_latent_mixed),
-        TEST(test_latent_extremes),
-        TEST(test_window),
-        TEST(test_window_long),
-        TEST(test_mix),
-        TEST(test_mix_window_alone),
-        TEST(test_mix_latents_alone),
-        TEST(test_mix_long),
-        TEST(test_mix_extremes),
-        TEST(test_mix_refuses),
+        TEST(test_latent),           TEST(test_latent_decode),
+        TEST(test_latent_mixed),     TEST(test_latent_long),
+        TEST(test_latent_extremes),  TEST(test_window),
+        TEST(test_window_long),      TEST(test_mix),
+        TEST(test_mix_window_alone), TEST(test_mix_latents_alone),
+        TEST(test_mix_long),         TEST(test_mix_latents_long),
+        TEST(test_mix_extremes),     TEST(test_mix_refuses),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

@@ -10,6 +10,8 @@
  * Rows follow P(eq 19) itself with the running maximum of every row, so a row far below the
  * maximum of its piece keeps its digits. Letters as in backend.h.
  */
+#include <float.h>
+
 #include "engine/kernels/cuda/attention.cuh"
 
 extern "C" {
@@ -24,20 +26,25 @@ enum {
     GROUP = 8,              /* latents a thread of latent_sums holds */
     LANES = 8,              /* that share a latent's rows there */
     AHEAD = 16,             /* rows of values it has in flight */
-    BATCH = 16,             /* pieces of latent_scan in flight */
-    SCANS = 31,             /* sequences scanned at once: odd, or regular ones would meet */
+    SCAN_PIECES = 16,       /* that a thread of latent_scan has at a time: a segment */
+    SCAN_SEGMENTS = 8,      /* of a sequence that a block has at a time, at most */
+    SCAN_THREADS = 800,     /* of a block of latent_scan at most */
+    SCANS = 31,             /* sequences scanned at once */
     THREADS = 256,          /* of a block at most */
     MAX_SHARED = 96 * 1024, /* what a block may have on every chip from 8.0 on */
 };
+
+static constexpr float LOG2E = 1.4426950408889634f;
 
 struct latent_args {
     struct device_step step;
     struct latent_call call;
     float *states; /* [pieces, state_values]: m [L], alpha [L], s [L, d] */
     size_t state_values;
-    int heads;  /* of a block */
-    int staged; /* rows whose theta and g a block holds at a time */
-    bool whole; /* a block takes a whole sequence, not a piece */
+    int heads;             /* of a block */
+    int staged;            /* rows whose theta and g a block holds at a time */
+    int latents, segments; /* of a block of latent_scan */
+    bool whole;            /* a block takes a whole sequence, not a piece */
 };
 
 /* exp(-|a - b|): of two weights below a common maximum one is 1 and the other is this. */
@@ -445,73 +452,122 @@ __global__ void __launch_bounds__(THREADS) latent_sums(const struct latent_args 
     }
 }
 
-/* The sequence whose first piece is `first`. A block has whole latents: its threads all read a
- * latent's m before the barrier, one overwrites it after. */
-__device__ void scan_sequence(const struct latent_args *a, int first)
+/* A state relative to its maximum: x is one column of s, or alpha. */
+struct scanned {
+    float m, x;
+};
+
+__device__ __forceinline__ struct scanned join(struct scanned a, struct scanned b)
+{
+    const float e = quick_exp2(-LOG2E * fabsf(a.m - b.m));
+    return {fmaxf(a.m, b.m), a.m >= b.m ? fmaf(b.x, e, a.x) : fmaf(a.x, e, b.x)};
+}
+
+/* The number of the first piece of sequence `seq`, which begins with `row`: every sequence before
+ * it has at most one piece that is not full. */
+__device__ int first_piece(const struct device_step *step, int seq, int row)
+{
+    __shared__ int first;
+    const int least = row / PIECE_ROWS, most = min(least + seq, step->sizes->n_pieces - 1);
+    for (int i = least + threadIdx.x; i <= most; i += blockDim.x)
+        if (step->pieces[i].row == row)
+            first = i;
+    __syncthreads();
+    return first;
+}
+
+/* Threads of one latent are its columns and alpha, for each of `segments` segments; all of them
+ * read a piece's m before a barrier, one overwrites it after. Segments are joined one after the
+ * other, however many a block has at a time. */
+__device__ void scan_sequence(const struct latent_args *a, int seq)
 {
     const struct device_step *step = &a->step;
     const struct latent_call *call = &a->call;
-    const struct piece piece = step->pieces[first];
-    const int n_rows = step->seq_start[piece.seq + 1] - piece.row;
-    const int n = (n_rows + PIECE_ROWS - 1) / PIECE_ROWS;
+    const int row = step->seq_start[seq], n_rows = step->seq_start[seq + 1] - row;
+    const int n = (n_rows + PIECE_ROWS - 1) / PIECE_ROWS, first = first_piece(step, seq, row);
+    const int64_t slot = step->seq_slot[seq];
+    const bool fresh = step->positions[row] == 0;
+    pdl_wait();
+
     const int L = call->shape.n_heads * call->shape.n_latents, d = call->shape.head_dim;
-    const int l = blockIdx.x * (blockDim.x / d) + threadIdx.x / d, i = threadIdx.x % d;
-    const bool active = l < L && threadIdx.x < blockDim.x / d * d;
-    const int64_t slot = step->seq_slot[piece.seq];
-    float m = -INFINITY, alpha = 0, s = 0;
-    if (active && step->positions[piece.row] != 0) {
-        m = call->m.data[slot * call->m.row_values + l];
-        alpha = call->alpha.data[slot * call->alpha.row_values + l];
-        s = call->s.data[slot * call->s.row_values + (int64_t)l * d + i];
+    const int width = d + 1, groups = a->latents * a->segments;
+    const int group = min((int)threadIdx.x / width, groups - 1), i = threadIdx.x - group * width;
+    const int segment = group % a->segments, l = blockIdx.x * a->latents + group / a->segments;
+    const bool active = i < width && l < L;
+    DYNAMIC_SHARED(float, piece_m);                                      /* [groups, SCAN_PIECES] */
+    float *tops = piece_m + groups * SCAN_PIECES, *sums = tops + groups; /* [groups, width] */
+
+    struct scanned carried = {-INFINITY, 0};
+    if (active && !fresh) {
+        carried.m = call->m.data[slot * call->m.row_values + l];
+        carried.x = i < d ? call->s.data[slot * call->s.row_values + (int64_t)l * d + i]
+                          : call->alpha.data[slot * call->alpha.row_values + l];
     }
-    float *state = a->states + (size_t)first * a->state_values;
-    for (int j0 = 0; j0 < n; j0 += BATCH, state += BATCH * a->state_values) {
-        float piece_m[BATCH], piece_alpha[BATCH], piece_s[BATCH];
+    const int64_t values = (int64_t)a->state_values;
+    float *m = a->states + first * values + l;
+    float *x = m + (i < d ? 2 * L - l + l * d + i : L);
+    for (int j0 = 0; j0 < n; j0 += a->segments * SCAN_PIECES) {
+        const int from = j0 + segment * SCAN_PIECES, left = active ? n - from : 0;
+        const float *own_m = piece_m + group * SCAN_PIECES, *x_from = x + from * values;
+        float own[SCAN_PIECES];
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            const bool given = active && j0 + j < n - 1;
-            const float *from = state + j * a->state_values;
-            piece_m[j] = given ? from[l] : -INFINITY;
-            piece_alpha[j] = given ? from[L + l] : 0;
-            piece_s[j] = given ? from[2 * L + (size_t)l * d + i] : 0;
+        for (int j = 0; j < SCAN_PIECES; j++, x_from += values)
+            own[j] = j < left - 1 ? *x_from : 0;
+        for (int j = i; j < SCAN_PIECES && i < width; j += width)
+            piece_m[group * SCAN_PIECES + j] = j < left - 1 ? m[(from + j) * values] : -FLT_MAX;
+        __syncthreads();
+
+        struct scanned all = {-FLT_MAX, 0};
+#pragma unroll
+        for (int j = 0; j < SCAN_PIECES; j++)
+            all.m = fmaxf(all.m, own_m[j]);
+#pragma unroll
+        for (int j = 0; j < SCAN_PIECES; j++)
+            all.x = fmaf(quick_exp2(LOG2E * (own_m[j] - all.m)), own[j], all.x);
+        if (i == 0)
+            tops[group] = all.m;
+        if (i < width)
+            sums[group * width + i] = all.x;
+        __syncthreads();
+
+        struct scanned at = carried;
+        for (int k = 0; k < a->segments; k++) {
+            const int other = group - segment + k;
+            if (k == segment)
+                at = carried;
+            carried = join(carried, {tops[other], sums[other * width + min(i, d)]});
+        }
+        float *to = kept_address(x + from * values); /* not 16 addresses kept since */
+#pragma unroll
+        for (int j = 0; j < SCAN_PIECES; j++, to += values) {
+            if (j < left) {
+                if (i == 0)
+                    m[(from + j) * values] = at.m;
+                __stcg(to, at.x);
+            }
+            at = join(at, {own_m[j], own[j]});
         }
         __syncthreads();
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            float *to = state + j * a->state_values;
-            if (active && j0 + j < n) {
-                if (i == 0) {
-                    to[l] = m;
-                    to[L + l] = alpha;
-                }
-                to[2 * L + (size_t)l * d + i] = s;
-            }
-            const float now = piece_m[j], e = exp_apart(m, now);
-            const float keep = m >= now ? 1 : e, take = now >= m ? 1 : e;
-            alpha = fmaf(alpha, keep, piece_alpha[j] * take);
-            s = fmaf(s, keep, piece_s[j] * take);
-            m = fmaxf(m, now);
-        }
     }
 }
 
 /* Pieces of a sequence one after the other: what latent_sums left for a piece gives way to the
- * state the piece starts from. Moves L * (d + 2) floats a piece each way, within L2; a chain of
- * pieces / BATCH round trips, 7 us for 128 pieces. Sequences of one piece cost a look at them. */
-__global__ void latent_scan(const struct latent_args a)
+ * state the piece starts from. Moves L * (d + 2) floats a piece each way, within L2: 13 MB for 128
+ * pieces of the main configuration, 3 us, asked for at once. */
+__global__ void __launch_bounds__(SCAN_THREADS) latent_scan(const struct latent_args a)
 {
     pdl_trigger();
-    pdl_wait();
     const struct device_step *step = &a.step;
-    const int n_pieces = step->sizes->n_pieces;
-    /* Each lane looks at one piece: does the next one follow it in a sequence it begins? */
-    for (int base = blockIdx.y; base < n_pieces; base += WARP * gridDim.y) {
+    const int n_seqs = step->sizes->n_seqs;
+    for (int base = blockIdx.y; base < n_seqs; base += WARP * gridDim.y) {
         const int mine = base + (int)(threadIdx.x % WARP * gridDim.y);
-        const bool begins = mine + 1 < n_pieces && step->pieces[mine + 1].first == mine;
-        unsigned found = __ballot_sync(0xffffffffu, begins);
+        const bool several =
+            mine < n_seqs && step->seq_start[mine + 1] - step->seq_start[mine] > PIECE_ROWS;
+        unsigned found = __ballot_sync(0xffffffffu, several);
         for (; found; found &= found - 1)
             scan_sequence(&a, base + (__ffs((int)found) - 1) * (int)gridDim.y);
     }
+    pdl_wait(); /* of blocks with nothing to do, too: the next kernel counts on it */
 }
 
 int round_to_warp(int n)
@@ -572,22 +628,28 @@ template <class T, int COLS> struct latent_family {
 
     static void scan(struct cuda *c, struct latent_args *a)
     {
-        const int L = a->call.shape.n_heads * a->call.shape.n_latents, d = a->call.shape.head_dim;
-        const int latents = d > 128 ? 1 : 128 / d;
+        const int L = a->call.shape.n_heads * a->call.shape.n_latents;
+        const int width = a->call.shape.head_dim + 1;
+        const int most = min((int)SCAN_SEGMENTS, SCAN_THREADS / width);
+        const int seqs = min(c->step.seqs, c->step.rows / (PIECE_ROWS + 1) + 1);
+        a->segments = min(most, ceil_div(c->step.rows, seqs * PIECE_ROWS * SCAN_PIECES));
+        a->latents = max(1, 128 / (width * a->segments));
+        const int groups = a->latents * a->segments;
+        const size_t bytes = (size_t)groups * (SCAN_PIECES + 1 + width) * sizeof(float);
         launch(&c->queue, "latent_scan", latent_scan,
-               dim3(ceil_div(L, latents), min(c->step.rows / (PIECE_ROWS + 1) + 1, (int)SCANS)),
-               round_to_warp(latents * d), 0, *a);
+               dim3(ceil_div(L, a->latents), min(seqs, (int)SCANS)), round_to_warp(groups * width),
+               bytes, *a);
     }
 
     /* Whether pieces of this shape have room for their states here. */
     static bool by_pieces(const struct cuda *c, struct latent_args *a)
     {
         const struct latent_shape *sh = &a->call.shape;
-        const size_t values = (size_t)sh->n_heads * sh->n_latents * (sh->head_dim + 2);
         a->heads = 1;
         a->staged = CHUNK;
-        return c->piece_states && c->step.n_pieces <= c->max_pieces && values <= c->piece_values &&
-               sh->head_dim <= 1024 && piece_bytes(a, true) <= MAX_SHARED &&
+        return c->piece_states && c->step.n_pieces <= c->max_pieces &&
+               a->state_values <= c->piece_values && sh->head_dim < SCAN_THREADS &&
+               piece_bytes(a, true) <= MAX_SHARED &&
                (size_t)PIECE_ROWS * padded_latents(sh->n_latents) * sizeof(float) <= MAX_SHARED;
     }
 
@@ -597,7 +659,8 @@ template <class T, int COLS> struct latent_family {
         a.step = c->step;
         a.call = *call;
         a.states = c->piece_states;
-        a.state_values = c->piece_values;
+        a.state_values =
+            (size_t)call->shape.n_heads * call->shape.n_latents * (call->shape.head_dim + 2);
         a.whole = !by_pieces(c, &a);
         if (!a.whole && !c->step.decode) {
             sums(c, &a);
