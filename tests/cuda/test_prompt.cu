@@ -989,6 +989,20 @@ static void test_mix_latents_long(void **)
     check_long({1, 1, 16, 3, 0, 0, 3}, true, run_mix, 8e-3);
 }
 
+/* More than 16 latents, and slices of columns that are not alike. */
+static void test_mix_many_latents(void **)
+{
+    need_device();
+    static const struct shape shapes[] = {
+        {1, 1, 64, 64, 9, 0, 10, false, false, DTYPE_F32},
+        {2, 1, 80, 33, 9, 0, 100, false, false, DTYPE_F32},
+        {1, 1, 96, 20, 9, 0, 1000, false, false, DTYPE_F32},
+        {1, 1, 128, 17, 0, 0, 3, false, false, DTYPE_F32},
+    };
+    for (size_t i = 0; i < COUNT_OF(shapes); i++)
+        check_mix(shapes[i], random_batch(3, 200));
+}
+
 static void test_mix_extremes(void **)
 {
     need_device();
@@ -1015,7 +1029,8 @@ int main(void)
         TEST(test_window_long),      TEST(test_mix),
         TEST(test_mix_window_alone), TEST(test_mix_latents_alone),
         TEST(test_mix_long),         TEST(test_mix_latents_long),
-        TEST(test_mix_extremes),     TEST(test_mix_refuses),
+        TEST(test_mix_many_latents), TEST(test_mix_extremes),
+        TEST(test_mix_refuses),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

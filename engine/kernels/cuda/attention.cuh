@@ -24,10 +24,15 @@ struct latent_call {
 };
 void latent_rows(struct cuda *c, const struct latent_call *call);
 
-/* The rows of all pieces from the states they start from, [pieces, state_values]: m [L],
- * alpha [L], s [L, d] (a sequence of one piece: from its slot), in bf16 on the tensor cores.
- * False if call's shape is not for it; then nothing was launched. */
-bool latent_tiles(struct cuda *c, const struct latent_call *call, const float *states,
+/* The same by pieces in bf16 on the tensor cores, for calls that fit. States: [pieces,
+ * state_values], m [L], alpha [L], s [L, d], state_values even. */
+bool latent_tiles_fit(const struct cuda *c, const struct latent_call *call);
+/* Of each piece but a sequence's last its own state, from nothing. */
+void latent_tile_sums(struct cuda *c, const struct latent_call *call, float *states,
+                      size_t state_values);
+/* The rows of all pieces from the states they start from (a sequence of one piece: from its
+ * slot), and the slots' new states. */
+void latent_tiles(struct cuda *c, const struct latent_call *call, float *states,
                   size_t state_values);
 
 /* Keys or values of a layer in device memory: slabs of rings [KV, w, d]. */

@@ -5,7 +5,8 @@
  *   1 latent_sums  each piece but a sequence's last: its own m, alpha, s from nothing
  *   2 latent_scan  the state each piece starts from: slot, then one piece after the other
  *   3 latent_piece the rows of a piece one by one from its start; the last one's end is the
- *                  slot's new state. In bf16 latent_tile (latent_tile.cu), all rows at once
+ *                  slot's new state
+ * In bf16 1 and 3 are those of latent_tile.cu, all rows at once, for shapes it knows.
  * A sequence of one piece needs 3 alone, from the slot to the slot: that is decode.
  * Rows follow P(eq 19) itself with the running maximum of every row, so a row far below the
  * maximum of its piece keeps its digits. Letters as in backend.h.
@@ -662,11 +663,14 @@ template <class T, int COLS> struct latent_family {
         a.state_values =
             (size_t)call->shape.n_heads * call->shape.n_latents * (call->shape.head_dim + 2);
         a.whole = !by_pieces(c, &a);
+        const bool tiles = !a.whole && latent_tiles_fit(c, call);
         if (!a.whole && !c->step.decode) {
-            sums(c, &a);
+            tiles ? latent_tile_sums(c, call, a.states, a.state_values) : sums(c, &a);
             scan(c, &a);
         }
-        if (a.whole || !latent_tiles(c, call, a.states, a.state_values))
+        if (tiles)
+            latent_tiles(c, call, a.states, a.state_values);
+        else
             rows(c, &a, a.whole ? c->step.seqs : c->step.n_pieces);
     }
 };
