@@ -59,7 +59,7 @@ static void gpu_memory(struct backend *b, struct backend_memory *out)
 
 /* Scratch of single ops, in values. */
 struct scratch_sizes {
-    size_t converted, piece_states, piece_values, partials, prompt_bytes;
+    size_t converted, piece_states, piece_values, partials;
     int max_pieces;
 };
 
@@ -83,15 +83,13 @@ static struct scratch_sizes scratch_sizes_of(const struct backend_options *o)
         s.piece_values *= 64;
     s.partials = c ? larger(window_partials(o), stream_partials(o))
                    : (size_t)o->max_seqs * (size_t)o->max_dim * 64;
-    s.prompt_bytes = c ? prompt_scratch_bytes(o) : 0;
     s.piece_states = (size_t)s.max_pieces * s.piece_values;
     return s;
 }
 
 static size_t scratch_bytes(const struct scratch_sizes *s)
 {
-    return s->converted * sizeof(bf16) + (s->piece_states + s->partials) * sizeof(float) +
-           s->prompt_bytes;
+    return s->converted * sizeof(bf16) + (s->piece_states + s->partials) * sizeof(float);
 }
 
 static enum status open_scratch(struct gpu *g, struct error *err)
@@ -106,8 +104,6 @@ static enum status open_scratch(struct gpu *g, struct error *err)
         st = gpu_take_zeroed(g, (void **)&c->piece_states, s.piece_states * sizeof(float), err);
     if (!st)
         st = gpu_take_zeroed(g, (void **)&c->partials, s.partials * sizeof(float), err);
-    if (!st)
-        st = gpu_take_zeroed(g, &c->prompt_scratch, s.prompt_bytes, err);
     g->workspace_bytes += scratch_bytes(&s);
     return st;
 }
@@ -172,7 +168,7 @@ static void gpu_close(struct backend *b)
     if (c->library)
         library_close(c->library);
     layer_scratch_close(c);
-    void *const owned[] = {c->converted, c->piece_states, c->partials, c->prompt_scratch, g->block};
+    void *const owned[] = {c->converted, c->piece_states, c->partials, g->block};
     for (size_t i = 0; i < sizeof(owned) / sizeof(*owned); i++)
         (void)cudaFree(owned[i]);
     for (int i = 0; i < DEPTH; i++) {

@@ -252,7 +252,7 @@ struct mix mix_memory::call(const mix_case &k) const
     struct mix x = {};
     const int n_q = k.H * n_queries(k), n_k = k.H * k.M;
     x.v = qkv.device;
-    x.q = k.w ? x.v + k.KV * k.d : nullptr;
+    x.q = k.w ? qkv.device + k.KV * k.d : nullptr;
     x.k = k.w ? x.q + k.H * k.d : nullptr;
     x.stride = (int64_t)stride(k);
     if (k.M) {

@@ -597,8 +597,6 @@ static void take_scratch(const struct test_case *t, bool pieces, size_t partial_
     c->piece_states = upload<float>(floats_of((size_t)c->max_pieces * c->piece_values, NAN));
     c->partial_values = partial_values;
     c->partials = upload<float>(floats_of(partial_values, NAN));
-    const size_t heads = (size_t)((t->shape.H + t->shape.KV) * t->shape.d);
-    c->prompt_scratch = upload<bf16>(floats_of(MAX_ROWS * heads, NAN));
 }
 
 typedef struct results run_case(const struct test_case *t);
@@ -681,7 +679,7 @@ static struct results run_mix(const struct test_case *t)
     take_scratch(t, true, 0);
     hold_slots(&h, t);
     struct mix m = {};
-    const bf16 *qkv = upload<bf16>(beside({&t->in.q, &t->in.k, &t->in.v}, rows, 8));
+    bf16 *qkv = upload<bf16>(beside({&t->in.q, &t->in.k, &t->in.v}, rows, 8));
     m.stride = heads + 2 * kv + 8;
     m.q = sh->window() ? qkv : nullptr;
     m.k = qkv + heads;

@@ -62,7 +62,6 @@ struct cuda {
     size_t piece_values;  /* max of L * (d + 2) and 2 * D */
     float *partials;      /* [partial_values] f32 partial results of split reductions */
     size_t partial_values;
-    void *prompt_scratch; /* prompt.cu's, prompt_scratch_bytes of options */
     struct layer_scratch *layer; /* layer.cu's own */
     const char *layers;          /* of the step being queued, see backend.h; NULL: single ops */
 };
@@ -144,10 +143,8 @@ enum status linear_upload(struct cuda *c, void *weight, float *scales, enum dtyp
                           const void *src, enum dtype src_dtype, int n_out, int n_in,
                           struct error *err);
 
-/* Scratch that window.cu (values of `partials`) and prompt.cu want for such options, config
- * included. */
+/* Values of `partials` that window.cu wants for such options, config included. */
 size_t window_partials(const struct backend_options *options);
-size_t prompt_scratch_bytes(const struct backend_options *options);
 
 /* draw.cu. results: pinned host memory that step_results of a slot of the ring points to. */
 enum status drawing_open(struct drawing **out, struct cuda *c, struct error *err);

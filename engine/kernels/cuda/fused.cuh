@@ -110,7 +110,8 @@ bool fused_front(struct cuda *c, const struct product *p, const struct rglru_fro
 /* Launch 2, decode only: for each row and head softmax of the gates, rope of q and k, the latent
  * step P(eq 19), the window over the ring with this row put in, P(eq 13-14). */
 struct mix {
-    const bf16 *q, *k, *v;  /* before norm and rope; q NULL: no window */
+    bf16 *q, *k; /* before norm and rope; q NULL: no window */
+    const bf16 *v;
     int64_t stride;         /* of rows of q, k and v */
     const float *theta, *g; /* [rows, gate_stride]: M, and M or M+1 a head; NULL: no latents */
     int64_t gate_stride;
@@ -127,7 +128,8 @@ struct mix {
 /* False: not for this shape (head_dim, ring too long): the caller composes. */
 bool fused_mix(struct cuda *c, const struct mix *m);
 
-/* The same for prompts (any step), by pieces and tiles: theta and g given, q and k raw. */
+/* The same for prompts (any step), by pieces and tiles: theta and g given; q and k, raw, are normed
+ * and turned where they lie. */
 bool prompt_mix(struct cuda *c, const struct mix *m);
 
 /* x[rows, dim] f32 += norm(y f32) (post norms). */

@@ -419,7 +419,7 @@ static struct mix mix_of(const struct pass *p)
     const struct slab *slabs = p->state->slabs;
     struct mix m = {};
     m.v = p->s->vqk;
-    m.q = p->window ? m.v + head_values(p, c->n_kv_heads) : NULL;
+    m.q = p->window ? p->s->vqk + head_values(p, c->n_kv_heads) : NULL;
     m.k = p->window ? m.q + head_values(p, c->n_heads) : NULL;
     m.stride = vqk_stride(p);
     m.q_norm = floats(p->w->q_norm.weight);

@@ -1,12 +1,12 @@
 /* prompt.cu - a layer's mixing for prompts (any step): the fused layer's way for many rows.
  *
- *   1 prompt_rope    q and k: optional norm of each head, then rope; bf16 scratch
+ *   1 prompt_rope    q and k where they lie: optional norm of each head, then rope
  *   2 prompt_window  window attention by tiles of 64 queries, P(eq 13-14), into out
  *   3 latent_rows    latents by pieces (latent.cu); out = p0 * out + latents
  *   4 update_rings   the ring takes the last w rows (window.cu)
  *
- * Cost is linear in the rows for a fixed window, scratch constant in a prompt's length. What a
- * row gets depends on its own piece and its sequence alone.
+ * Cost is linear in the rows for a fixed window, and there is no scratch. What a row gets depends
+ * on its own piece and its sequence alone.
  */
 #include "engine/kernels/cuda/attention.cuh"
 #include "engine/kernels/cuda/fused.cuh"
@@ -19,7 +19,8 @@ namespace
 {
 
 enum {
-    ROPE_THREADS = 128,
+    ROPE_THREADS = 192,
+    ROPE_ROWS = 2,      /* of a block */
     TILE_THREADS = 128, /* four warps of 16 query rows */
     VEC = 8,            /* bf16 values of 16 bytes */
 };
@@ -32,8 +33,7 @@ struct alignas(16) eight {
 
 struct rope_args {
     struct device_step step;
-    const bf16 *in[2]; /* q, k */
-    bf16 *out[2];      /* [rows, n_heads * d] */
+    bf16 *rows[2]; /* q, k: [rows, stride], head_dim values a head */
     int n_heads[2];
     const float *norm[2]; /* [d] or NULL */
     int64_t stride;
@@ -42,76 +42,79 @@ struct rope_args {
     int head_dim;
 };
 
-/* Where item `at` of a row lies: VEC columns i of one head's first half and as many d/2 on. */
-struct rope_item {
-    int which, head, i;
-};
-__device__ __forceinline__ struct rope_item rope_item_of(const struct rope_args *a, int at)
+/* Where item `item` of a row lies. */
+__device__ __forceinline__ bf16 *item_values(const struct rope_args *a, int row, int item)
 {
-    const int per_head = a->head_dim / (2 * VEC), head = at / per_head;
-    const int which = head >= a->n_heads[0];
-    return {which, which ? head - a->n_heads[0] : head, at % per_head * VEC};
+    const int d = a->head_dim, per_head = d / (2 * VEC), head = item / per_head;
+    bf16 *const at_head =
+        head < a->n_heads[0] ? a->rows[0] + head * d : a->rows[1] + (head - a->n_heads[0]) * d;
+    return at_head + row * a->stride + item % per_head * VEC;
 }
 
-/* A block a row: reads and writes (H + KV) d bf16 values, 50 MB at 8192 rows of the main
- * configuration, of which the products before left most in L2: 16 us from memory. */
-__global__ void __launch_bounds__(ROPE_THREADS) prompt_rope(const struct rope_args a)
+__device__ __forceinline__ float square_sum(const bf16 *from)
+{
+    const struct eight x = *(const struct eight *)from;
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < VEC; e++)
+        sum = fmaf(to_float(x.x[e]), to_float(x.x[e]), sum);
+    return sum;
+}
+
+/* x and y, `half` columns apart, are normed if there is a norm, and turned. */
+__device__ __forceinline__ void turn(struct eight *x, struct eight *y, const float *sine,
+                                     const float *cosine, const float *norm, int half, float scale)
+{
+#pragma unroll
+    for (int e = 0; e < VEC; e++) {
+        float u = to_float(x->x[e]), v = to_float(y->x[e]);
+        if (norm) {
+            u *= scale * norm[e];
+            v *= scale * norm[e + half];
+        }
+        x->x[e] = from_float<bf16>(fmaf(u, cosine[e], -v * sine[e]));
+        y->x[e] = from_float<bf16>(fmaf(u, sine[e], v * cosine[e]));
+    }
+}
+
+/* A block: ROPE_ROWS rows; an item is VEC columns of one head's first half and as many d/2 on.
+ * Reads and writes (H + KV) d bf16 values a row, 50 MB at 8192 rows of the main configuration, of
+ * which the products before left most in L2: 12 us from memory. The angles, known from the step
+ * alone, are there before the wait. */
+__global__ void __launch_bounds__(ROPE_THREADS, 8) prompt_rope(const struct rope_args a)
 {
     pdl_trigger();
-    pdl_wait();
-    const int row = blockIdx.x, d = a.head_dim, half = d / 2;
-    if (row >= a.step.sizes->n_rows)
-        return;
-    DYNAMIC_SHARED(float, shared);
-    float *sine = shared, *cosine = sine + half, *squares = cosine + half; /* [items] */
+    const int first = blockIdx.x * ROPE_ROWS, d = a.head_dim, half = d / 2;
+    const int n_rows = min((int)ROPE_ROWS, a.step.sizes->n_rows - first);
     const int per_head = half / VEC, items = (a.n_heads[0] + a.n_heads[1]) * per_head;
-    const int64_t position = a.step.positions[row];
-    for (int i = threadIdx.x; i < half; i += ROPE_THREADS)
-        angle(position, a.frequencies[i], sine + i, cosine + i);
+    DYNAMIC_SHARED(float, shared);
+    float *sine = shared, *cosine = sine + ROPE_ROWS * half; /* [rows, half] */
+    float *squares = cosine + ROPE_ROWS * half;              /* [rows, items] */
+    for (int at = threadIdx.x; at < n_rows * half; at += ROPE_THREADS)
+        angle(a.step.positions[first + at / half], a.frequencies[at % half], sine + at,
+              cosine + at);
+    pdl_wait();
 
-    for (int at = threadIdx.x; at < items && (a.norm[0] || a.norm[1]); at += ROPE_THREADS) {
-        const struct rope_item it = rope_item_of(&a, at);
-        const bf16 *in = a.in[it.which] + row * a.stride + it.head * d + it.i;
-        const struct eight low = *(const struct eight *)in,
-                           high = *(const struct eight *)(in + half);
-        float sum = 0;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            sum = fmaf(to_float(low.x[e]), to_float(low.x[e]), sum);
-            sum = fmaf(to_float(high.x[e]), to_float(high.x[e]), sum);
-        }
-        squares[at] = sum;
+    for (int at = threadIdx.x; at < n_rows * items && (a.norm[0] || a.norm[1]);
+         at += ROPE_THREADS) {
+        const bf16 *values = item_values(&a, first + at / items, at % items);
+        squares[at] = square_sum(values) + square_sum(values + half);
     }
     __syncthreads();
 
-    for (int at = threadIdx.x; at < items; at += ROPE_THREADS) {
-        const struct rope_item it = rope_item_of(&a, at);
-        const bf16 *in = a.in[it.which] + row * a.stride + it.head * d + it.i;
-        const struct eight low = *(const struct eight *)in,
-                           high = *(const struct eight *)(in + half);
-        const float *norm = a.norm[it.which];
-        float scale = 1;
-        if (norm) {
-            float sum = 0;
-            for (int i = 0; i < per_head; i++)
-                sum += squares[at / per_head * per_head + i];
-            scale = 1 / sqrtf(sum / d + a.eps);
-        }
-        struct eight x, y;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            const int i = it.i + e;
-            float u = to_float(low.x[e]), v = to_float(high.x[e]);
-            if (norm) {
-                u *= scale * norm[i];
-                v *= scale * norm[i + half];
-            }
-            x.x[e] = from_float<bf16>(fmaf(u, cosine[i], -v * sine[i]));
-            y.x[e] = from_float<bf16>(fmaf(u, sine[i], v * cosine[i]));
-        }
-        bf16 *out = a.out[it.which] + ((int64_t)row * a.n_heads[it.which] + it.head) * d + it.i;
-        *(struct eight *)out = x;
-        *(struct eight *)(out + half) = y;
+    for (int at = threadIdx.x; at < n_rows * items; at += ROPE_THREADS) {
+        const int r = at / items, item = at - r * items, head = item / per_head;
+        const int i = (item - head * per_head) * VEC;
+        bf16 *const values = item_values(&a, first + r, item);
+        struct eight x = *(const struct eight *)values, y = *(const struct eight *)(values + half);
+        const float *norm = a.norm[head >= a.n_heads[0]];
+        float sum = 0;
+        for (int n = 0; n < per_head && norm; n++)
+            sum += squares[r * items + head * per_head + n];
+        turn(&x, &y, sine + r * half + i, cosine + r * half + i, norm ? norm + i : nullptr, half,
+             1 / sqrtf(sum / d + a.eps));
+        *(struct eight *)values = x;
+        *(struct eight *)(values + half) = y;
     }
 }
 
@@ -119,9 +122,8 @@ __global__ void __launch_bounds__(ROPE_THREADS) prompt_rope(const struct rope_ar
 
 struct tile_args {
     struct device_step step;
-    const bf16 *q, *k; /* roped: [rows, H*d], [rows, KV*d] */
-    const bf16 *v;
-    int64_t v_stride;
+    const bf16 *q, *k, *v; /* q and k turned: [rows, stride], H d and KV d values */
+    int64_t stride;
     struct device_ring ring_k, ring_v;
     struct window_shape shape;
     bf16 *out; /* [rows, H*d] */
@@ -170,7 +172,7 @@ template <int D> struct tile {
 /* The window as a block sees it: positions are counted from its oldest key. */
 template <class R> struct key_source {
     const bf16 *own_k, *own_v; /* rows of the step, from the sequence's first on */
-    int64_t own_k_stride, own_v_stride;
+    int64_t own_stride;
     const R *ring_k, *ring_v;
     int64_t oldest, ring_rows;
     int n_ring, n_keys; /* keys before n_ring are in the ring, then come the step's own */
@@ -195,8 +197,8 @@ __device__ __forceinline__ void fetch_tile(bf16 *keys, bf16 *values, const struc
             *(uint4 *)to_k = *(uint4 *)to_v = make_uint4(0, 0, 0, 0);
         } else if (key >= s->n_ring) {
             const int64_t own = key < s->n_keys ? key - s->n_ring : 0;
-            copy_async_16(to_k, s->own_k + own * s->own_k_stride + i, key < s->n_keys);
-            copy_async_16(to_v, s->own_v + own * s->own_v_stride + i, key < s->n_keys);
+            copy_async_16(to_k, s->own_k + own * s->own_stride + i, key < s->n_keys);
+            copy_async_16(to_v, s->own_v + own * s->own_stride + i, key < s->n_keys);
         } else {
             int64_t place = ring_first + row;
             while (place >= s->ring_rows)
@@ -249,10 +251,9 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
     const int now = (int)(position - source.oldest); /* of the piece's first row */
     source.n_keys = now + piece.n_rows;
     const int64_t own_row = seq_row + max((int64_t)0, source.oldest - t0);
-    source.own_k_stride = (int64_t)KV * d;
-    source.own_v_stride = a.v_stride;
-    source.own_k = a.k + own_row * source.own_k_stride + kv * d;
-    source.own_v = a.v + own_row * source.own_v_stride + kv * d;
+    source.own_stride = a.stride;
+    source.own_k = a.k + own_row * a.stride + kv * d;
+    source.own_v = a.v + own_row * a.stride + kv * d;
     source.ring_k = (const R *)a.ring_k.data + slot * a.ring_k.row_values + kv * w * d;
     source.ring_v = (const R *)a.ring_v.data + slot * a.ring_v.row_values + kv * w * d;
 
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
         const int r = at / (D / VEC), i = at % (D / VEC) * VEC;
         const bool valid = r < piece.n_rows && i < d;
         const int64_t row = piece.row + (valid ? r : 0);
-        copy_async_16(queries + r * STRIDE + i, a.q + (row * H + h) * d + (valid ? i : 0), valid);
+        copy_async_16(queries + r * STRIDE + i, a.q + row * a.stride + h * d + (valid ? i : 0), valid);
     }
     fetch_tile<D>(tiles, tiles + KEYS * STRIDE, &source, 0);
 
@@ -433,14 +434,11 @@ void mix_window(struct cuda *c, const struct mix *m)
 {
     const struct window_shape *sh = &m->window;
     const int H = sh->n_heads, KV = sh->n_kv_heads, d = sh->head_dim;
-    bf16 *q = (bf16 *)c->prompt_scratch, *k = q + (size_t)c->options.max_rows * H * d;
 
     struct rope_args rope = {};
     rope.step = c->step;
-    rope.in[0] = m->q;
-    rope.in[1] = m->k;
-    rope.out[0] = q;
-    rope.out[1] = k;
+    rope.rows[0] = m->q;
+    rope.rows[1] = m->k;
     rope.n_heads[0] = H;
     rope.n_heads[1] = KV;
     rope.norm[0] = m->q_norm;
@@ -449,15 +447,16 @@ void mix_window(struct cuda *c, const struct mix *m)
     rope.eps = m->qk_eps;
     rope.frequencies = m->frequencies;
     rope.head_dim = d;
-    const size_t bytes = (size_t)(d + (H + KV) * d / (2 * VEC)) * sizeof(float);
-    launch(&c->queue, "prompt_rope", prompt_rope, dim3(c->step.rows), ROPE_THREADS, bytes, rope);
+    const size_t bytes = ROPE_ROWS * (size_t)(d + (H + KV) * d / (2 * VEC)) * sizeof(float);
+    launch(&c->queue, "prompt_rope", prompt_rope, dim3(ceil_div(c->step.rows, ROPE_ROWS)),
+           ROPE_THREADS, bytes, rope);
 
     struct tile_args tiles = {};
     tiles.step = c->step;
-    tiles.q = q;
-    tiles.k = k;
+    tiles.q = m->q;
+    tiles.k = m->k;
     tiles.v = m->v;
-    tiles.v_stride = m->stride;
+    tiles.stride = m->stride;
     tiles.ring_k = device_ring(&m->ring_k);
     tiles.ring_v = device_ring(&m->ring_v);
     tiles.shape = *sh;
@@ -468,15 +467,13 @@ void mix_window(struct cuda *c, const struct mix *m)
 void store_window(struct cuda *c, const struct mix *m)
 {
     const struct window_shape *sh = &m->window;
-    const int H = sh->n_heads, KV = sh->n_kv_heads, d = sh->head_dim;
     struct ring_update u = {};
-    u.k = (const bf16 *)c->prompt_scratch + (size_t)c->options.max_rows * H * d;
-    u.k_stride = (int64_t)KV * d;
+    u.k = m->k;
     u.v = m->v;
-    u.v_stride = m->stride;
+    u.k_stride = u.v_stride = m->stride;
     u.half = true;
-    u.n_kv_heads = KV;
-    u.head_dim = d;
+    u.n_kv_heads = sh->n_kv_heads;
+    u.head_dim = sh->head_dim;
     u.ring_rows = sh->ring_rows;
     u.ring_k = device_ring(&m->ring_k);
     u.ring_v = device_ring(&m->ring_v);
@@ -502,23 +499,16 @@ void mix_latents(struct cuda *c, const struct mix *m, bool blend)
     latent_rows(c, &call);
 }
 
-bool window_fits(const struct cuda *c, const struct mix *m)
+bool window_fits(const struct mix *m)
 {
     const struct window_shape *sh = &m->window;
-    return c->prompt_scratch && sh->head_dim % (2 * VEC) == 0 && sh->head_dim <= 256 &&
-           m->stride % VEC == 0 && aligned(m->q) && aligned(m->k) && aligned(m->v) &&
-           aligned(m->out) && sh->ring_rows < INT32_MAX / 2 && m->ring_k.row_values % 16 == 0 &&
+    return sh->head_dim % (2 * VEC) == 0 && sh->head_dim <= 256 && m->stride % VEC == 0 &&
+           aligned(m->q) && aligned(m->k) && aligned(m->v) && aligned(m->out) &&
+           sh->ring_rows < INT32_MAX / 2 && m->ring_k.row_values % 16 == 0 &&
            m->ring_v.row_values % 16 == 0;
 }
 
 } // namespace
-
-size_t prompt_scratch_bytes(const struct backend_options *options)
-{
-    const struct model_config *config = options->config;
-    const size_t values = (size_t)(config->n_heads + config->n_kv_heads) * config->head_dim;
-    return (size_t)options->max_rows * values * sizeof(bf16);
-}
 
 bool prompt_mix(struct cuda *c, const struct mix *m)
 {
@@ -527,7 +517,7 @@ bool prompt_mix(struct cuda *c, const struct mix *m)
         return false;
     if (latents && (!m->theta || !m->g || m->latents.gated_window != window))
         return false;
-    if (window && !window_fits(c, m))
+    if (window && !window_fits(m))
         return false;
 
     if (window)
