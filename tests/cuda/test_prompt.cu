@@ -973,12 +973,20 @@ static void test_mix_latents_alone(void **)
     check_mix({2, 1, 24, 6, 0, 0, 20, false, false, DTYPE_F32}, random_batch(3, 200));
 }
 
-/* Longer than the ring, in pieces that see other pieces' rows and the ring's. */
+/* Longer than the ring, in pieces that see other pieces' rows and the ring's; several of them one
+ * after the other in a block, which a sequence alone has not. */
 static void test_mix_long(void **)
 {
     need_device();
-    check_mix({1, 1, 16, 4, 100, 0, 10, false, false, DTYPE_BF16},
-              {{{1, 300, 0}, {2, 1, 50}, {3, 230, 90}, {4, 290, 1000000}}});
+    static const struct shape shapes[] = {
+        {1, 1, 16, 4, 100, 0, 10, false, false, DTYPE_BF16},
+        {4, 2, 96, 4, 128, 0, 10, true, false, DTYPE_BF16},
+        {2, 2, 48, 4, 129, 20, 10, false, false, DTYPE_F8_E4M3},
+        {2, 1, 128, 2, 65, 0, 10, false, false, DTYPE_F32},
+        {1, 1, 256, 2, 32, 0, 10, false, false, DTYPE_BF16},
+    };
+    for (size_t i = 0; i < COUNT_OF(shapes); i++)
+        check_mix(shapes[i], {{{1, 300, 0}, {2, 1, 50}, {3, 230, 90}, {4, 290, 1000000}}});
 }
 
 static void test_mix_latents_long(void **)

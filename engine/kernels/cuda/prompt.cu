@@ -6,8 +6,11 @@
  *   4 update_rings   the ring takes the last w rows (window.cu)
  *
  * Cost is linear in the rows for a fixed window, and there is no scratch. What a row gets depends
- * on its own piece and its sequence alone.
+ * on its own sequence alone.
  */
+#include <float.h>
+#include <limits.h>
+
 #include "engine/kernels/cuda/attention.cuh"
 #include "engine/kernels/cuda/fused.cuh"
 
@@ -21,8 +24,10 @@ namespace
 enum {
     ROPE_THREADS = 192,
     ROPE_ROWS = 2,      /* of a block */
-    TILE_THREADS = 128, /* four warps of 16 query rows */
-    VEC = 8,            /* bf16 values of 16 bytes */
+    TILE_THREADS = 128, /* four warps of 16 queries: a piece */
+    TILE_KEYS = 32,
+    MOST_PIECES = 4, /* of a block */
+    VEC = 8,         /* bf16 values of 16 bytes */
 };
 
 struct alignas(16) eight {
@@ -129,23 +134,26 @@ struct tile_args {
     bf16 *out; /* [rows, H*d] */
 };
 
-/* VEC values of a ring as bf16 in shared memory; bf16 rings are copied in the background. */
-__device__ __forceinline__ void fetch(bf16 *to, const bf16 *from)
+/* VEC values of a ring as bf16 in shared memory, zeros where !valid; bf16 rings are copied in the
+ * background. */
+__device__ __forceinline__ void fetch(bf16 *to, const bf16 *from, bool valid)
 {
-    copy_async_16(to, from);
+    copy_async_16(to, from, valid);
 }
-__device__ __forceinline__ void fetch(bf16 *to, const float *from)
+__device__ __forceinline__ void fetch(bf16 *to, const float *from, bool valid)
 {
-    const float4 a = *(const float4 *)from, b = *(const float4 *)(from + 4);
+    const float4 zeros = make_float4(0, 0, 0, 0);
+    const float4 a = valid ? *(const float4 *)from : zeros;
+    const float4 b = valid ? *(const float4 *)(from + 4) : zeros;
     const struct eight x = {{from_float<bf16>(a.x), from_float<bf16>(a.y), from_float<bf16>(a.z),
                              from_float<bf16>(a.w), from_float<bf16>(b.x), from_float<bf16>(b.y),
                              from_float<bf16>(b.z), from_float<bf16>(b.w)}};
     *(struct eight *)to = x;
 }
-__device__ __forceinline__ void fetch(bf16 *to, const fp8 *from)
+__device__ __forceinline__ void fetch(bf16 *to, const fp8 *from, bool valid)
 {
     alignas(8) fp8 raw[VEC];
-    *(uint2 *)raw = *(const uint2 *)from;
+    *(uint2 *)raw = valid ? *(const uint2 *)from : make_uint2(0, 0);
     struct eight x;
 #pragma unroll
     for (int e = 0; e < VEC; e++)
@@ -159,224 +167,365 @@ __device__ __forceinline__ uint32_t pack(float low, float high)
     return *(const uint32_t *)&x;
 }
 
-/* Sizes of a tile for heads of up to D values, the rest zeros: D + VEC values a row, so that the
- * rows an ldmatrix reads at once lie in different banks. Wide heads take fewer keys at a time:
- * their sums fill the registers. */
+/* Sizes for heads of up to D values, the rest zeros. In shared memory a row has D + VEC values, so
+ * that the rows an ldmatrix reads at once lie in different banks. */
 template <int D> struct tile {
-    static constexpr int keys = D > 128 ? 32 : 64;
+    static constexpr int blocks = D > 128 ? 2 : D > 96 ? 3 : 4; /* of an SM */
+    static constexpr int stages = D > 192 ? 2 : 3;              /* of keys and values, or queries */
     static constexpr int stride = D + VEC;
-    static constexpr int blocks = D > 128 ? 1 : D > 96 ? 2 : 3; /* of an SM, at least */
-    static constexpr size_t bytes = (size_t)(PIECE_ROWS + 4 * keys) * stride * sizeof(bf16);
+    static constexpr int stage = 2 * TILE_KEYS * stride;                   /* values */
+    static constexpr size_t bytes = (size_t)stages * stage * sizeof(bf16); /* below 98 KB */
 };
+static_assert(2 * TILE_KEYS == PIECE_ROWS, "a stage has room for a piece's queries");
 
-/* The window as a block sees it: positions are counted from its oldest key. */
-template <class R> struct key_source {
-    const bf16 *own_k, *own_v; /* rows of the step, from the sequence's first on */
-    int64_t own_stride;
+/* A piece and what its rows attend to. Rows and keys are counted from the piece's first row, keys
+ * before it are negative. Tiles begin at multiples of their length, as pieces do: a tile is from
+ * the ring or from the step. */
+template <class R> struct window_piece {
+    const bf16 *q, *k, *v; /* row 0 */
+    bf16 *out;
     const R *ring_k, *ring_v;
-    int64_t oldest, ring_rows;
-    int n_ring, n_keys; /* keys before n_ring are in the ring, then come the step's own */
-    int head_dim;
+    int place;       /* of key 0 in the ring */
+    int first;       /* of the first tile */
+    int oldest;      /* the first key seen */
+    int own, n_rows; /* the step's first key; one after its last is n_rows */
 };
 
-/* Keys `first` on into shared tiles; zeros beyond the last. */
-template <int D, class R>
-__device__ __forceinline__ void fetch_tile(bf16 *keys, bf16 *values, const struct key_source<R> *s,
-                                           int first)
+template <class R>
+__device__ __forceinline__ void find_piece(struct window_piece<R> *p, const struct tile_args *a,
+                                           int index, int h)
 {
-    const int chunks = D / VEC;
-    const int64_t ring_first = first < s->n_ring ? (s->oldest + first) % s->ring_rows : 0;
-#pragma unroll 2
-    for (int u = 0; u < tile<D>::keys * chunks; u += TILE_THREADS) {
-        const int at = u + threadIdx.x, row = at / chunks, i = at % chunks * VEC;
-        if (at >= tile<D>::keys * chunks)
-            break;
-        const int key = first + row;
-        bf16 *to_k = keys + row * tile<D>::stride + i, *to_v = values + row * tile<D>::stride + i;
-        if (i >= s->head_dim) {
-            *(uint4 *)to_k = *(uint4 *)to_v = make_uint4(0, 0, 0, 0);
-        } else if (key >= s->n_ring) {
-            const int64_t own = key < s->n_keys ? key - s->n_ring : 0;
-            copy_async_16(to_k, s->own_k + own * s->own_stride + i, key < s->n_keys);
-            copy_async_16(to_v, s->own_v + own * s->own_stride + i, key < s->n_keys);
-        } else {
-            int64_t place = ring_first + row;
-            while (place >= s->ring_rows)
-                place -= s->ring_rows;
-            fetch(to_k, s->ring_k + place * s->head_dim + i);
-            fetch(to_v, s->ring_v + place * s->head_dim + i);
-        }
-    }
-    copy_async_commit();
+    const struct piece piece = a->step.pieces[index];
+    const int H = a->shape.n_heads, kv = h / (H / a->shape.n_kv_heads), d = a->shape.head_dim;
+    const int64_t w = a->shape.ring_rows, slot = a->step.seq_slot[piece.seq];
+    const int64_t position = a->step.positions[piece.row], row = piece.row * a->stride;
+    p->q = a->q + row + h * d;
+    p->k = a->k + row + kv * d;
+    p->v = a->v + row + kv * d;
+    p->out = a->out + ((int64_t)piece.row * H + h) * d;
+    p->ring_k = (const R *)a->ring_k.data + slot * a->ring_k.row_values + kv * w * d;
+    p->ring_v = (const R *)a->ring_v.data + slot * a->ring_v.row_values + kv * w * d;
+    p->place = (int)(position % w);
+    p->oldest = -(int)min(position, w - 1);
+    p->first = -(TILE_KEYS - 1 - p->oldest) / TILE_KEYS * TILE_KEYS;
+    p->own = a->step.seq_start[piece.seq] - piece.row;
+    p->n_rows = piece.n_rows;
 }
 
-/* Scores to base-2 logits. */
-struct score_scale {
-    float scale, cap; /* cap 0: none */
+/* What a thread copies of the rows that a block does, PASS rows at a time: columns i on. row: the
+ * first one; beyond all where there are more threads than chunks. */
+template <int D> struct share {
+    static constexpr int CHUNKS = D / VEC, PASS = TILE_THREADS / CHUNKS;
+    int row, i;
 };
-__device__ __forceinline__ float logit(float product, struct score_scale s)
+
+template <int D> __device__ __forceinline__ share<D> my_share(void)
+{
+    const int CHUNKS = share<D>::CHUNKS, at = threadIdx.x;
+    return {at < share<D>::PASS * CHUNKS ? at / CHUNKS : (int)PIECE_ROWS, VEC * (at % CHUNKS)};
+}
+
+/* Keys `first` on into a stage: keys, then values; zeros where there are none. */
+template <int D, class R>
+__device__ __forceinline__ void fetch_tile(bf16 *stage, const struct window_piece<R> *p, int first,
+                                           const struct tile_args *a)
+{
+    constexpr int STRIDE = tile<D>::stride, PASS = share<D>::PASS;
+    const struct share<D> mine = my_share<D>();
+    const int d = a->shape.head_dim, key = first + mine.row, from_oldest = key - p->oldest;
+    const unsigned n_keys = mine.i < d ? p->n_rows - p->oldest : 0;
+    bf16 *to = stage + mine.row * STRIDE + mine.i;
+    if (mine.row >= PASS)
+        return;
+    if (first >= p->own) {
+        const bf16 *k = p->k + key * a->stride + mine.i, *v = p->v + key * a->stride + mine.i;
+#pragma unroll
+        for (int r = 0; r < TILE_KEYS; r += PASS) {
+            const bool there = (unsigned)(from_oldest + r) < n_keys;
+            if (r + PASS <= TILE_KEYS || mine.row + r < TILE_KEYS) {
+                copy_async_16(to + r * STRIDE, k, there);
+                copy_async_16(to + (TILE_KEYS + r) * STRIDE, v, there);
+            }
+            k += PASS * a->stride;
+            v += PASS * a->stride;
+        }
+    } else {
+#pragma unroll 1
+        for (int r = 0; mine.row + r < TILE_KEYS; r += PASS) {
+            const bool there = (unsigned)(from_oldest + r) < n_keys;
+            const int64_t place = p->place + key + r;
+            const int64_t at =
+                there ? (place < 0 ? place + a->shape.ring_rows : place) * d + mine.i : 0;
+            fetch(to + r * STRIDE, p->ring_k + at, there);
+            fetch(to + (TILE_KEYS + r) * STRIDE, p->ring_v + at, there);
+        }
+    }
+}
+
+/* The piece's queries into a stage, zeros beyond the last. */
+template <int D, class R>
+__device__ __forceinline__ void fetch_queries(bf16 *stage, const struct window_piece<R> *p,
+                                              const struct tile_args *a)
+{
+    const struct share<D> mine = my_share<D>();
+#pragma unroll 2
+    for (int r = mine.row; r < PIECE_ROWS; r += share<D>::PASS)
+        copy_async_16(stage + r * tile<D>::stride + mine.i, p->q + r * a->stride + mine.i,
+                      r < p->n_rows && mine.i < a->shape.head_dim);
+}
+
+/* Scores to base-2 logits, which are factor times what is left of them. */
+struct score_scale {
+    float factor, scale, cap; /* cap 0: none */
+};
+
+__device__ __forceinline__ struct score_scale score_scale_of(const struct window_shape *sh)
 {
     const float log2e = 1.4426950408889634f;
-    if (s.cap == 0)
-        return product * s.scale;
-    /* tanh(x) = 1 - 2 / (e^2x + 1), scale here is 2 log2(e) / cap of the score's */
-    return s.cap * log2e * (1 - 2 / (quick_exp2(product * s.scale) + 1));
+    if (sh->softcap > 0) /* tanh(x) = 1 - 2 / (e^2x + 1) */
+        return {sh->softcap * log2e, 2 * log2e * sh->scale / sh->softcap, sh->softcap};
+    return {sh->scale * log2e, 1, 0};
 }
 
-/* A block: the rows of one piece and one head, against the keys of positions t-w+1..t a tile at
- * a time, the next tile on its way meanwhile. Reads (w + 64) keys and values for 64 rows from L2:
- * 75 MB at 8192 rows of the main configuration, and writes 12.6 MB; 5 GFLOP. About 25 us. */
-template <int D, class R>
-__global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
-    prompt_window(const struct tile_args a)
+/* 16 rows of a warp and what they have seen; lane l has a part of rows l/4 and l/4 + 8. */
+template <int D> struct attention {
+    uint32_t q[D / 16][4];  /* as mma_bf16's a */
+    float sums[D / 8][4];   /* of weighted values, as mma_bf16's d */
+    float top[2], total[2]; /* what weights are relative to, their sum */
+    int row, oldest, width; /* row r, `row` on, sees keys from max(oldest, r - width + 1) to r */
+};
+
+template <int D>
+__device__ __forceinline__ void begin_rows(struct attention<D> *t, const bf16 *queries)
 {
-    pdl_trigger();
-    pdl_wait();
-    if (blockIdx.x >= (unsigned)a.step.sizes->n_pieces)
-        return;
-    const int KEYS = tile<D>::keys, STRIDE = tile<D>::stride;
-    const struct piece piece = a.step.pieces[blockIdx.x];
-    const int H = a.shape.n_heads, KV = a.shape.n_kv_heads, h = blockIdx.y, kv = h / (H / KV);
-    const int d = a.shape.head_dim;
-    const int64_t w = a.shape.ring_rows, slot = a.step.seq_slot[piece.seq];
-    const int seq_row = a.step.seq_start[piece.seq];
-    const int64_t t0 = a.step.positions[seq_row]; /* the sequence's first in this step */
-    const int64_t position = a.step.positions[piece.row];
+    const int lane = threadIdx.x % WARP;
+    const bf16 *from = queries + (t->row + lane % 16) * tile<D>::stride + lane / 16 * 8;
+#pragma unroll
+    for (int s = 0; s < D / 16; s++)
+        ldmatrix_x4(t->q[s], from + s * 16);
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            t->sums[n][e] = 0;
+    t->top[0] = t->top[1] = -FLT_MAX; /* finite: a score of -inf is below it */
+    t->total[0] = t->total[1] = 0;
+}
 
-    struct key_source<R> source;
-    source.oldest = max((int64_t)0, position - w + 1);
-    source.ring_rows = w;
-    source.head_dim = d;
-    source.n_ring = (int)max((int64_t)0, t0 - source.oldest);
-    const int now = (int)(position - source.oldest); /* of the piece's first row */
-    source.n_keys = now + piece.n_rows;
-    const int64_t own_row = seq_row + max((int64_t)0, source.oldest - t0);
-    source.own_stride = a.stride;
-    source.own_k = a.k + own_row * a.stride + kv * d;
-    source.own_v = a.v + own_row * a.stride + kv * d;
-    source.ring_k = (const R *)a.ring_k.data + slot * a.ring_k.row_values + kv * w * d;
-    source.ring_v = (const R *)a.ring_v.data + slot * a.ring_v.row_values + kv * w * d;
+/* Whether any row sees any key of the tile that begins with `key`; whether all see all. */
+template <int D> __device__ __forceinline__ bool sees(const struct attention<D> *t, int key)
+{
+    return key <= t->row + 15 && key + TILE_KEYS > max(t->oldest, t->row - t->width + 1);
+}
+template <int D> __device__ __forceinline__ bool sees_all(const struct attention<D> *t, int key)
+{
+    return key + TILE_KEYS - 1 <= t->row && key >= max(t->oldest, t->row + 15 - t->width + 1);
+}
 
-    DYNAMIC_SHARED(bf16, queries); /* [PIECE_ROWS, STRIDE], then keys and values twice */
-    bf16 *tiles = queries + PIECE_ROWS * STRIDE;
-    for (int at = threadIdx.x; at < PIECE_ROWS * (D / VEC); at += TILE_THREADS) {
-        const int r = at / (D / VEC), i = at % (D / VEC) * VEC;
-        const bool valid = r < piece.n_rows && i < d;
-        const int64_t row = piece.row + (valid ? r : 0);
-        copy_async_16(queries + r * STRIDE + i, a.q + row * a.stride + h * d + (valid ? i : 0), valid);
-    }
-    fetch_tile<D>(tiles, tiles + KEYS * STRIDE, &source, 0);
-
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int quad_row = lane / 4, quad_column = lane % 4 * 2;
-    const int first_row = warp * 16;
-    const bool busy = first_row < piece.n_rows;
-    /* This thread's rows g and g + 8: the newest key each sees. */
-    const int last[2] = {now + first_row + quad_row, now + first_row + quad_row + 8};
-    struct score_scale scale = {a.shape.scale * 1.4426950408889634f, 0};
-    if (a.shape.softcap > 0)
-        scale = {2 * scale.scale / a.shape.softcap, a.shape.softcap};
-    const bf16 *query = queries + (first_row + lane % 16) * STRIDE + lane / 16 * 8;
-
-    float sums[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    const int n_tiles = (source.n_keys + KEYS - 1) / KEYS;
-    for (int t = 0; t < n_tiles; t++) {
-        bf16 *keys = tiles + t % 2 * 2 * KEYS * STRIDE, *values = keys + KEYS * STRIDE;
-        bf16 *next = tiles + (t + 1) % 2 * 2 * KEYS * STRIDE;
-        if (t + 1 < n_tiles) {
-            fetch_tile<D>(next, next + KEYS * STRIDE, &source, (t + 1) * KEYS);
-            copy_async_wait<1>();
-        } else {
-            copy_async_wait<0>();
+/* scores of a tile's keys, `first` on, -inf where a row does not see them. */
+template <int D>
+__device__ __forceinline__ void score_tile(float (&scores)[TILE_KEYS / 8][4],
+                                           const struct attention<D> *t, const bf16 *keys,
+                                           int first, struct score_scale scale)
+{
+    const int lane = threadIdx.x % WARP;
+    const bf16 *from = keys + (lane / 16 * 8 + lane % 8) * tile<D>::stride + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int s = 0; s < D / 16; s++)
+#pragma unroll
+        for (int n = 0; n < TILE_KEYS; n += 16) {
+            uint32_t k[4];
+            ldmatrix_x4(k, from + n * tile<D>::stride + s * 16);
+            mma_bf16(scores[n / 8], t->q[s], k);
+            mma_bf16(scores[n / 8 + 1], t->q[s], k + 2);
         }
-        __syncthreads();
-        const int first_key = t * KEYS;
-        /* Keys this warp's rows see at all: (now + first_row - w, now + first_row + 15]. */
-        const bool wanted =
-            busy && first_key <= now + first_row + 15 && first_key + KEYS > now + first_row - w + 1;
-        if (wanted) {
-            float scores[KEYS / 8][4] = {};
+    if (scale.cap > 0) {
 #pragma unroll
-            for (int i = 0; i < D; i += 16) {
-                uint32_t q[4];
-                ldmatrix_x4(q, query + i);
+        for (int n = 0; n < TILE_KEYS / 8; n++)
 #pragma unroll
-                for (int n = 0; n < KEYS; n += 16) {
-                    uint32_t k[4];
-                    const int key = n + lane / 16 * 8 + lane % 8;
-                    ldmatrix_x4(k, keys + key * STRIDE + i + lane / 8 % 2 * 8);
-                    mma_bf16(scores[n / 8], q, k);
-                    mma_bf16(scores[n / 8 + 1], q, k + 2);
-                }
-            }
-            float highest[2] = {top[0], top[1]};
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int key = first_key + n * 8 + quad_column + e % 2, newest = last[e / 2];
-                    const bool seen = key <= newest && key > newest - w;
-                    scores[n][e] = seen ? logit(scores[n][e], scale) : -INFINITY;
-                    highest[e / 2] = fmaxf(highest[e / 2], scores[n][e]);
-                }
-            float shift[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 1));
-                highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 2));
-                shift[r] = highest[r] == -INFINITY ? 0 : highest[r]; /* no key seen yet */
-                const float keep = quick_exp2(top[r] - shift[r]);
-                top[r] = highest[r];
-                total[r] *= keep;
-#pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    sums[n][2 * r] *= keep;
-                    sums[n][2 * r + 1] *= keep;
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    scores[n][e] = quick_exp2(scores[n][e] - shift[e / 2]);
-                    total[e / 2] += scores[n][e];
-                }
-#pragma unroll
-            for (int n = 0; n < KEYS; n += 16) {
-                const float *left = scores[n / 8], *right = scores[n / 8 + 1];
-                const uint32_t p[4] = {pack(left[0], left[1]), pack(left[2], left[3]),
-                                       pack(right[0], right[1]), pack(right[2], right[3])};
-#pragma unroll
-                for (int i = 0; i < D; i += 16) {
-                    uint32_t v[4];
-                    ldmatrix_x4_trans(v, values + (n + lane % 16) * STRIDE + i + lane / 16 * 8);
-                    mma_bf16(sums[i / 8], p, v);
-                    mma_bf16(sums[i / 8 + 1], p, v + 2);
-                }
-            }
-        }
-        __syncthreads();
+            for (int e = 0; e < 4; e++)
+                scores[n][e] = 1 - 2 * quick_reciprocal(quick_exp2(scores[n][e] * scale.scale) + 1);
     }
-    if (!busy)
+    if (sees_all(t, first))
         return;
-
-        /* Through the warp's own rows of the queries, for 16-byte stores. */
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
-        total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
-        const float scaled = 1 / total[r];
-        bf16 *to = queries + (first_row + quad_row + 8 * r) * STRIDE + quad_column;
+        const int row = t->row + lane / 4 + 8 * r, ago = row - first - lane % 4 * 2;
+        const int n_seen = min(t->width, row - t->oldest + 1); /* keys 0.. ago */
+#pragma unroll
+        for (int n = 0; n < TILE_KEYS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if ((unsigned)(ago - n * 8 - e) >= (unsigned)n_seen)
+                    scores[n][2 * r + e] = -INFINITY;
+    }
+}
+
+/* What weights are relative to rises to the largest score where that is far above, and what was
+ * added up is scaled: weights of up to 2^FAR do no harm. */
+template <int D>
+__device__ __forceinline__ void raise_tops(struct attention<D> *t,
+                                           const float (&scores)[TILE_KEYS / 8][4], float factor)
+{
+    const float FAR = 8;
+    float keep[2];
+    bool rises = false;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float highest = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+        for (int n = 1; n < TILE_KEYS / 8; n++)
+            highest = fmaxf(highest, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2)) * factor;
+        const bool above = highest > t->top[r] + FAR;
+        keep[r] = above ? quick_exp2(t->top[r] - highest) : 1;
+        t->top[r] = above ? highest : t->top[r];
+        rises |= above;
+    }
+    if (!__any_sync(0xffffffffu, rises))
+        return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        t->total[r] *= keep[r];
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            t->sums[n][2 * r] *= keep[r];
+            t->sums[n][2 * r + 1] *= keep[r];
+        }
+    }
+}
+
+/* A tile's keys, `first` on, and their values, for the rows of a warp. */
+template <int D>
+__device__ __forceinline__ void attend(struct attention<D> *t, const bf16 *keys, int first,
+                                       struct score_scale scale)
+{
+    const int lane = threadIdx.x % WARP;
+    float scores[TILE_KEYS / 8][4] = {};
+    score_tile(scores, t, keys, first, scale);
+    raise_tops(t, scores, scale.factor);
+    /* Weights as mma_bf16's a: rows g, g + 8 of 8 keys, then of the next 8. */
+    uint32_t p[TILE_KEYS / 16][4];
+#pragma unroll
+    for (int n = 0; n < TILE_KEYS / 8; n++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float low = quick_exp2(fmaf(scores[n][2 * r], scale.factor, -t->top[r]));
+            const float high = quick_exp2(fmaf(scores[n][2 * r + 1], scale.factor, -t->top[r]));
+            t->total[r] += low + high;
+            p[n / 2][n % 2 * 2 + r] = pack(low, high);
+        }
+    const bf16 *values = keys + (TILE_KEYS + lane % 16) * tile<D>::stride + lane / 16 * 8;
+#pragma unroll
+    for (int n = 0; n < TILE_KEYS; n += 16)
+#pragma unroll
+        for (int i = 0; i < D; i += 16) {
+            uint32_t v[4];
+            ldmatrix_x4_trans(v, values + n * tile<D>::stride + i);
+            mma_bf16(t->sums[i / 8], p[n / 16], v);
+            mma_bf16(t->sums[i / 8 + 1], p[n / 16], v + 2);
+        }
+}
+
+/* out = sums / total. */
+template <int D>
+__device__ __forceinline__ void write_rows(const struct attention<D> *t, bf16 *out, int64_t stride,
+                                           int n_rows, int d)
+{
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float total = t->total[r];
+        total += __shfl_xor_sync(0xffffffffu, total, 1);
+        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        const float scale = quick_reciprocal(total);
+        const int row = t->row + lane / 4 + 8 * r;
+        bf16 *to = out + row * stride + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
-            *(uint32_t *)(to + n * 8) = pack(sums[n][2 * r] * scaled, sums[n][2 * r + 1] * scaled);
+            if (row < n_rows && n * 8 < d)
+                *(uint32_t *)(to + n * 8) =
+                    pack(t->sums[n][2 * r] * scale, t->sums[n][2 * r + 1] * scale);
     }
-    __syncwarp();
-    for (int at = lane; at < 16 * (D / VEC); at += WARP) {
-        const int r = first_row + at / (D / VEC), i = at % (D / VEC) * VEC;
-        if (r < piece.n_rows && i < d)
-            *(uint4 *)(a.out + ((int64_t)(piece.row + r) * H + h) * d + i) =
-                *(const uint4 *)(queries + r * STRIDE + i);
+}
+
+/* What is in a stage: the tile of the block's piece `index` that begins with `key`, or, before the
+ * piece's first tile, its queries. n_rows: the piece's. */
+struct item {
+    int index, key, n_rows;
+};
+enum { QUERIES = INT_MIN }; /* for a key */
+
+template <class R>
+__device__ __forceinline__ struct item next_item(struct item at,
+                                                 const struct window_piece<R> *pieces)
+{
+    at.key = at.key == QUERIES ? pieces[at.index].first : at.key + TILE_KEYS;
+    if (at.key < at.n_rows)
+        return at;
+    at.index++;
+    return {at.index, QUERIES, pieces[at.index].n_rows}; /* of one more than there are: anything */
+}
+
+/* A block: the rows of up to MOST_PIECES adjacent pieces and one head, one piece after the other,
+ * against the keys of positions t-w+1..t a tile at a time, the next tiles on their way meanwhile,
+ * also those of the next piece. Reads (w + 64) keys and values for 64 rows, mostly from L2: 75 MB
+ * at 8192 rows of the main configuration, and q, 12.6 MB; writes as much: 17 us. 4 GFLOP. */
+template <int D, class R>
+__global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
+    prompt_window(const struct tile_args a, int n_together)
+{
+    __shared__ struct window_piece<R> pieces[MOST_PIECES + 1];
+    DYNAMIC_SHARED(bf16, stages); /* [STAGES][keys, values][TILE_KEYS, stride] */
+    constexpr int STAGES = tile<D>::stages, LAST = (STAGES - 1) * tile<D>::stage;
+    pdl_trigger();
+    const int first = blockIdx.x * n_together;
+    const int n_pieces = min(n_together, a.step.sizes->n_pieces - first);
+    if (n_pieces <= 0)
+        return;
+    if ((int)threadIdx.x < n_pieces)
+        find_piece(&pieces[threadIdx.x], &a, first + threadIdx.x, blockIdx.y);
+    __syncthreads();
+
+    const struct score_scale scale = score_scale_of(&a.shape);
+    struct attention<D> rows;
+    rows.row = threadIdx.x / WARP * 16;
+    rows.width = (int)a.shape.ring_rows;
+    struct item at = {0, QUERIES, pieces[0].n_rows}, ahead = at;
+    int stage = 0;
+    pdl_wait();
+    /* Each time around: what is STAGES - 1 items ahead is asked for, then `at` is looked at. */
+#pragma unroll 1
+    for (int n = 1 - STAGES; at.index < n_pieces; n++) {
+        if (n >= 0) {
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();
+        }
+        if (ahead.index < n_pieces) {
+            const struct window_piece<R> *p = pieces + ahead.index;
+            if (ahead.key == QUERIES)
+                fetch_queries<D>(stages + stage, p, &a);
+            else
+                fetch_tile<D>(stages + stage, p, ahead.key, &a);
+            ahead = next_item(ahead, pieces);
+        }
+        copy_async_commit();
+        stage = stage < LAST ? stage + tile<D>::stage : 0;
+        if (n < 0)
+            continue;
+
+        if (at.key == QUERIES) {
+            rows.oldest = pieces[at.index].oldest;
+            begin_rows(&rows, stages + stage);
+        } else if (rows.row < at.n_rows) {
+            if (sees(&rows, at.key))
+                attend(&rows, stages + stage, at.key, scale);
+            if (at.key + TILE_KEYS >= at.n_rows)
+                write_rows(&rows, pieces[at.index].out, (int64_t)a.shape.n_heads * a.shape.head_dim,
+                           at.n_rows, a.shape.head_dim);
+        }
+        at = next_item(at, pieces);
     }
 }
 
@@ -384,8 +533,10 @@ __global__ void __launch_bounds__(TILE_THREADS, tile<D>::blocks)
 
 template <int D, class R> void tiles_of(struct cuda *c, const struct tile_args *a)
 {
-    launch(&c->queue, "prompt_window", prompt_window<D, R>,
-           dim3(c->step.n_pieces, a->shape.n_heads), TILE_THREADS, tile<D>::bytes, *a);
+    const int H = a->shape.n_heads, n = c->step.n_pieces, room = tile<D>::blocks * c->queue.n_sms;
+    const int together = min(ceil_div(n * H, room), (int)MOST_PIECES); /* all blocks at a time */
+    launch(&c->queue, "prompt_window", prompt_window<D, R>, dim3(ceil_div(n, together), H),
+           TILE_THREADS, tile<D>::bytes, *a, together);
 }
 
 template <int D> void tiles_of(struct cuda *c, const struct tile_args *a)
