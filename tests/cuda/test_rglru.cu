@@ -124,6 +124,8 @@ enum {
     STATE,
     Z,
     PRODUCTS,
+    Z_NORM,
+    NORMED,
     H,
     N_BUFFERS
 };
@@ -168,7 +170,9 @@ static void unit_open(struct unit *u, int max_rows, int max_seqs, int dim, int n
     f->lambda = fill(u, LAMBDA, D, 4);
     f->state = {fill(u, STATE, (size_t)u->n_slots * D, 1), dim};
     f->z = fill(u, Z, n, 0);
-    f->products = fill(u, PRODUCTS, n, 0);
+    f->products = (__half *)fill(u, PRODUCTS, n, 0);
+    f->z_norm = {fill(u, Z_NORM, D, 1.5f), NULL, NORM_RMS, 1e-6f};
+    f->normed = (bf16 *)fill(u, NORMED, n, 0);
     f->dim = dim;
     f->n_blocks = n_blocks;
     u->host[H] = take(n, 0);
@@ -233,6 +237,25 @@ static double gate(const struct unit *u, int weight, int bias, const float *h, i
     return 1 / (1 + exp(-sum));
 }
 
+/* A row of z [D] and what its norm made of it. Products of a have 11 bits: an error relative to
+ * z from the piece's beginning, which may cancel. */
+static void expect_normed(const struct unit *u, int r, const bf16 *normed, const double *z)
+{
+    double square = 0, most = 0;
+    for (int i = 0; i < u->dim; i++) {
+        square += z[i] * z[i] / u->dim;
+        most = fmax(most, fabs(z[i]));
+    }
+    for (int i = 0; i < u->dim; i++) {
+        const double factor = u->host[Z_NORM][i] / sqrt(square + 1e-6), want = z[i] * factor;
+        const double got = __bfloat162float(normed[i]);
+        const double error = 0x1.02p-8 * fabs(want) + 0x1p-11 * most * fabs(factor) + 1e-6;
+        if (!(fabs(got - want) <= error))
+            fail_msg("normed z of row %d of %d, channel %d of %d: %.9g, expected %.9g", r,
+                     u->batch.step.n_rows, i, u->dim, got, want);
+    }
+}
+
 static void expect(const char *what, const struct unit *u, int r, int i, float got, double want)
 {
     if (!(fabs(got - want) <= 1e-5 * (1 + fabs(want))))
@@ -252,12 +275,13 @@ static void put_states(struct unit *u)
                      STATUS_OK);
 }
 
-/* Every row's z, unless NULL, and every state against the oracle, which starts from host[STATE]
- * and leaves the states there. */
-static void check_sessions(struct unit *u, const float *state, const float *z)
+/* Every row's z, or its norm, unless NULL, and every state against the oracle, which starts from
+ * host[STATE] and leaves the states there. */
+static void check_sessions(struct unit *u, const float *state, const float *z, const bf16 *normed)
 {
     const struct step *step = &u->batch.step;
     const size_t D = (size_t)u->dim;
+    double *all = (double *)malloc((size_t)step->n_rows * D * sizeof(*all));
     for (int s = 0; s < step->n_seqs; s++) {
         float *at = u->host[STATE] + (size_t)step->seq_slot[s] * D;
         const float *left = state + (size_t)step->seq_slot[s] * D;
@@ -271,6 +295,7 @@ static void check_sessions(struct unit *u, const float *state, const float *z)
                 past = step->positions[r] == 0
                            ? gated
                            : exp(log_a) * past + sqrt(-expm1(2 * log_a)) * gated;
+                all[(size_t)r * D + i] = past;
                 if (z)
                     expect("z", u, r, i, z[(size_t)r * D + i], past);
             }
@@ -278,6 +303,9 @@ static void check_sessions(struct unit *u, const float *state, const float *z)
             at[i] = left[i];
         }
     }
+    for (int r = 0; normed && r < step->n_rows; r++)
+        expect_normed(u, r, normed + (size_t)r * D, all + (size_t)r * D);
+    free(all);
     assert_memory_equal(state, u->host[STATE], (size_t)u->n_slots * D * sizeof(float));
 }
 
@@ -289,9 +317,12 @@ static void run_and_check(struct unit *u, int max_rows)
     const size_t n_z = (size_t)max_rows * D;
     make_h(u);
     put_states(u);
+    const bool decode = step->n_rows == step->n_seqs;
+    const int out = decode ? Z : NORMED; /* floats; NaN as bf16 */
     for (size_t i = 0; i < n_z; i++)
-        u->host[Z][i] = -77;
-    assert_int_equal(u->b->ops->write(u->b, u->buffer[Z], 0, u->host[Z], n_z * 4, NULL), STATUS_OK);
+        u->host[out][i] = decode ? -77 : NAN;
+    assert_int_equal(u->b->ops->write(u->b, u->buffer[out], 0, u->host[out], n_z * 4, NULL),
+                     STATUS_OK);
 
     struct rglru_front f = u->f;
     if (step->n_rows % 2) { /* h given, and nothing else to take it from */
@@ -305,10 +336,14 @@ static void run_and_check(struct unit *u, int max_rows)
 
     float *state = take(n_states, 0), *z = take(n_z, 0);
     get(u->b, state, u->buffer[STATE], n_states * 4);
-    get(u->b, z, u->buffer[Z], n_z * 4);
-    check_sessions(u, state, z);
-    for (size_t i = (size_t)step->n_rows * D; i < n_z; i++)
-        assert_true(z[i] == -77);
+    get(u->b, z, u->buffer[out], n_z * 4);
+    if (decode)
+        check_sessions(u, state, z, NULL);
+    else
+        check_sessions(u, state, NULL, (const bf16 *)z);
+    const size_t untouched = (size_t)step->n_rows * D * (decode ? 4 : 2);
+    assert_memory_equal((char *)z + untouched, (char *)u->host[out] + untouched,
+                        n_z * 4 - untouched);
     free(state);
     free(z);
 }
@@ -356,7 +391,7 @@ static void run_packed(struct unit *u, int max_rows)
     get(u->b, state, u->buffer[STATE], n_states * sizeof(float));
     get(u->b, values, buffer[2], n * sizeof(*values));
     get(u->b, parts, buffer[3], (size_t)max_rows * n_out * sizeof(float));
-    check_sessions(u, state, NULL);
+    check_sessions(u, state, NULL, NULL);
     for (int r = 0; r < max_rows; r++) {
         const float *z = r < step->n_rows ? state + (size_t)step->seq_slot[r] * D : NULL;
         for (int i = 0; i < D; i++) {
@@ -433,9 +468,20 @@ static void test_packed(void **)
 static void test_prompts(void **)
 {
     static const int lengths[][8] = {
-        {1, 64, 65, 1, 1, 130}, {5, 1, 1, 7, 200, 63, 1}, {128}, {64}, {3, 2, 60, 1}, {193, 192},
+        {1, 64, 65, 1, 1, 130},
+        {5, 1, 1, 7, 200, 63, 1},
+        {128},
+        {64},
+        {3, 2, 60, 1},
+        {193, 192},
+        {8, 9, 16, 17, 1, 129},
+        {1, 7, 130, 8, 1, 1, 1, 66},
+        {70, 2},
+        {65, 1},
+        {66, 3},
     };
-    static const int shapes[][2] = {{96, 1}, {320, 8}, {64, 4}, {192, 2}, {288, 1}, {56, 1}};
+    static const int shapes[][2] = {{96, 1},  {320, 8}, {64, 4},   {192, 2},  {288, 1}, {56, 1},
+                                    {768, 8}, {8, 1},   {2304, 8}, {1024, 2}, {2688, 7}};
     for (size_t i = 0; i < COUNT_OF(lengths); i++) {
         struct unit *u = unit_new();
         unit_open(u, 400, 8, shapes[i][0], shapes[i][1], i % 3 == 2, i % 2);
@@ -466,12 +512,13 @@ static void test_same_bits(void **)
 {
     static const struct {
         int before, after; /* single rows around the sequence */
-    } ways[] = {{0, 0}, {5, 30}, {3, 0}, {200, 0}};
-    static const int lengths[] = {1, 40, 150};
+    } ways[] = {{0, 0}, {5, 30}, {3, 0}, {200, 0}, {0, 7}};
+    static const int lengths[] = {1, 9, 40, 150};
     for (size_t l = 0; l < COUNT_OF(lengths); l++) {
         struct unit *u = unit_new();
         const int n = lengths[l], D = 96;
-        float first[150 * 96], z[400 * 96];
+        bf16 first[150 * 96], z[400 * 96];
+        float first_state[96], state[96];
         unit_open(u, 400, 240, D, 1, false, true);
         float *x = take((size_t)400 * D, 2), *rows = take((size_t)400 * D, 2);
         for (size_t w = 0; w < 2 * COUNT_OF(ways); w++) {
@@ -491,13 +538,21 @@ static void test_same_bits(void **)
                 u->b->ops->write(u->b, u->buffer[STATE], 0, u->host[STATE], D * 4, NULL),
                 STATUS_OK);
             begin(u->b, &u->batch);
-            assert_true(fused_rglru(cuda_of(u->b), &u->f));
+            struct cuda *c = cuda_of(u->b);
+            assert_true(fused_rglru(c, &u->f));
+            if (c->step.decode)
+                norm_to_bf16(c, u->f.normed, u->f.z, u->f.z_norm, D, NULL, c->step.rows,
+                             &c->step.sizes->n_rows);
             finish(u->b);
-            get(u->b, z, u->buffer[Z], sizeof(z));
-            if (w == 0)
-                memcpy(first, z, (size_t)n * D * 4);
-            else if (memcmp(first, z + before * D, (size_t)n * D * 4))
+            get(u->b, z, u->buffer[NORMED], sizeof(z));
+            get(u->b, state, u->buffer[STATE], sizeof(state));
+            if (w == 0) {
+                memcpy(first, z, (size_t)n * D * sizeof(*z));
+                memcpy(first_state, state, sizeof(state));
+            } else if (memcmp(first, z + before * D, (size_t)n * D * sizeof(*z)) ||
+                       memcmp(first_state, state, sizeof(state))) {
                 fail_msg("a sequence of %d rows changes in company %zu", n, w);
+            }
         }
         free(x);
         free(rows);

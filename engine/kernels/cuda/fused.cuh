@@ -80,7 +80,8 @@ void library_product(struct cuda *c, const struct product *p, bf16 *wide);
 void fused_product(struct cuda *c, const struct product *p, bf16 *wide);
 
 /* RG-LRU from the residual stream: h = norm(x) (bf16-rounded), gates from block-diagonal
- * products, recurrence, state; z [rows, D] f32 before rglru_norm. Any rows and sequences. */
+ * products, recurrence, state; z [rows, D] f32 before rglru_norm. Any rows and sequences. Steps
+ * with prompts leave bf16(z_norm(z)) in `normed`, and z is scratch. */
 struct rglru_front {
     const float *x;
     struct device_norm norm;
@@ -90,8 +91,10 @@ struct rglru_front {
     struct device_slab<float> state;
     float *z;
     int dim, n_blocks;
-    float *products = nullptr; /* [rows, D] scratch, for steps with prompts of many rows: over
-                                * PIECE_ROWS in all */
+    /* Steps with prompts: */
+    bf16 *normed = nullptr;         /* [rows, D] the result */
+    struct device_norm z_norm = {}; /* with a weight */
+    __half *products = nullptr;     /* [rows, D] scratch */
     const bf16 *h = nullptr;   /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
                                 * not used; NULL: normed here */
     struct packed_rows packed = {}; /* the same in another order, of decode steps: instead of h */

@@ -33,7 +33,8 @@ struct layer_scratch {
     float *y;     /* [R, D] a sublayer's output that a post norm goes over */
     /* The long way of attention over whole contexts, and of gates in wide blocks. */
     float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
-    float *h32, *recurrence32, *input32; /* [R, D]; recurrence32 also for the RG-LRU's products */
+    float *h32, *recurrence32, *input32; /* [R, D]; the latter two also for the RG-LRU of prompts:
+                                          * __half products, bf16 normed z */
     float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
     /* Layers of few rows, CLUSTER_ROWS at most. */
     float *x_between; /* [rows, D] the residual stream within the layer */
@@ -287,6 +288,12 @@ static int64_t vqk_stride(const struct pass *p)
     return head_values(p, p->config->n_heads + 2 * p->config->n_kv_heads);
 }
 
+/* [R, D] where steps with prompts have norm(z). */
+static bf16 *normed_z(const struct pass *p)
+{
+    return (bf16 *)p->s->input32;
+}
+
 /* z by the single ops: for block-diagonal gates that the fused pass has no room for. */
 static void rglru_composed(const struct pass *p)
 {
@@ -298,6 +305,9 @@ static void rglru_composed(const struct pass *p)
     cuda_block_linear(p->b, &r, &h, w->recurrence_gate, w->recurrence_bias, D, blocks);
     cuda_block_linear(p->b, &i, &h, w->input_gate, w->input_bias, D, blocks);
     cuda_rglru(p->b, &z, &h, &r, &i, w->lambda, &p->state->slabs[STATE_RGLRU], D);
+    if (!p->c->step.decode)
+        norm_to_bf16(p->c, normed_z(p), p->s->z, norm_of(&w->rglru_norm), D, NULL, p->c->step.rows,
+                     &p->c->step.sizes->n_rows);
 }
 
 static device_slab<float> float_slab(const struct slab *slab)
@@ -324,7 +334,9 @@ static struct rglru_front rglru_of(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
     struct rglru_front f = {};
-    f.products = p->s->recurrence32;
+    f.products = (__half *)p->s->recurrence32;
+    f.normed = normed_z(p);
+    f.z_norm = norm_of(&w->rglru_norm);
     f.x = floats(p->x);
     f.norm = norm_of(&w->norm1);
     f.recurrence_gate = floats(w->recurrence_gate);
@@ -374,12 +386,16 @@ static void front(const struct pass *p)
         products(p, vqk, is_stacked);
 }
 
-/* The rows the latents look at, before their norm. */
-static void set_latent_input(const struct pass *p, const float **u, struct device_norm *norm)
+/* The rows the latents look at: before their norm, or after it. */
+static void set_latent_input(const struct pass *p, struct product *q)
 {
     const bool rglru = p->config->latent_input == LATENT_INPUT_RGLRU;
-    *u = rglru ? p->s->z : floats(p->x);
-    *norm = norm_of(rglru ? &p->w->rglru_norm : &p->w->norm1);
+    if (rglru && !p->c->step.decode) {
+        q->in = normed_z(p);
+        return;
+    }
+    q->in = rglru ? p->s->z : floats(p->x);
+    q->norm = norm_of(rglru ? &p->w->rglru_norm : &p->w->norm1);
 }
 
 /* The latents' logits as a product of their own: g, then theta, for each row. */
@@ -391,18 +407,19 @@ static void gates(const struct pass *p, struct mix *m)
     const bool is_stacked = stack(&stacked, linears, 2);
     struct product q = product_of(p, is_stacked ? stacked : weight_of(linears[0]), p->s->gates,
                                   columns, OUTPUT_F32);
-    const float *u;
-    set_latent_input(p, &u, &q.norm);
-    q.in = u;
-    if (beside_join(&p->s->beside, &p->c->queue)) {
-        const bool pdl = p->c->queue.pdl;
-        p->c->queue.pdl = false; /* for the first launch that waits for both */
-        norm_to_bf16(p->c, p->c->converted, u, q.norm, q.w.n_in, NULL, q.rows, q.n_rows);
-        p->c->queue.pdl = pdl;
+    set_latent_input(p, &q);
+    struct queue *const queue = &p->c->queue;
+    const bool pdl = queue->pdl, joined = beside_join(&p->s->beside, queue);
+    queue->pdl = pdl && !joined; /* for the first launch that waits for both */
+    if (joined && q.norm.weight) {
+        norm_to_bf16(p->c, p->c->converted, (const float *)q.in, q.norm, q.w.n_in, NULL, q.rows,
+                     q.n_rows);
+        queue->pdl = pdl;
         q.in = p->c->converted;
         q.norm = {};
     }
     fused_product(p->c, &q, p->s->wide);
+    queue->pdl = pdl;
     if (!is_stacked) {
         q.w = weight_of(linears[1]);
         q.out = p->s->gates + linears[0]->n_out;

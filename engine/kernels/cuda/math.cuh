@@ -76,6 +76,18 @@ static __device__ __forceinline__ float normed(float x, struct row_scale s, floa
     return fmaf((x - s.mean) * s.scale, weight, bias);
 }
 
+static __device__ __forceinline__ float4 quad_at(const float *p, int quad)
+{
+    return __ldg(reinterpret_cast<const float4 *>(p) + quad);
+}
+
+static __device__ __forceinline__ float4 normed_quad(float4 x, struct row_scale s, float4 w,
+                                                     float4 b)
+{
+    return make_float4(normed(x.x, s, w.x, b.x), normed(x.y, s, w.y, b.y), normed(x.z, s, w.z, b.z),
+                       normed(x.w, s, w.w, b.w));
+}
+
 static __device__ __forceinline__ float square_sum(float4 v, float mean)
 {
     const float x = v.x - mean, y = v.y - mean, z = v.z - mean, w = v.w - mean;

@@ -2,9 +2,9 @@
  *
  * A step of one row per sequence is one pass: the thread that reads a channel's state writes it.
  * Prompts are cut into pieces. The RG-LRU is linear in its state, z_t = a_t z_{t-1} + b_t, so a
- * piece that is not its sequence's last reduces itself to z_out = A z_in + Z; a scan over a
- * sequence's pieces gives each its z_in; then every piece runs its rows. What a sequence gets
- * depends on its own pieces alone.
+ * piece reduces itself to z_out = A z_in + Z; a scan over a sequence's pieces gives each its z_in
+ * and the state its end; then every piece runs its rows. What a sequence gets depends on its own
+ * pieces alone.
  *
  * c->piece_states holds for piece p: A [D], which the scan replaces by z_in, then Z [D].
  */
@@ -150,6 +150,26 @@ struct rglru_call {
     int dim;
 };
 
+/* How a piece lies in its sequence. */
+struct rglru_place {
+    struct piece piece;
+    int32_t slot;
+    bool alone;  /* its sequence's only piece */
+    bool begins; /* its first row has position 0 */
+};
+
+static __device__ __forceinline__ struct rglru_place rglru_place_of(const struct device_step &step,
+                                                                    int p)
+{
+    struct rglru_place at;
+    at.piece = step.pieces[p];
+    const int start = step.seq_start[at.piece.seq], end = step.seq_start[at.piece.seq + 1];
+    at.slot = step.seq_slot[at.piece.seq];
+    at.alone = end - start <= PIECE_ROWS;
+    at.begins = step.positions[at.piece.row] == 0;
+    return at;
+}
+
 /* z_t = a z_{t-1} + b; rate = -8 softplus(lambda). */
 static __device__ __forceinline__ float2 exact_terms(float r, float i, float h, float rate,
                                                      bool begins)
@@ -211,7 +231,7 @@ static __global__ void __launch_bounds__(THREADS)
     if (p >= step.sizes->n_pieces || i >= c.dim)
         return;
     const struct rglru_place at = rglru_place_of(step, p);
-    if (at.last)
+    if (at.alone)
         return;
     float a = 1, z = 0;
     each_row(c, at, i, [&](int, float2 terms) {
@@ -238,12 +258,12 @@ static __global__ void __launch_bounds__(THREADS)
         z = fmaf(terms.x, z, terms.y);
         c.out[(int64_t)(at.piece.row + r) * c.dim + i] = z;
     });
-    if (at.last)
+    if (at.alone)
         *state = z;
 }
 
-/* z_in of the pieces of one sequence, whose first piece is `first`: 32 channels. A warp takes
- * SCAN_PIECES, then the warps' products are put together in order. */
+/* z_in of the pieces of one sequence, whose first piece is `first`, and its state: 32 channels. A
+ * warp takes SCAN_PIECES, then the warps' products are put together in order. */
 static __device__ __forceinline__ void scan_sequence(float2 (&total)[SCAN_WARPS][WARP],
                                                      float *piece_states, int64_t piece_values,
                                                      const struct device_slab<float> &state,
@@ -266,7 +286,7 @@ static __device__ __forceinline__ void scan_sequence(float2 (&total)[SCAN_WARPS]
 #pragma unroll
         for (int j = 0; j < SCAN_PIECES; j++) {
             terms[j] = make_float2(1, 0);
-            if (here && from + j < n - 1)
+            if (here && from + j < n)
                 terms[j] = make_float2(states[j * piece_values], states[j * piece_values + dim]);
         }
 #pragma unroll
@@ -291,6 +311,8 @@ static __device__ __forceinline__ void scan_sequence(float2 (&total)[SCAN_WARPS]
             z = fmaf(terms[j].x, z, terms[j].y);
         }
     }
+    if (here && warp == 0)
+        slot_row(state, at.slot)[channel] = base;
 }
 
 /* A block has 32 channels of the sequences of several pieces that begin among SCAN_WINDOW

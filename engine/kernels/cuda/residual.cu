@@ -33,13 +33,6 @@ static __device__ __forceinline__ void add(float4 *to, float4 x)
     *to = make_float4(to->x + x.x, to->y + x.y, to->z + x.z, to->w + x.w);
 }
 
-static __device__ __forceinline__ float4 normed_four(float4 x, struct row_scale s, float4 w,
-                                                     float4 bias)
-{
-    return make_float4(normed(x.x, s, w.x, bias.x), normed(x.y, s, w.y, bias.y),
-                       normed(x.z, s, w.z, bias.z), normed(x.w, s, w.w, bias.w));
-}
-
 static __device__ __forceinline__ struct row_scale
 block_scale(const struct residual_lane &l, int dim, const struct device_norm &norm, float *scratch)
 {
@@ -86,7 +79,7 @@ static __global__ void __launch_bounds__(RESIDUAL_THREADS)
         const int quad = threadIdx.x + k * blockDim.x;
         if (quad >= quads)
             continue;
-        add(&x.v[k], normed_four(y.v[k], s, post.v[k], bias.v[k]));
+        add(&x.v[k], normed_quad(y.v[k], s, post.v[k], bias.v[k]));
         reinterpret_cast<float4 *>(r.x + at)[quad] = x.v[k];
     }
     if (!r.next.weight)
@@ -98,7 +91,7 @@ static __global__ void __launch_bounds__(RESIDUAL_THREADS)
         const int quad = threadIdx.x + k * blockDim.x;
         if (quad >= quads)
             continue;
-        const float4 h = normed_four(x.v[k], s, next.v[k], bias.v[k]);
+        const float4 h = normed_quad(x.v[k], s, next.v[k], bias.v[k]);
         __nv_bfloat162 *to = reinterpret_cast<__nv_bfloat162 *>(r.h + at + 4 * quad);
         to[0] = __floats2bfloat162_rn(h.x, h.y);
         to[1] = __floats2bfloat162_rn(h.z, h.w);

@@ -87,32 +87,9 @@ static inline struct rglru_decode rglru_decode_of(const struct cuda *c, const st
     return {*f, c->step.sizes, c->step.positions, c->step.seq_slot, c->step.rows, n, row_tiles};
 }
 
-/* ---- pieces of prompts ---- */
-
-/* How a piece lies in its sequence. */
-struct rglru_place {
-    struct piece piece;
-    int32_t slot;
-    bool alone, last; /* its sequence's only piece; its last */
-    bool begins;      /* its first row has position 0 */
-};
-
-static __device__ __forceinline__ struct rglru_place rglru_place_of(const struct device_step &step,
-                                                                    int p)
-{
-    struct rglru_place at;
-    at.piece = step.pieces[p];
-    const int start = step.seq_start[at.piece.seq], end = step.seq_start[at.piece.seq + 1];
-    at.slot = step.seq_slot[at.piece.seq];
-    at.alone = end - start <= PIECE_ROWS;
-    at.last = at.piece.row + at.piece.n_rows == end;
-    at.begins = step.positions[at.piece.row] == 0;
-    return at;
-}
-
-/* recurrence.cu. c->piece_states has for piece p the product A [D] of its a, then its end Z [D]
- * from zero, save for last pieces; in sequences of several pieces A becomes what the piece starts
- * from. A first piece may give A = 0 and its end from the state. */
+/* recurrence.cu. c->piece_states has for piece p of a sequence of several the product A [D] of its
+ * a, then its end Z [D] from zero; A becomes what the piece starts from, and the sequence's state
+ * its end. A first piece may give A = 0 and its end from the state. */
 void rglru_scan(struct cuda *c, struct device_slab<float> state, int dim);
 
 /* ---- the arithmetic, shared with prompts ---- */
@@ -133,34 +110,30 @@ static __device__ __forceinline__ struct rglru_channel rglru_channel_of(const st
             f.input_bias ? -log2_e * __ldg(f.input_bias + channel) : 0};
 }
 
-/* a and b of z_t = a z_{t-1} + b, from the gates' products with h. Both sigmoids share a
- * reciprocal: 2^60 is as good as infinity there. 1 - a^2 = 1 - e^-t is a series in t where it
- * would cancel. begins: position 0, no past and multiplier 1. */
+/* a and b of z_t = a z_{t-1} + b, from the gates' products with h. 1 - a^2 = 1 - 2^(2 exponent) is
+ * a polynomial where it would cancel, good to 2e-7. begins: position 0, no past and multiplier 1.
+ */
 static __device__ __forceinline__ float2 rglru_terms(float r, float i, float h,
                                                      const struct rglru_channel &c, bool begins)
 {
-    const float one_r = 1 + quick_exp2(fminf(fmaf(r, -1.44269504f, c.r_bias), 60));
-    const float one_i = 1 + quick_exp2(fminf(fmaf(i, -1.44269504f, c.i_bias), 60));
-    const float inverse = quick_reciprocal(one_r * one_i);
-    const float exponent = c.rate * (inverse * one_i), gated = inverse * one_r * h;
-    const float a = quick_exp2(exponent), t = -2 * 0.69314718f * exponent;
-    float series = fmaf(t, -1.f / 5040, 1.f / 720);
-    series = fmaf(t, series, -1.f / 120);
-    series = fmaf(t, series, 1.f / 24);
-    series = fmaf(t, series, -1.f / 6);
-    series = fmaf(t, series, 0.5f);
-    series = fmaf(t, -series, 1) * t;
-    const float rest = t < 0.5f ? series : fmaf(-a, a, 1);
+    const float r_gate = quick_reciprocal(1 + quick_exp2(fmaf(r, -1.44269504f, c.r_bias)));
+    const float i_gate = quick_reciprocal(1 + quick_exp2(fmaf(i, -1.44269504f, c.i_bias)));
+    const float exponent = c.rate * r_gate, gated = i_gate * h, a = quick_exp2(exponent);
+    float small = fmaf(exponent, -0.0347420424f, -0.151484966f);
+    small = fmaf(exponent, small, -0.443728805f);
+    small = fmaf(exponent, small, -0.960892439f);
+    small = fmaf(exponent, small, -1.38629425f) * exponent;
+    const float rest = exponent > -0.36f ? small : fmaf(-a, a, 1);
     return begins ? make_float2(0, gated) : make_float2(a, quick_sqrt(rest) * gated);
 }
 
 /* n rows [n, width] of each gate's f32 weights to bf16 [2 n, stride] in shared memory, the
- * recurrence gate's first; zeros in the columns from width to stride - 8. Loads go out before
- * anything is stored. */
+ * recurrence gate's first; zeros in the columns from width to stride - 8. AT_ONCE loads of a thread
+ * go out before anything is stored. */
+template <int AT_ONCE>
 static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *recurrence,
                                                    const float *input, int n, int width, int stride)
 {
-    enum { AT_ONCE = 4 };
     const unsigned quads = (unsigned)(stride - 8) / 4, total = 2 * n * quads;
     for (unsigned from = threadIdx.x; from < total; from += AT_ONCE * blockDim.x) {
         float4 w[AT_ONCE];
@@ -377,7 +350,8 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
     const bool normed = PACKED || f.h;
 
     const size_t from = (size_t)(first + out0) * width;
-    rglru_stage(weights, f.recurrence_gate + from, f.input_gate + from, n_tiles * 8, width, stride);
+    rglru_stage<4>(weights, f.recurrence_gate + from, f.input_gate + from, n_tiles * 8, width,
+                   stride);
     for (int i = threadIdx.x; i < n_tiles * 8; i += blockDim.x)
         constants[i] = rglru_channel_of(f, first + out0 + i);
     for (int i = threadIdx.x; f.out.values && i < n_tiles * 8; i += blockDim.x)

@@ -199,18 +199,6 @@ struct add_f32 {
     }
 };
 
-static __device__ __forceinline__ float4 quad_at(const float *p, int quad)
-{
-    return __ldg(reinterpret_cast<const float4 *>(p) + quad);
-}
-
-static __device__ __forceinline__ float4 normed_quad(float4 x, struct row_scale s, float4 w,
-                                                     float4 b)
-{
-    return make_float4(normed(x.x, s, w.x, b.x), normed(x.y, s, w.y, b.y), normed(x.z, s, w.z, b.z),
-                       normed(x.w, s, w.w, b.w));
-}
-
 /* dim a multiple of 4 and at most 128 PER: a lane holds its part of the row. For the usual
  * lengths everything is asked for at once, the weights before the kernel in front has ended: what
  * is waited for is one load and the sums. Bytes: 4 dim a row in, and what Store writes. */
@@ -273,7 +261,8 @@ static __device__ __forceinline__ float ordered_sum(float x, float (&partial)[WA
     return warp_sum(sum);
 }
 
-/* Few long rows: a block has a row, a thread four values. Results are norm_kernel's, bit for bit. */
+/* Few long rows: a block has a row, a thread four values. Results are norm_kernel's, bit for bit.
+ */
 template <class Store>
 static __global__ void __launch_bounds__(BLOCK_QUADS)
     norm_block_kernel(const __grid_constant__ struct norm_call call, Store store)
