@@ -17,7 +17,11 @@ extern "C" {
 
 enum {
     CLOSE_UP_THREADS = 256,
-    BESIDE_ROWS = 256, /* up to so many, v, q, k and the RG-LRU do not fill the device */
+    /* From and up to so many rows v, q, k go beside the RG-LRU: fewer gain more from launches that
+     * overlap, and more fill the device. */
+    BESIDE_LEAST = 17,
+    BESIDE_ROWS = 256,
+    NORMED_VALUES = 12288, /* of rows that a product's blocks norm each for themselves */
 };
 
 /* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
@@ -374,7 +378,7 @@ static void front(const struct pass *p)
         vqk.in = f.h = p->s->h;
         vqk.norm = {};
     }
-    const bool beside = rglru && f.h && vqk.rows <= BESIDE_ROWS;
+    const bool beside = rglru && f.h && vqk.rows >= BESIDE_LEAST && vqk.rows <= BESIDE_ROWS;
     if (beside) {
         beside_begin(&p->s->beside, &p->c->queue);
         products(p, vqk, is_stacked);
@@ -410,8 +414,9 @@ static void gates(const struct pass *p, struct mix *m)
     set_latent_input(p, &q);
     struct queue *const queue = &p->c->queue;
     const bool pdl = queue->pdl, joined = beside_join(&p->s->beside, queue);
+    const bool many = p->c->step.decode && (int64_t)q.rows * q.w.n_in > NORMED_VALUES;
     queue->pdl = pdl && !joined; /* for the first launch that waits for both */
-    if (joined && q.norm.weight) {
+    if ((joined || many) && q.norm.weight) {
         norm_to_bf16(p->c, p->c->converted, (const float *)q.in, q.norm, q.w.n_in, NULL, q.rows,
                      q.n_rows);
         queue->pdl = pdl;
@@ -584,8 +589,9 @@ static bool plain_layer(const struct pass *p)
     if (!p->c->step.decode || p->c->queue.deterministic || !p->latents || !p->window ||
         c->latent_input != LATENT_INPUT_RGLRU || !cluster_has(&shape))
         return false;
-    if (w->vapor_theta || w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight || w->post_norm2.weight ||
-        c->n_kv_heads != c->n_heads || config_latents_per_head(c) > CLUSTER_LATENTS ||
+    if (w->vapor_theta || w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight ||
+        w->post_norm2.weight || c->n_kv_heads != c->n_heads ||
+        config_latents_per_head(c) > CLUSTER_LATENTS ||
         config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS)
         return false;
     for (size_t i = 0; i < sizeof(matrices) / sizeof(*matrices); i++)
