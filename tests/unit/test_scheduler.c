@@ -1610,6 +1610,13 @@ static void test_rows_without_owner(void **state)
     stop(s);
 }
 
+static void fail_at(int step)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.fail_at = step;
+    pthread_mutex_unlock(&fake.lock);
+}
+
 static void test_device_failure(void **state)
 {
     (void)state;
@@ -1619,7 +1626,7 @@ static void test_device_failure(void **state)
     struct job *jobs[7];
     for (int i = 0; i < 7; i++)
         jobs[i] = submit(s, &spec);
-    fake.fail_at = 3;
+    fail_at(3);
     allow(-1);
     for (int i = 0; i < 7; i++) {
         enum status status;
