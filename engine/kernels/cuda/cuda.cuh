@@ -12,7 +12,7 @@
  *   window.cu      window: one row (long rings split), and prompts by tiles
  *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones
  *   mix.cu         one row of a layer's mixing, fused; mix_warps.cu for some shapes
- *   layer.cu       the fused layer and head
+ *   layer.cu       the fused layer and head; layer_plain.cu for few rows, layer_scratch.cu
  *   cluster_mix.cu, few_mlp.cu  a layer of few rows, by clusters
  *   warpgroup.cu   products of a layer of up to 256 rows, by warpgroups
  *   stream.cu, residual.cu      products of large matrices; what follows them
@@ -62,7 +62,7 @@ struct cuda {
     size_t piece_values;  /* max of L * (d + 2) and 2 * D */
     float *partials;      /* [partial_values] f32 partial results of split reductions */
     size_t partial_values;
-    struct layer_scratch *layer; /* layer.cu's own */
+    struct layer_scratch *layer; /* layer.cuh */
     const char *layers;          /* of the step being queued, see backend.h; NULL: single ops */
 };
 
@@ -160,7 +160,7 @@ void drawing_begin(struct cuda *c, int place, const struct step *step);
 void drawing_submit(struct cuda *c, int place);
 const struct sampled *drawing_results(struct cuda *c, int place);
 
-/* layer.cu */
+/* layer.cu, layer_scratch.cu */
 enum status layer_scratch_open(struct cuda *c, struct error *err);
 void layer_scratch_close(struct cuda *c);
 size_t layer_scratch_bytes(const struct cuda *c);

@@ -34,6 +34,11 @@ struct product_weight {
     int n_out, n_in;     /* n_in a multiple of 8 (BF16), 16 (I8); any n_out */
 };
 
+static inline struct product_weight weight_of(const struct linear *l)
+{
+    return {l->weight->data, l->dtype, floats(l->scales), floats(l->bias), l->n_out, l->n_in};
+}
+
 struct device_norm {
     const float *weight; /* [n_in]; NULL: no norm */
     const float *bias;   /* [n_in] or NULL */

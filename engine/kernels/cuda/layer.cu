@@ -1,19 +1,12 @@
 /* layer.cu - a layer as a handful of fused passes, and the head as one; fused.cuh draws it.
  *
  * The residual stream x stays f32. What passes from one product to the next is bf16; the
- * latents' logits, RG-LRU and all sums are f32. Configurations that these passes do not know
- * (see knows) are composed by model.c from the single ops.
+ * latents' logits, RG-LRU and all sums are f32. Layers of few rows and of the main configuration
+ * are layer_plain.cu's; configurations that these passes do not know (see knows) are composed by
+ * model.c from the single ops.
  */
-#include "engine/kernels/cuda/beside.cuh"
-#include "engine/kernels/cuda/cluster.cuh"
-#include "engine/kernels/cuda/fused.cuh"
+#include "engine/kernels/cuda/layer.cuh"
 #include "engine/kernels/cuda/stream.cuh"
-#include "engine/kernels/cuda/warpgroup.cuh"
-
-extern "C" {
-#include "engine/state.h"
-#include "engine/upload.h"
-}
 
 enum {
     CLOSE_UP_THREADS = 256,
@@ -24,195 +17,7 @@ enum {
     NORMED_VALUES = 12288, /* of rows that a product's blocks norm each for themselves */
 };
 
-/* Activations between the passes, [max_rows, ...]; NULL where the configuration has no use. */
-struct layer_scratch {
-    bf16 *vqk;    /* [R, (H + 2 KV) d] v, q and k of a row side by side */
-    bf16 *h;      /* [R, D] norm1(x), where both the RG-LRU and v, q, k want it; norm1 or norm2
-                   * of x behind a post norm */
-    float *z;     /* [R, D] the RG-LRU's output */
-    float *gates; /* [R, columns of g + L] g, then theta */
-    bf16 *mixed;  /* [R, H d] */
-    bf16 *up;     /* [R, F] */
-    bf16 *wide;   /* [R, 2F] what the library leaves for an activation */
-    float *y;     /* [R, D] a sublayer's output that a post norm goes over */
-    /* The long way of attention over whole contexts, and of gates in wide blocks. */
-    float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
-    float *h32, *recurrence32, *input32; /* [R, D]; the latter two also for the RG-LRU of prompts:
-                                          * __half products, bf16 normed z */
-    float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
-    /* Layers of few rows, CLUSTER_ROWS at most. */
-    float *x_between; /* [rows, D] the residual stream within the layer */
-    float *shares;    /* [MIX_CLUSTERS, rows, D] what each head adds to it */
-    float *scales;    /* [rows] */
-    void *prepared;   /* [layers] cluster_prepare's */
-    int n_prepared;   /* layers that are */
-    /* Layers of up to WARPGROUP_ROWS rows: x, z, what is mixed and the mlp's features. */
-    bf16 *packed_x, *packed_z, *packed_mixed, *packed_up;
-    float *x_squares, *z_squares;
-    int packed_layer; /* whose norm1 the layer before left in packed_x; -1: nobody's */
-    size_t n_bytes;
-    int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */
-    struct beside beside; /* v, q and k, while the queue has the RG-LRU */
-};
-
-/* ---- scratch ---- */
-
-struct scratch_item {
-    void **out;
-    size_t row_bytes;
-    int rows;
-};
-
-enum { N_ITEMS = 26 };
-
-static int64_t padded_columns(int n)
-{
-    return (int64_t)ceil_div(n, PADDED_ROWS) * PADDED_ROWS;
-}
-
-static bool has_full_attention(const struct model_config *c)
-{
-    for (int l = 0; l < c->n_layers; l++)
-        if (c->layers[l].type == LAYER_FULL_ATTENTION)
-            return true;
-    return false;
-}
-
-static struct cluster_shape cluster_shape_of(const struct model_config *c)
-{
-    return {c->hidden_size, c->n_heads, c->head_dim, c->intermediate_size, c->rglru_blocks};
-}
-
-static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s,
-                       const struct backend_options *o)
-{
-    const struct model_config *c = o->config;
-    const int rows = o->max_rows;
-    const size_t logits = c->vocab_size % PADDED_ROWS ? sizeof(float) : 0;
-    const size_t D = (size_t)c->hidden_size, F = (size_t)c->intermediate_size;
-    const size_t q = (size_t)c->n_heads * (size_t)c->head_dim;
-    const size_t kv = (size_t)c->n_kv_heads * (size_t)c->head_dim;
-    const size_t full = has_full_attention(c) ? sizeof(float) : 0;
-    const size_t rglru = c->latent_input == LATENT_INPUT_RGLRU ? sizeof(float) : 0;
-    const struct cluster_shape shape = cluster_shape_of(c);
-    const size_t prepared = rglru && cluster_has(&shape) ? cluster_prepared_bytes(&shape) : 0;
-    const int few = rows < CLUSTER_ROWS ? rows : CLUSTER_ROWS;
-    const size_t packed = rglru && cluster_has(&shape) ? sizeof(bf16) : 0;
-    const struct scratch_item items[N_ITEMS] = {
-        {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
-        {(void **)&s->h, rglru || c->post_norms ? D * sizeof(bf16) : 0, rows},
-        {(void **)&s->z, D * rglru, rows},
-        {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float), rows},
-        {(void **)&s->mixed, q * sizeof(bf16), rows},
-        {(void **)&s->up, F * sizeof(bf16), rows},
-        {(void **)&s->wide, 2 * F * sizeof(bf16), rows},
-        {(void **)&s->y, c->post_norms ? D * sizeof(float) : 0, rows},
-        {(void **)&s->v32, kv * full, rows},
-        {(void **)&s->q32, q * full, rows},
-        {(void **)&s->k32, kv * full, rows},
-        {(void **)&s->mixed32, q * full, rows},
-        {(void **)&s->h32, D * rglru, rows},
-        {(void **)&s->recurrence32, D * rglru, rows},
-        {(void **)&s->input32, D * rglru, rows},
-        {(void **)&s->logits, (size_t)padded_columns(c->vocab_size) * logits, o->max_logit_rows},
-        {(void **)&s->x_between, D * rglru, few},
-        {(void **)&s->shares, MIX_CLUSTERS * D * rglru, few},
-        {(void **)&s->scales, rglru, few},
-        {&s->prepared, prepared, c->n_layers},
-        {(void **)&s->packed_x, D * packed, WARPGROUP_ROWS},
-        {(void **)&s->packed_z, D * packed, WARPGROUP_ROWS},
-        {(void **)&s->packed_mixed, q * packed, WARPGROUP_ROWS},
-        {(void **)&s->packed_up, F * packed, WARPGROUP_ROWS},
-        {(void **)&s->x_squares, packed ? WARPGROUP_PARTS * sizeof(float) : 0, WARPGROUP_ROWS},
-        {(void **)&s->z_squares, packed ? D / 8 * sizeof(float) : 0, WARPGROUP_ROWS},
-    };
-    for (int i = 0; i < N_ITEMS; i++)
-        out[i] = items[i];
-}
-
-size_t layer_scratch_bytes_of(const struct backend_options *o)
-{
-    struct layer_scratch unused;
-    struct scratch_item items[N_ITEMS];
-    list_items(items, &unused, o);
-    size_t n = 0;
-    for (int i = 0; i < N_ITEMS; i++)
-        n += items[i].row_bytes * (size_t)items[i].rows;
-    return n;
-}
-
-enum status layer_scratch_open(struct cuda *c, struct error *err)
-{
-    struct layer_scratch *s = (struct layer_scratch *)calloc(1, sizeof(*s));
-    struct scratch_item items[N_ITEMS];
-    if (!s)
-        return fail(err, STATUS_NOMEM, "fused layers: out of memory");
-    c->layer = s;
-    s->h_layer = s->packed_layer = -1;
-    const cudaError_t error = beside_open(&s->beside);
-    if (error != cudaSuccess)
-        return fail(err, STATUS_DEVICE, "fused layers: a stream: %s", cudaGetErrorString(error));
-    list_items(items, s, &c->options);
-    for (int i = 0; i < N_ITEMS; i++) {
-        const size_t n_bytes = items[i].row_bytes * (size_t)items[i].rows;
-        if (n_bytes && cudaMalloc(items[i].out, n_bytes) != cudaSuccess) {
-            (void)cudaGetLastError();
-            return fail(err, STATUS_NOMEM, "fused layers: %zu bytes for %d rows are not to be had",
-                        layer_scratch_bytes_of(&c->options), c->options.max_rows);
-        }
-        s->n_bytes += n_bytes;
-    }
-    return STATUS_OK;
-}
-
-void layer_scratch_close(struct cuda *c)
-{
-    struct scratch_item items[N_ITEMS];
-    struct model_config config = {};
-    struct backend_options none = {};
-    none.config = &config;
-    if (!c->layer)
-        return;
-    beside_close(&c->layer->beside);
-    list_items(items, c->layer, &none);
-    for (int i = 0; i < N_ITEMS; i++)
-        (void)cudaFree(*items[i].out);
-    free(c->layer);
-    c->layer = NULL;
-}
-
-size_t layer_scratch_bytes(const struct cuda *c)
-{
-    return c->layer ? c->layer->n_bytes : 0;
-}
-
 /* ---- what the passes know ---- */
-
-static struct device_norm norm_of(const struct norm *n)
-{
-    return {floats(n->weight), floats(n->bias), n->type, n->eps};
-}
-
-static struct product_weight weight_of(const struct linear *l)
-{
-    return {l->weight->data, l->dtype, floats(l->scales), floats(l->bias), l->n_out, l->n_in};
-}
-
-/* Matrices that lie one behind the other, without biases, are one matrix. */
-static bool stack(struct product_weight *out, const struct linear *const *linears, int n)
-{
-    *out = weight_of(linears[0]);
-    for (int i = 1; i < n; i++) {
-        const struct product_weight next = weight_of(linears[i]);
-        const char *end = (const char *)out->data +
-                          (size_t)out->n_out * (size_t)out->n_in * dtype_bytes(out->dtype);
-        if (out->bias || next.bias || next.n_in != out->n_in || end != next.data ||
-            (out->scales && out->scales + out->n_out != next.scales))
-            return false;
-        out->n_out += next.n_out;
-    }
-    return true;
-}
 
 static bool wide_rows(const struct linear *l)
 {
@@ -238,22 +43,6 @@ static bool knows(const struct layer_weights *w, const struct model_config *conf
 }
 
 /* ---- the passes ---- */
-
-/* What the functions below share. */
-struct pass {
-    struct cuda *c;
-    struct backend *b;
-    struct layer_scratch *s;
-    const struct layer_weights *w; /* an element of the model's array of layers */
-    const struct layer_state *state;
-    const struct model_config *config;
-    struct buffer *x;
-    bool full, latents, window;
-    bool chained; /* each sublayer ends with the norm that the next one begins with */
-    bool normed;  /* h is norm1(x) already */
-    bool packed;  /* packed_x is norm1's already */
-    int layer;
-};
 
 static struct product product_of(const struct pass *p, struct product_weight w, void *out,
                                  int64_t out_stride, enum product_output output)
@@ -282,16 +71,6 @@ static struct buffer wrap(void *data)
     return {data, SIZE_MAX, false};
 }
 
-static int head_values(const struct pass *p, int n_heads)
-{
-    return n_heads * p->config->head_dim;
-}
-
-static int64_t vqk_stride(const struct pass *p)
-{
-    return head_values(p, p->config->n_heads + 2 * p->config->n_kv_heads);
-}
-
 /* [R, D] where steps with prompts have norm(z). */
 static bf16 *normed_z(const struct pass *p)
 {
@@ -314,11 +93,6 @@ static void rglru_composed(const struct pass *p)
                      &p->c->step.sizes->n_rows);
 }
 
-static device_slab<float> float_slab(const struct slab *slab)
-{
-    return {floats(slab->buffer), slab->row_values};
-}
-
 /* v, q and k; stacked: as one matrix, where they can be. */
 static void products(const struct pass *p, struct product vqk, bool is_stacked)
 {
@@ -334,7 +108,7 @@ static void products(const struct pass *p, struct product vqk, bool is_stacked)
     }
 }
 
-static struct rglru_front rglru_of(const struct pass *p)
+struct rglru_front layer_rglru(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
     struct rglru_front f = {};
@@ -369,7 +143,7 @@ static void front(const struct pass *p)
     const bool small = p->c->step.decode && p->c->step.rows <= FRONT_ROWS && !p->chained;
     struct rglru_front f = {};
     if (rglru)
-        f = rglru_of(p);
+        f = layer_rglru(p);
     if (rglru && is_stacked && small && fused_front(p->c, &vqk, &f))
         return;
     if (rglru && !small && !p->normed)
@@ -435,7 +209,7 @@ static void gates(const struct pass *p, struct mix *m)
     m->gate_stride = columns;
 }
 
-static struct mix mix_of(const struct pass *p)
+struct mix layer_mix(const struct pass *p)
 {
     const struct model_config *c = p->config;
     const struct slab *slabs = p->state->slabs;
@@ -472,7 +246,7 @@ static struct mix mix_of(const struct pass *p)
 /* Pass 2 for any step. */
 static void mix(const struct pass *p)
 {
-    struct mix m = mix_of(p);
+    struct mix m = layer_mix(p);
     if (p->latents)
         gates(p, &m);
     if (p->c->step.decode && fused_mix(p->c, &m))
@@ -496,7 +270,7 @@ static void attention_by_splits(const struct pass *p)
     }
     struct buffer v = wrap(p->s->v32), q = wrap(p->s->q32), k = wrap(p->s->k32);
     struct buffer mixed = wrap(p->s->mixed32);
-    const struct mix m = mix_of(p);
+    const struct mix m = layer_mix(p);
     if (w->q_norm.weight)
         cuda_head_norm(p->b, &q, &w->q_norm, c->n_heads, c->head_dim);
     if (w->k_norm.weight)
@@ -565,247 +339,6 @@ static void mlp_in(const struct pass *p)
     fused_product(p->c, &q, p->s->wide);
 }
 
-/* ---- few rows, and not many ---- */
-
-static bool plain_matrix(const struct linear *l)
-{
-    return l->weight && l->dtype == DTYPE_BF16 && !l->bias;
-}
-
-static bool plain_norm(const struct norm *n)
-{
-    return n->weight && !n->bias && n->type == NORM_RMS;
-}
-
-/* The main configuration in its plainest form, of a shape that there are kernels for. */
-static bool plain_layer(const struct pass *p)
-{
-    const struct layer_weights *w = p->w;
-    const struct model_config *c = p->config;
-    const struct linear *const matrices[] = {&w->v_proj,    &w->q_proj,   &w->k_proj,
-                                             &w->o_proj,    &w->latent_q, &w->latent_k,
-                                             &w->gate_proj, &w->up_proj,  &w->down_proj};
-    const struct cluster_shape shape = cluster_shape_of(c);
-    if (!p->c->step.decode || p->c->queue.deterministic || !p->latents || !p->window ||
-        c->latent_input != LATENT_INPUT_RGLRU || !cluster_has(&shape))
-        return false;
-    if (w->vapor_theta || w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight ||
-        w->post_norm2.weight || c->n_kv_heads != c->n_heads ||
-        config_latents_per_head(c) > CLUSTER_LATENTS ||
-        config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS)
-        return false;
-    for (size_t i = 0; i < sizeof(matrices) / sizeof(*matrices); i++)
-        if (!plain_matrix(matrices[i]))
-            return false;
-    return plain_norm(&w->norm1) && plain_norm(&w->norm2) && plain_norm(&w->rglru_norm);
-}
-
-static bool for_clusters(const struct pass *p)
-{
-    const struct cluster_shape shape = cluster_shape_of(p->config);
-    return p->c->step.rows <= CLUSTER_ROWS && plain_layer(p) && cluster_knows(p->c, &shape) &&
-           p->state->slabs[STATE_RING_K].dtype == DTYPE_BF16;
-}
-
-static const bf16 *matrix(const struct linear *l)
-{
-    return (const bf16 *)l->weight->data;
-}
-
-static int64_t share_stride(const struct pass *p)
-{
-    const int most = p->c->options.max_rows;
-    return (int64_t)(most < CLUSTER_ROWS ? most : CLUSTER_ROWS) * p->config->hidden_size;
-}
-
-/* The layer's RG-LRU as the mixing wants it. Weights do not change: once is enough, and the
- * first step of any form is not one that is recorded. */
-static const void *prepared_gates(const struct pass *p, const struct cluster_shape *shape)
-{
-    const struct layer_weights *w = p->w;
-    struct layer_scratch *s = p->c->layer;
-    void *to = (char *)s->prepared + (size_t)p->layer * cluster_prepared_bytes(shape);
-    const struct cluster_gates g = {floats(w->recurrence_gate), floats(w->recurrence_bias),
-                                    floats(w->input_gate),      floats(w->input_bias),
-                                    floats(w->lambda),          floats(w->rglru_norm.weight)};
-    if (p->layer >= s->n_prepared) {
-        cluster_prepare(p->c, shape, &g, to);
-        s->n_prepared = p->layer + 1;
-    }
-    return to;
-}
-
-static void mix_by_clusters(const struct pass *p, const struct cluster_shape *shape)
-{
-    const struct layer_weights *w = p->w;
-    const struct slab *slabs = p->state->slabs;
-    const struct layer_scratch *s = p->s;
-    struct cluster_mix m = {};
-    const bool overlaps = p->c->queue.pdl; /* with what prepares its weights it must not */
-    p->c->queue.pdl &= p->layer < s->n_prepared;
-    m.x = floats(p->x);
-    m.norm = {floats(w->norm1.weight), w->norm1.eps};
-    m.q = matrix(&w->q_proj);
-    m.k = matrix(&w->k_proj);
-    m.v = matrix(&w->v_proj);
-    m.prepared = prepared_gates(p, shape);
-    m.rglru = float_slab(&slabs[STATE_RGLRU]);
-    m.z = s->z;
-    m.z_eps = w->rglru_norm.eps;
-    m.latent_q = matrix(&w->latent_q);
-    m.latent_k = matrix(&w->latent_k);
-    m.n_latents = config_latents_per_head(p->config);
-    m.m = float_slab(&slabs[STATE_LATENT_M]);
-    m.alpha = float_slab(&slabs[STATE_LATENT_ALPHA]);
-    m.s = float_slab(&slabs[STATE_LATENT_S]);
-    m.frequencies = (const double *)w->rope->data;
-    m.ring_k = (bf16 *)slabs[STATE_RING_K].buffer->data;
-    m.ring_v = (bf16 *)slabs[STATE_RING_V].buffer->data;
-    m.ring_values = slabs[STATE_RING_K].row_values;
-    m.ring_rows = (int)config_ring_rows(p->config, p->layer);
-    m.scale = (float)p->config->attention_scale;
-    m.softcap = (float)p->config->attn_logit_softcapping;
-    m.o = matrix(&w->o_proj);
-    m.partials = s->shares;
-    m.partial_stride = share_stride(p);
-    cluster_mix_launch(p->c, shape, &m);
-    p->c->queue.pdl = overlaps;
-}
-
-static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
-{
-    const struct layer_weights *w = p->w;
-    const struct layer_scratch *s = p->s;
-    struct few_mlp m = {};
-    m.x = floats(p->x);
-    m.partials = s->shares;
-    m.partial_stride = share_stride(p);
-    m.norm = {floats(w->norm2.weight), w->norm2.eps};
-    m.between = s->x_between;
-    m.h = s->h;
-    m.scales = s->scales;
-    m.gate = matrix(&w->gate_proj);
-    m.up = matrix(&w->up_proj);
-    m.down = matrix(&w->down_proj);
-    m.act = p->config->hidden_act;
-    m.middle = s->up;
-    m.z = s->z;
-    m.rglru = float_slab(&p->state->slabs[STATE_RGLRU]);
-    few_mlp_launch(p->c, shape, &m);
-}
-
-/* A layer of few rows: see cluster.cuh. */
-static void layer_by_clusters(const struct pass *p)
-{
-    const struct cluster_shape shape = cluster_shape_of(p->config);
-    mix_by_clusters(p, &shape);
-    mlp_of_few(p, &shape);
-}
-
-static bool for_warpgroups(const struct pass *p)
-{
-    const struct layer_weights *w = p->w;
-    const struct linear *const vqk[] = {&w->v_proj, &w->q_proj, &w->k_proj};
-    const struct linear *const logits[] = {&w->latent_q, &w->latent_k};
-    const struct linear *const gate_up[] = {&w->gate_proj, &w->up_proj};
-    struct product_weight a, b, c;
-    return p->c->step.rows <= WARPGROUP_ROWS && plain_layer(p) && warpgroups_are_there(p->c) &&
-           stack(&a, vqk, 3) && stack(&b, logits, 2) && stack(&c, gate_up, 2) &&
-           warpgroup_has(OUTPUT_BF16, a.n_out, a.n_in) &&
-           warpgroup_has(OUTPUT_F32, b.n_out, b.n_in) &&
-           warpgroup_has(OUTPUT_ACTIVATE, c.n_out, c.n_in) &&
-           warpgroup_has(OUTPUT_ADD, w->o_proj.n_out, w->o_proj.n_in) &&
-           warpgroup_has(OUTPUT_ADD, w->down_proj.n_out, w->down_proj.n_in);
-}
-
-/* Matrices from `first` on, which lie one behind the other. */
-static struct warpgroup_product group_product(const struct pass *p, const struct packed_rows *in,
-                                              const struct linear *first, int n_out,
-                                              enum product_output output)
-{
-    struct warpgroup_product q = {};
-    q.in = *in;
-    q.weights = matrix(first);
-    q.n_out = n_out;
-    q.output = output;
-    q.act = p->config->hidden_act;
-    q.rows = p->c->step.rows;
-    q.n_rows = &p->c->step.sizes->n_rows;
-    return q;
-}
-
-/* x += the product, and what the next sublayer begins with, unless there is none. */
-static void group_add(const struct pass *p, const struct packed_rows *in, const struct linear *l,
-                      const struct packed_rows *x, const struct norm *next)
-{
-    struct warpgroup_product q = group_product(p, in, l, l->n_out, OUTPUT_ADD);
-    q.out = floats(p->x);
-    q.out_stride = l->n_out;
-    if (next) {
-        q.next = *x;
-        q.next_weight = floats(next->weight);
-    }
-    warpgroup_products(p->c, &q, 1);
-}
-
-/* From the packed rows x to what the output projection is given: RG-LRU, products, mixing. */
-static void group_mix(const struct pass *p, const struct packed_rows *x,
-                      const struct packed_rows *mixed)
-{
-    const struct layer_weights *w = p->w;
-    const struct layer_scratch *s = p->s;
-    const int D = p->config->hidden_size, columns = w->latent_q.n_out + w->latent_k.n_out;
-    const struct packed_rows z = {s->packed_z, D, s->z_squares, D / 8, w->rglru_norm.eps};
-    struct rglru_front f = rglru_of(p);
-    f.packed = *x;
-    f.out = z;
-    f.out_weight = floats(w->rglru_norm.weight);
-    CHECK(fused_rglru(p->c, &f));
-
-    struct warpgroup_product front[] = {
-        group_product(p, x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16),
-        group_product(p, &z, &w->latent_q, columns, OUTPUT_F32)};
-    front[0].out = s->vqk;
-    front[0].out_stride = vqk_stride(p);
-    front[1].out = s->gates;
-    front[1].out_stride = columns;
-    warpgroup_products(p->c, front, 2);
-
-    struct mix m = mix_of(p);
-    m.g = s->gates;
-    m.theta = s->gates + w->latent_q.n_out;
-    m.gate_stride = columns;
-    m.packed = *mixed;
-    CHECK(fused_mix(p->c, &m));
-}
-
-/* A layer of up to WARPGROUP_ROWS rows: see warpgroup.cuh. */
-static void layer_by_warpgroups(const struct pass *p)
-{
-    const struct layer_weights *w = p->w;
-    struct layer_scratch *s = p->s;
-    const struct model_config *config = p->config;
-    const int D = config->hidden_size;
-    const bool is_last = p->layer + 1 >= config->n_layers;
-    const struct norm *next = is_last || !plain_norm(&w[1].norm1) ? NULL : &w[1].norm1;
-    const struct packed_rows x = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm1.eps};
-    const struct packed_rows x2 = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm2.eps};
-    const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
-    const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
-    if (!p->packed)
-        pack_rows(p->c, &x, floats(p->x), floats(w->norm1.weight), p->c->step.rows,
-                  &p->c->step.sizes->n_rows);
-    s->packed_layer = next ? p->layer + 1 : -1;
-
-    group_mix(p, &x, &mixed);
-    group_add(p, &mixed, &w->o_proj, &x2, &w->norm2);
-    struct warpgroup_product features = group_product(
-        p, &x2, &w->gate_proj, 2 * config->intermediate_size, OUTPUT_ACTIVATE);
-    features.next = up;
-    warpgroup_products(p->c, &features, 1);
-    group_add(p, &up, &w->down_proj, &x, next);
-}
-
 static bool is_chained(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
@@ -833,16 +366,9 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     p.layer = layer;
     p.packed = p.s->packed_layer == layer;
     p.s->packed_layer = -1;
-    if (for_clusters(&p)) {
-        c->layers = "clusters";
-        layer_by_clusters(&p);
+    c->layers = layer_plain(&p);
+    if (c->layers)
         return true;
-    }
-    if (for_warpgroups(&p)) {
-        c->layers = "warpgroups";
-        layer_by_warpgroups(&p);
-        return true;
-    }
     if (!knows(w, config, layer))
         return false;
     c->layers = "passes";

@@ -109,11 +109,6 @@ void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
         library_product(c, p, wide);
 }
 
-static struct product_weight weight_of(const struct linear *w)
-{
-    return {w->weight->data, w->dtype, floats(w->scales), floats(w->bias), w->n_out, w->n_in};
-}
-
 void cuda_linear(struct backend *b, struct buffer *out, const struct buffer *in,
                  const struct linear *w, enum row_set set)
 {

@@ -3,7 +3,7 @@
  *
  *   out = scale(row) (in W^T), in packed (packed.cuh), W bf16 [n_out, n_in] as it is
  *
- * A decode layer of them is six launches (layer.cu):
+ * A decode layer of them is six launches (layer_plain.cu):
  *   1 rglru    gates, recurrence, state; z                       (fused_rglru)
  *   2 front    v, q, k from x; the latents' logits from z        (two products)
  *   3 mix      latents and window of each head and row           (fused_mix)

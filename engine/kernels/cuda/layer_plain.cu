@@ -1,0 +1,259 @@
+/* layer_plain.cu - layers of few rows, up to CLUSTER_ROWS by clusters (cluster.cuh) and up to
+ * WARPGROUP_ROWS by warpgroups (warpgroup.cuh): of the main configuration in its plainest form, of
+ * a shape that there are kernels for.
+ */
+#include "engine/kernels/cuda/layer.cuh"
+
+/* ---- which layers ---- */
+
+static bool plain_matrix(const struct linear *l)
+{
+    return l->weight && l->dtype == DTYPE_BF16 && !l->bias;
+}
+
+static bool plain_norm(const struct norm *n)
+{
+    return n->weight && !n->bias && n->type == NORM_RMS;
+}
+
+/* The main configuration in its plainest form, of a shape that there are kernels for. */
+static bool plain_layer(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    const struct model_config *c = p->config;
+    const struct linear *const matrices[] = {&w->v_proj,    &w->q_proj,   &w->k_proj,
+                                             &w->o_proj,    &w->latent_q, &w->latent_k,
+                                             &w->gate_proj, &w->up_proj,  &w->down_proj};
+    const struct cluster_shape shape = cluster_shape_of(c);
+    if (!p->c->step.decode || p->c->queue.deterministic || !p->latents || !p->window ||
+        c->latent_input != LATENT_INPUT_RGLRU || !cluster_has(&shape))
+        return false;
+    if (w->vapor_theta || w->q_norm.weight || w->k_norm.weight || w->post_norm1.weight ||
+        w->post_norm2.weight || c->n_kv_heads != c->n_heads ||
+        config_latents_per_head(c) > CLUSTER_LATENTS ||
+        config_ring_rows(c, p->layer) > CLUSTER_RING_ROWS)
+        return false;
+    for (size_t i = 0; i < sizeof(matrices) / sizeof(*matrices); i++)
+        if (!plain_matrix(matrices[i]))
+            return false;
+    return plain_norm(&w->norm1) && plain_norm(&w->norm2) && plain_norm(&w->rglru_norm);
+}
+
+static bool for_clusters(const struct pass *p)
+{
+    const struct cluster_shape shape = cluster_shape_of(p->config);
+    return p->c->step.rows <= CLUSTER_ROWS && plain_layer(p) && cluster_knows(p->c, &shape) &&
+           p->state->slabs[STATE_RING_K].dtype == DTYPE_BF16;
+}
+
+static const bf16 *matrix(const struct linear *l)
+{
+    return (const bf16 *)l->weight->data;
+}
+
+static int64_t share_stride(const struct pass *p)
+{
+    const int most = p->c->options.max_rows;
+    return (int64_t)(most < CLUSTER_ROWS ? most : CLUSTER_ROWS) * p->config->hidden_size;
+}
+
+/* The layer's RG-LRU as the mixing wants it. Weights do not change: once is enough, and the
+ * first step of any form is not one that is recorded. */
+static const void *prepared_gates(const struct pass *p, const struct cluster_shape *shape)
+{
+    const struct layer_weights *w = p->w;
+    struct layer_scratch *s = p->c->layer;
+    void *to = (char *)s->prepared + (size_t)p->layer * cluster_prepared_bytes(shape);
+    const struct cluster_gates g = {floats(w->recurrence_gate), floats(w->recurrence_bias),
+                                    floats(w->input_gate),      floats(w->input_bias),
+                                    floats(w->lambda),          floats(w->rglru_norm.weight)};
+    if (p->layer >= s->n_prepared) {
+        cluster_prepare(p->c, shape, &g, to);
+        s->n_prepared = p->layer + 1;
+    }
+    return to;
+}
+
+static void mix_by_clusters(const struct pass *p, const struct cluster_shape *shape)
+{
+    const struct layer_weights *w = p->w;
+    const struct slab *slabs = p->state->slabs;
+    const struct layer_scratch *s = p->s;
+    struct cluster_mix m = {};
+    const bool overlaps = p->c->queue.pdl; /* with what prepares its weights it must not */
+    p->c->queue.pdl &= p->layer < s->n_prepared;
+    m.x = floats(p->x);
+    m.norm = {floats(w->norm1.weight), w->norm1.eps};
+    m.q = matrix(&w->q_proj);
+    m.k = matrix(&w->k_proj);
+    m.v = matrix(&w->v_proj);
+    m.prepared = prepared_gates(p, shape);
+    m.rglru = float_slab(&slabs[STATE_RGLRU]);
+    m.z = s->z;
+    m.z_eps = w->rglru_norm.eps;
+    m.latent_q = matrix(&w->latent_q);
+    m.latent_k = matrix(&w->latent_k);
+    m.n_latents = config_latents_per_head(p->config);
+    m.m = float_slab(&slabs[STATE_LATENT_M]);
+    m.alpha = float_slab(&slabs[STATE_LATENT_ALPHA]);
+    m.s = float_slab(&slabs[STATE_LATENT_S]);
+    m.frequencies = (const double *)w->rope->data;
+    m.ring_k = (bf16 *)slabs[STATE_RING_K].buffer->data;
+    m.ring_v = (bf16 *)slabs[STATE_RING_V].buffer->data;
+    m.ring_values = slabs[STATE_RING_K].row_values;
+    m.ring_rows = (int)config_ring_rows(p->config, p->layer);
+    m.scale = (float)p->config->attention_scale;
+    m.softcap = (float)p->config->attn_logit_softcapping;
+    m.o = matrix(&w->o_proj);
+    m.partials = s->shares;
+    m.partial_stride = share_stride(p);
+    cluster_mix_launch(p->c, shape, &m);
+    p->c->queue.pdl = overlaps;
+}
+
+static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
+{
+    const struct layer_weights *w = p->w;
+    const struct layer_scratch *s = p->s;
+    struct few_mlp m = {};
+    m.x = floats(p->x);
+    m.partials = s->shares;
+    m.partial_stride = share_stride(p);
+    m.norm = {floats(w->norm2.weight), w->norm2.eps};
+    m.between = s->x_between;
+    m.h = s->h;
+    m.scales = s->scales;
+    m.gate = matrix(&w->gate_proj);
+    m.up = matrix(&w->up_proj);
+    m.down = matrix(&w->down_proj);
+    m.act = p->config->hidden_act;
+    m.middle = s->up;
+    m.z = s->z;
+    m.rglru = float_slab(&p->state->slabs[STATE_RGLRU]);
+    few_mlp_launch(p->c, shape, &m);
+}
+
+/* A layer of few rows: see cluster.cuh. */
+static void layer_by_clusters(const struct pass *p)
+{
+    const struct cluster_shape shape = cluster_shape_of(p->config);
+    mix_by_clusters(p, &shape);
+    mlp_of_few(p, &shape);
+}
+
+static bool for_warpgroups(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    const struct linear *const vqk[] = {&w->v_proj, &w->q_proj, &w->k_proj};
+    const struct linear *const logits[] = {&w->latent_q, &w->latent_k};
+    const struct linear *const gate_up[] = {&w->gate_proj, &w->up_proj};
+    struct product_weight a, b, c;
+    return p->c->step.rows <= WARPGROUP_ROWS && plain_layer(p) && warpgroups_are_there(p->c) &&
+           stack(&a, vqk, 3) && stack(&b, logits, 2) && stack(&c, gate_up, 2) &&
+           warpgroup_has(OUTPUT_BF16, a.n_out, a.n_in) &&
+           warpgroup_has(OUTPUT_F32, b.n_out, b.n_in) &&
+           warpgroup_has(OUTPUT_ACTIVATE, c.n_out, c.n_in) &&
+           warpgroup_has(OUTPUT_ADD, w->o_proj.n_out, w->o_proj.n_in) &&
+           warpgroup_has(OUTPUT_ADD, w->down_proj.n_out, w->down_proj.n_in);
+}
+
+/* Matrices from `first` on, which lie one behind the other. */
+static struct warpgroup_product group_product(const struct pass *p, const struct packed_rows *in,
+                                              const struct linear *first, int n_out,
+                                              enum product_output output)
+{
+    struct warpgroup_product q = {};
+    q.in = *in;
+    q.weights = matrix(first);
+    q.n_out = n_out;
+    q.output = output;
+    q.act = p->config->hidden_act;
+    q.rows = p->c->step.rows;
+    q.n_rows = &p->c->step.sizes->n_rows;
+    return q;
+}
+
+/* x += the product, and what the next sublayer begins with, unless there is none. */
+static void group_add(const struct pass *p, const struct packed_rows *in, const struct linear *l,
+                      const struct packed_rows *x, const struct norm *next)
+{
+    struct warpgroup_product q = group_product(p, in, l, l->n_out, OUTPUT_ADD);
+    q.out = floats(p->x);
+    q.out_stride = l->n_out;
+    if (next) {
+        q.next = *x;
+        q.next_weight = floats(next->weight);
+    }
+    warpgroup_products(p->c, &q, 1);
+}
+
+/* From the packed rows x to what the output projection is given: RG-LRU, products, mixing. */
+static void group_mix(const struct pass *p, const struct packed_rows *x,
+                      const struct packed_rows *mixed)
+{
+    const struct layer_weights *w = p->w;
+    const struct layer_scratch *s = p->s;
+    const int D = p->config->hidden_size, columns = w->latent_q.n_out + w->latent_k.n_out;
+    const struct packed_rows z = {s->packed_z, D, s->z_squares, D / 8, w->rglru_norm.eps};
+    struct rglru_front f = layer_rglru(p);
+    f.packed = *x;
+    f.out = z;
+    f.out_weight = floats(w->rglru_norm.weight);
+    CHECK(fused_rglru(p->c, &f));
+
+    struct warpgroup_product front[] = {
+        group_product(p, x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16),
+        group_product(p, &z, &w->latent_q, columns, OUTPUT_F32)};
+    front[0].out = s->vqk;
+    front[0].out_stride = vqk_stride(p);
+    front[1].out = s->gates;
+    front[1].out_stride = columns;
+    warpgroup_products(p->c, front, 2);
+
+    struct mix m = layer_mix(p);
+    m.g = s->gates;
+    m.theta = s->gates + w->latent_q.n_out;
+    m.gate_stride = columns;
+    m.packed = *mixed;
+    CHECK(fused_mix(p->c, &m));
+}
+
+/* A layer of up to WARPGROUP_ROWS rows: see warpgroup.cuh. */
+static void layer_by_warpgroups(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    struct layer_scratch *s = p->s;
+    const struct model_config *config = p->config;
+    const int D = config->hidden_size;
+    const bool is_last = p->layer + 1 >= config->n_layers;
+    const struct norm *next = is_last || !plain_norm(&w[1].norm1) ? NULL : &w[1].norm1;
+    const struct packed_rows x = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm1.eps};
+    const struct packed_rows x2 = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm2.eps};
+    const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
+    const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
+    if (!p->packed)
+        pack_rows(p->c, &x, floats(p->x), floats(w->norm1.weight), p->c->step.rows,
+                  &p->c->step.sizes->n_rows);
+    s->packed_layer = next ? p->layer + 1 : -1;
+
+    group_mix(p, &x, &mixed);
+    group_add(p, &mixed, &w->o_proj, &x2, &w->norm2);
+    struct warpgroup_product features =
+        group_product(p, &x2, &w->gate_proj, 2 * config->intermediate_size, OUTPUT_ACTIVATE);
+    features.next = up;
+    warpgroup_products(p->c, &features, 1);
+    group_add(p, &up, &w->down_proj, &x, next);
+}
+
+const char *layer_plain(const struct pass *p)
+{
+    if (for_clusters(p)) {
+        layer_by_clusters(p);
+        return "clusters";
+    }
+    if (for_warpgroups(p)) {
+        layer_by_warpgroups(p);
+        return "warpgroups";
+    }
+    return NULL;
+}
