@@ -81,6 +81,7 @@ static struct scratch_sizes scratch_sizes_of(const struct backend_options *o)
         s.piece_values = larger(s.piece_values, (size_t)c->n_latents * (size_t)(c->head_dim + 2));
     else
         s.piece_values *= 64;
+    s.piece_values = align_up(s.piece_values, 4); /* pieces' states are read 16 bytes at a time */
     s.partials = c ? larger(window_partials(o), stream_partials(o))
                    : (size_t)o->max_seqs * (size_t)o->max_dim * 64;
     s.piece_states = (size_t)s.max_pieces * s.piece_values;

@@ -422,6 +422,25 @@ static void test_chunks_equal_decoding(void **state)
         for_golden(check_chunks_bf16);
 }
 
+/* The state of a piece takes 7 * 66 values, no multiple of four: the next one's must be aligned all
+ * the same. */
+static void test_odd_states(void **state)
+{
+    static const struct test_model odd = {
+        "odd latents",
+        "{\"model_type\":\"latte\",\"architectures\":[\"LatteForCausalLM\"],"
+        "\"num_hidden_layers\":2,\"num_attention_heads\":1,\"eos_token_id\":0,"
+        "\"tie_word_embeddings\":true,\"vocab_size\":131,\"hidden_size\":64,"
+        "\"intermediate_size\":128,\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"num_latents\":7,"
+        "\"layer_type\":\"macchiato\",\"sliding_window\":24,"
+        "\"latent_input\":\"rglru\",\"rglru_blocks\":1}"};
+    char dir[200];
+    (void)state;
+    cuda_model_make(&odd, 95, dir, sizeof(dir));
+    check_chunks_bf16(odd.name, dir);
+    test_dir_remove(dir);
+}
+
 /* ---- recorded steps ---- */
 
 /* Steps of three sequences in these slots; the logits of each, [n_steps, 3, V]. */
@@ -589,6 +608,7 @@ int main(void)
         cmocka_unit_test(test_what_smaller_storage_costs),
         cmocka_unit_test(test_fused_equals_composed),
         cmocka_unit_test(test_chunks_equal_decoding),
+        cmocka_unit_test(test_odd_states),
         cmocka_unit_test(test_recorded_steps),
         cmocka_unit_test(test_copies),
         cmocka_unit_test(test_sessions_move_between_backends),

@@ -9,7 +9,8 @@
  *   recurrence.cu  conv, rglru, block_linear
  *   rglru.cu       the RG-LRU from the residual stream, fused
  *   latent.cu      latent: one row, and prompts by pieces
- *   window.cu      window: one row (long rings split), and prompts by tiles
+ *   window.cu      window: one row (long rings split), prompts, and the rings' update
+ *   prompt.cu, latent_tile.cu   a layer's mixing of prompts, fused
  *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones
  *   mix.cu         one row of a layer's mixing, fused; mix_warps.cu for some shapes
  *   layer.cu       the fused layer and head; layer_plain.cu for few rows, layer_scratch.cu
@@ -59,7 +60,7 @@ struct cuda {
     int max_pieces;
     bf16 *converted;      /* [max_rows, max_dim] inputs of a bf16 product */
     float *piece_states;  /* [max_pieces, piece_values] what latent and rglru carry over pieces */
-    size_t piece_values;  /* max of L * (d + 2) and 2 * D */
+    size_t piece_values;  /* max of L * (d + 2) and 2 * max_dim, a multiple of 4 */
     float *partials;      /* [partial_values] f32 partial results of split reductions */
     size_t partial_values;
     struct layer_scratch *layer; /* layer.cuh */
