@@ -264,8 +264,9 @@ struct backend_ops {
     /* The rows of a step are rounded up, to few numbers; the first step of each costs more. The
      * next such number after n, 0 after the last. */
     int (*next_rows)(const struct backend *b, int n);
-    /* How the layers of the step last begun are computed, a word for people: which kernels there are
-     * depends on the model's shape, the device and the number of rows. NULL: by single ops. */
+    /* How the layers of the step last begun are computed, the last one where they differ; a word for
+     * people: which kernels there are depends on the model's shape, the device and the number of
+     * rows. NULL: by single ops. */
     const char *(*layers)(const struct backend *b);
 };
 

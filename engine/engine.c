@@ -107,6 +107,7 @@ static enum status run_warm_up(struct unit *u, const struct sizing *s,
                               .max_batch = s->scheduler.max_batch ? s->scheduler.max_batch
                                                                   : s->model.n_slots,
                               .every_size = o->warm_up};
+    _Static_assert(sizeof(u->device.layers) == WARM_UP_LAYERS, "filled by warm_up");
     return warm_up(u->model, &w, u->device.layers, err);
 }
 

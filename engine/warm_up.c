@@ -10,6 +10,7 @@
 enum {
     FIRST_TOKENS = 64, /* of the one prompt that every model is given */
     N_RECORDED = 2,    /* steps of a form until it is recorded (backend_cuda.cu) */
+    MAX_SIZES = 128,   /* of steps that decode: far more than devices round to */
 };
 
 struct warming {
@@ -73,15 +74,23 @@ static bool is_power_of_two(int n)
     return (n & (n - 1)) == 0;
 }
 
-/* Prompts of all sizes up to n rows. Powers of two come first: what is found for their products
- * the others choose from (library.cu). */
+/* Powers of two come first: what is found for their products the others choose from
+ * (library.cu). */
+enum { POWERS_OF_TWO, OTHERS, N_PASSES };
+
+static bool is_of_pass(int size, int pass)
+{
+    return is_power_of_two(size) == (pass == POWERS_OF_TWO);
+}
+
+/* Prompts of all sizes up to n rows. */
 static enum status read_every_size(struct warming *w, int n, struct error *err)
 {
     enum status st = STATUS_OK;
-    for (int pass = 0; pass < 2; pass++)
+    for (int pass = 0; pass < N_PASSES; pass++)
         for (int size = model_next_rows(w->model, 0); size && size <= n && !st;
              size = model_next_rows(w->model, size))
-            if (is_power_of_two(size) == !pass)
+            if (is_of_pass(size, pass))
                 st = read_prompt(w, size, err);
     return st;
 }
@@ -92,23 +101,39 @@ static void say_layers(struct warming *w, const char *how, int n)
     snprintf(w->layers + at, WARM_UP_LAYERS - at, at ? ", %s to %d" : "%s to %d rows", how, n);
 }
 
+/* How sizes are decoded, in their order. */
+struct size_layers {
+    int rows;
+    const char *how;
+};
+
+static void say_all_layers(struct warming *w, const struct size_layers *sizes, int n)
+{
+    for (int i = 0; i < n; i++)
+        if (i + 1 == n || strcmp(sizes[i].how, sizes[i + 1].how))
+            say_layers(w, sizes[i].how, sizes[i].rows);
+}
+
 /* The last size may be rounded up from n. */
 static enum status decode_every_size(struct warming *w, int n, struct error *err)
 {
+    struct size_layers sizes[MAX_SIZES];
     enum status st = STATUS_OK;
-    const char *how = NULL;
-    int done = 0;
-    for (int size = model_next_rows(w->model, 0); size && done < n && !st;
-         size = model_next_rows(w->model, size)) {
-        const int before = done;
-        done = least(size, n);
-        st = decode(w, done, N_RECORDED, err);
-        if (how && strcmp(how, model_layers(w->model)))
-            say_layers(w, how, before);
-        how = model_layers(w->model);
+    int n_sizes = 0;
+    for (int pass = 0; pass < N_PASSES; pass++) {
+        n_sizes = 0;
+        for (int size = model_next_rows(w->model, 0), done = 0;
+             size && done < n && n_sizes < MAX_SIZES && !st;
+             size = model_next_rows(w->model, size), n_sizes++) {
+            done = least(size, n);
+            if (!is_of_pass(size, pass))
+                continue;
+            st = decode(w, done, N_RECORDED, err);
+            sizes[n_sizes] = (struct size_layers){done, model_layers(w->model)};
+        }
     }
-    if (how)
-        say_layers(w, how, done);
+    if (!st)
+        say_all_layers(w, sizes, n_sizes);
     return st;
 }
 
@@ -136,7 +161,7 @@ enum status warm_up(struct model *model, const struct warm_up *o, char layers[WA
     layers[0] = 0;
     if (limit && limit <= w.most_rows)
         w.most_rows = (int)limit - 1;
-    if (w.most_rows < N_RECORDED)
+    if (limit && limit <= N_RECORDED) /* a session decodes so often */
         return STATUS_OK;
     w.tokens = calloc((size_t)o->max_rows, sizeof(*w.tokens));
     w.seqs = calloc((size_t)n_seqs, sizeof(*w.seqs));

@@ -1004,6 +1004,7 @@ static void test_mix_many_latents(void **)
         {2, 1, 80, 33, 9, 0, 100, false, false, DTYPE_F32},
         {1, 1, 96, 20, 9, 0, 1000, false, false, DTYPE_F32},
         {1, 1, 128, 17, 0, 0, 3, false, false, DTYPE_F32},
+        {1, 1, 256, 32, 0, 0, 3, false, false, DTYPE_F32},
     };
     for (size_t i = 0; i < COUNT_OF(shapes); i++)
         check_mix(shapes[i], random_batch(3, 200));

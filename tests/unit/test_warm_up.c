@@ -10,7 +10,7 @@
 #include "tests/unit/fail_alloc.h"
 #include "tests/unit/model_files.h"
 
-enum { N_SLOTS = 12, MAX_ROWS = 24, MAX_LOGITS = 20, VOCAB = 64, MAX_STEPS = 100 };
+enum { N_SLOTS = 20, MAX_ROWS = 24, MAX_LOGITS = 20, VOCAB = 64, MAX_STEPS = 100 };
 
 static const int rounded[] = {1, 2, 4, 8, 10, 12, 14, 16, 20, 24};
 
@@ -133,6 +133,27 @@ static void test_every_size_is_stepped(void **state)
     model_close(model);
 }
 
+static int first_step(int n_seqs, int n_rows)
+{
+    int i = 0;
+    while (i < device.n_steps && (device.n_seqs[i] != n_seqs || device.n_rows[i] != n_rows))
+        i++;
+    assert_true(i < device.n_steps);
+    return i;
+}
+
+/* The others choose from what is found for them. */
+static void test_powers_of_two_come_first(void **state)
+{
+    (void)state;
+    struct model *model = open_model(latent_layers, true);
+    run_warm_up(model, 16, true);
+    assert_true(first_step(1, 16) < first_step(1, 10));
+    assert_true(first_step(16, 16) < first_step(10, 10));
+    assert_string_equal(said, "magic to 4 rows, sorcery to 16");
+    model_close(model);
+}
+
 /* Steps of 9 rows are rounded up to 10, and are made as they will be. */
 static void test_a_batch_between_sizes(void **state)
 {
@@ -221,6 +242,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_size_is_stepped),
+        cmocka_unit_test(test_powers_of_two_come_first),
         cmocka_unit_test(test_a_batch_between_sizes),
         cmocka_unit_test(test_few_steps_otherwise),
         cmocka_unit_test(test_limited_contexts_are_kept),

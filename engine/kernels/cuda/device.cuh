@@ -14,7 +14,9 @@
  * another kernel of the step wrote and before its first write to global memory. Before that it
  * may read weights and constants, the step's arrays (a copy that is over before the step's first
  * kernel), and state that no other kernel of the step touches: that is what the overlap is for.
- * pdl_trigger() lets the successor start; kernels call it first thing.
+ * pdl_trigger() lets the successor start; kernels call it first thing. Blocks with nothing to do may
+ * return without waiting as long as some block of each grid waits: the kernel after it counts on
+ * all kernels before it.
  *
  * Threads: launchers are called by the engine thread alone.
  * Memory:  launchers allocate nothing. Kernels get raw device pointers.

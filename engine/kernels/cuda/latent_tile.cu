@@ -28,7 +28,6 @@ enum {
     VEC = 8, /* bf16 values of 16 bytes */
     MOST_LATENTS = 64,
     MOST_COLUMNS = WARP * VEC, /* a row is one turn of a warp, or less */
-    MAX_SHARED = 96 * 1024,    /* what a block may have on every chip from 8.0 on */
     SLICE_PAIRS = 3,           /* 16 columns each, of latent_tile_sums' warps at most */
     PARTS = 3,                 /* bf16 values that make a weight */
 };
@@ -699,7 +698,7 @@ bool latent_tiles_fit(const struct cuda *c, const struct latent_call *call)
     const struct latent_shape *sh = &call->shape;
     return call->half && sh->head_dim % 16 == 0 && sh->head_dim <= MOST_COLUMNS &&
            sh->n_latents <= MOST_LATENTS &&
-           layout_of(slices_of(sh).tiles, sh->head_dim).bytes <= MAX_SHARED &&
+           (size_t)layout_of(slices_of(sh).tiles, sh->head_dim).bytes <= shared_limit(&c->queue) &&
            call->v_stride % VEC == 0 && call->out_stride % VEC == 0 && aligned(call->v) &&
            aligned(call->out) && call->s.row_values % 2 == 0 && c->step.n_pieces <= 65535 &&
            (!sh->gated_window || call->blend);

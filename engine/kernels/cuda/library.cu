@@ -227,23 +227,32 @@ static bool same_but_for_rows(const struct gemm_shape *a, const struct gemm_shap
     return !memcmp(&c, b, sizeof(c));
 }
 
-/* What the matrix's products of other numbers of rows were found to be fastest with, as far as
- * they can do this one. Their kernels are loaded: the library loads one in a millisecond. */
+static bool is_power_of_two(int n)
+{
+    return (n & (n - 1)) == 0;
+}
+
+/* What the matrix's products of numbers of rows that are powers of two were found to be fastest
+ * with, as far as they can do this one; none where the two next to it are not among them. Their
+ * kernels are loaded: the library loads one in a millisecond. */
 static int known_candidates(struct library *l, const struct gemm *g,
                             cublasLtMatmulAlgo_t out[N_CANDIDATES])
 {
-    int n = 0;
+    int n = 0, n_near = 0;
     for (int i = 0; i < l->n_gemms && n < N_CANDIDATES; i++) {
         const struct gemm *other = &l->gemms[i];
+        const int rows = other->shape.rows;
         cublasLtMatmulHeuristicResult_t result = {};
-        if (!other->searched || !same_but_for_rows(&other->shape, &g->shape) ||
+        if (!other->searched || !is_power_of_two(rows) ||
+            !same_but_for_rows(&other->shape, &g->shape) ||
             cublasLtMatmulAlgoCheck(l->handle, g->operation, g->weights, g->in, g->out, g->out,
                                     &other->algorithm, &result) != CUBLAS_STATUS_SUCCESS ||
             result.workspaceSize > WORKSPACE_BYTES)
             continue;
         out[n++] = other->algorithm;
+        n_near += rows < 2 * g->shape.rows && g->shape.rows < 2 * rows;
     }
-    return n;
+    return n_near == 2 ? n : 0;
 }
 
 static cublasStatus_t find_candidates(struct library *l, const struct gemm *g, int most,
@@ -260,35 +269,48 @@ static cublasStatus_t find_candidates(struct library *l, const struct gemm *g, i
     return *n ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
+/* The fastest of the candidates, -1: none runs. Timing writes results that the product itself
+ * writes again; sums, which it must not disturb, go elsewhere. */
+static int fastest(struct cuda *c, const struct gemm *g, const cublasLtMatmulAlgo_t *candidates,
+                   int n, const bf16 *weights, const bf16 *in, void *out)
+{
+    void *to = g->shape.add ? c->library->scratch : out;
+    int chosen = -1;
+    float best = 0;
+    for (int i = 0; i < n; i++) {
+        const float ms = gemm_time(c, g, &candidates[i], weights, in, to);
+        if (ms >= 0 && (chosen < 0 || ms < best)) {
+            best = ms;
+            chosen = i;
+        }
+    }
+    return chosen;
+}
+
 /* The library's first candidate, or where timing is possible the fastest: of the library's for
- * powers of two, of those for others. Timing writes results that the product itself writes again;
- * sums, which it must not disturb, go elsewhere. */
+ * powers of two, of those for others, as far as they are known. */
 static cublasStatus_t gemm_choose(struct cuda *c, struct gemm *g, const bf16 *weights,
                                   const bf16 *in, void *out)
 {
     cublasLtMatmulAlgo_t candidates[N_CANDIDATES] = {};
     const bool timed = may_time(c, &g->shape);
-    const bool between = g->shape.rows & (g->shape.rows - 1);
-    void *to = g->shape.add ? c->library->scratch : out;
-    int n = timed && between ? known_candidates(c->library, g, candidates) : 0;
-    g->searched = timed && !n;
-    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
-    if (!n)
-        status = find_candidates(c->library, g, timed ? N_CANDIDATES : 1, candidates, &n);
-    if (status != CUBLAS_STATUS_SUCCESS)
-        return status;
-    int chosen = 0;
-    float best = -1;
-    for (int i = 0; i < n && timed && n > 1; i++) {
-        const float ms = gemm_time(c, g, &candidates[i], weights, in, to);
-        if (ms >= 0 && (best < 0 || ms < best)) {
-            best = ms;
-            chosen = i;
-        }
+    int n = 0, chosen = -1;
+    if (timed && !is_power_of_two(g->shape.rows)) {
+        n = known_candidates(c->library, g, candidates);
+        chosen = fastest(c, g, candidates, n, weights, in, out);
     }
-    g->algorithm = candidates[chosen];
+    g->searched = timed && chosen < 0;
+    if (chosen < 0) {
+        const cublasStatus_t status =
+            find_candidates(c->library, g, timed ? N_CANDIDATES : 1, candidates, &n);
+        if (status != CUBLAS_STATUS_SUCCESS)
+            return status;
+        if (timed && n > 1)
+            chosen = fastest(c, g, candidates, n, weights, in, out);
+    }
+    g->algorithm = candidates[chosen < 0 ? 0 : chosen];
     g->tuned = timed;
-    return status;
+    return CUBLAS_STATUS_SUCCESS;
 }
 
 /* The entry of a shape, made on its first use. A shape first met while a graph is captured is

@@ -385,8 +385,8 @@ static __device__ __forceinline__ void store_z(const struct z_row &row, int quad
     row.out[2 * quad + 1] = __floats2bfloat162_rn(y.z, y.w);
 }
 
-/* A block has NORM_ROWS rows of a piece, a warp one of them, with the sums of norm_kernel
- * (rows.cu). PER: quads of a lane, which holds them; 0: any number, z is completed in place and
+/* A block has NORM_ROWS rows of a piece at a time, a warp one of them, with the sums of norm_kernel
+ * (rows.cu); the blocks of one x share the piece. PER: quads of a lane, which holds them; 0: any number, z is completed in place and
  * read again. Bytes: 6 D a row in, 4 D where z is z; 2 D out. */
 template <int PER>
 static __global__ void __launch_bounds__(NORM_ROWS *WARP)
@@ -402,38 +402,42 @@ static __global__ void __launch_bounds__(NORM_ROWS *WARP)
 #pragma unroll
     for (int k = 0; AHEAD && k < PER; k++)
         weight[k] = lane + k * WARP < quads ? quad_at(norm.weight, lane + k * WARP) : zero;
-    const int p = blockIdx.x, r = blockIdx.y * NORM_ROWS + threadIdx.x / WARP;
+    const int p = blockIdx.x;
     const bool here = p < c.step.sizes->n_pieces;
     const struct piece piece = c.step.pieces[here ? p : 0];
-    const int64_t at = (int64_t)(piece.row + r) * dim;
     const float *const start = piece.first == p ? nullptr : c.piece_states + p * c.piece_values;
-    const struct z_row row = {reinterpret_cast<float4 *>(c.f.z + at),
-                              reinterpret_cast<const uint2 *>(c.f.products + at),
-                              reinterpret_cast<const float4 *>(start),
-                              reinterpret_cast<__nv_bfloat162 *>(c.f.normed + at)};
     pdl_wait();
-    if (!here || r >= piece.n_rows)
+    if (!here)
         return;
-    if constexpr (PER > 0) {
-        float4 held[PER];
+#pragma unroll 1
+    for (int r = blockIdx.y * NORM_ROWS + threadIdx.x / WARP; r < piece.n_rows;
+         r += gridDim.y * NORM_ROWS) {
+        const int64_t at = (int64_t)(piece.row + r) * dim;
+        const struct z_row row = {reinterpret_cast<float4 *>(c.f.z + at),
+                                  reinterpret_cast<const uint2 *>(c.f.products + at),
+                                  reinterpret_cast<const float4 *>(start),
+                                  reinterpret_cast<__nv_bfloat162 *>(c.f.normed + at)};
+        if constexpr (PER > 0) {
+            float4 held[PER];
 #pragma unroll
-        for (int k = 0; k < PER; k++)
-            held[k] = lane + k * WARP < quads ? z_at(row, lane + k * WARP) : zero;
-        const struct row_scale s = held_scale<PER>(held, dim, layer, norm.eps);
+            for (int k = 0; k < PER; k++)
+                held[k] = lane + k * WARP < quads ? z_at(row, lane + k * WARP) : zero;
+            const struct row_scale s = held_scale<PER>(held, dim, layer, norm.eps);
 #pragma unroll
-        for (int k = 0; k < PER; k++) {
-            const int quad = lane + k * WARP;
-            if (quad < quads)
-                store_z(row, quad, held[k], s, AHEAD ? weight[k] : quad_at(norm.weight, quad),
-                        norm);
+            for (int k = 0; k < PER; k++) {
+                const int quad = lane + k * WARP;
+                if (quad < quads)
+                    store_z(row, quad, held[k], s, AHEAD ? weight[k] : quad_at(norm.weight, quad),
+                            norm);
+            }
+        } else {
+            for (int quad = lane; row.start && quad < quads; quad += WARP)
+                row.z[quad] = z_at(row, quad);
+            const struct row_scale s =
+                read_scale(reinterpret_cast<const float *>(row.z), dim, layer, norm.eps);
+            for (int quad = lane; quad < quads; quad += WARP)
+                store_z(row, quad, row.z[quad], s, quad_at(norm.weight, quad), norm);
         }
-    } else {
-        for (int quad = lane; row.start && quad < quads; quad += WARP)
-            row.z[quad] = z_at(row, quad);
-        const struct row_scale s =
-            read_scale(reinterpret_cast<const float *>(row.z), dim, layer, norm.eps);
-        for (int quad = lane; quad < quads; quad += WARP)
-            store_z(row, quad, row.z[quad], s, quad_at(norm.weight, quad), norm);
     }
 }
 
@@ -480,7 +484,10 @@ static void z_norm(struct cuda *c, const struct gates_call *call)
         kernel = z_norm_kernel<8>;
     else if (dim <= 2560)
         kernel = z_norm_kernel<20>;
-    launch(&c->queue, "rglru", kernel, dim3(c->step.n_pieces, PIECE_ROWS / NORM_ROWS),
+    /* Of many short sequences most pieces are short. */
+    const int rows = ceil_div(c->step.rows, c->step.n_pieces), blocks = ceil_div(rows, NORM_ROWS);
+    launch(&c->queue, "rglru", kernel,
+           dim3(c->step.n_pieces, blocks < PIECE_ROWS / NORM_ROWS ? blocks : PIECE_ROWS / NORM_ROWS),
            NORM_ROWS * WARP, 0, *call);
 }
 
