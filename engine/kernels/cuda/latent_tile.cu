@@ -416,6 +416,117 @@ __device__ void leave_state(float *s, const float *start_s, const float *first_m
     }
 }
 
+/* What a piece starts from, start [M, d], as bf16 rows of s16, zeros for the other latents and
+ * where there is nothing. */
+__device__ __forceinline__ void fetch_start(bf16 *s16, int stride, int latents, const float *start,
+                                            int M, int d)
+{
+    const struct turns t = turns_of(threadIdx.x, TILE_THREADS, d / 2, latents);
+    for (int l0 = t.row; l0 < latents; l0 += SEGMENT_ROWS * t.step) {
+        float2 s[SEGMENT_ROWS];
+#pragma unroll
+        for (int i = 0; i < SEGMENT_ROWS; i++) {
+            const int l = l0 + i * t.step;
+            const bool has = l < M && start;
+            s[i] = has ? *(const float2 *)(start + l * d + t.place * 2) : make_float2(0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < SEGMENT_ROWS; i++) {
+            const int l = l0 + i * t.step;
+            if (l < latents)
+                *(uint32_t *)(s16 + l * stride + t.place * 2) = pack(s[i].x, s[i].y);
+        }
+    }
+}
+
+/* What a warp's 16 rows take of the start's latents, of the blocks of 16 rows before, and of
+ * themselves: as mma_bf16's a. */
+template <int TILES> struct row_weights {
+    uint32_t start[TILES][4], earlier[BLOCKS - 1][4], own[4];
+};
+
+template <int TILES>
+__device__ __forceinline__ void
+find_weights(struct row_weights<TILES> *w, const float *theta, const float *m, const float *c,
+             const float *references, const bf16 *e16, const struct tile_layout &at, int first)
+{
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    earlier_weights<TILES>(w->start, references, m, c, at.stride, first);
+#pragma unroll
+    for (int b = 0; b < BLOCKS - 1; b++)
+        if (b < warp) {
+            uint32_t left[TILES][4];
+            float sums[2][4] = {};
+            earlier_weights<TILES>(left, references + (b + 1) * at.latents, m, c, at.stride, first);
+#pragma unroll
+            for (int k = 0; k < TILES; k++) {
+                uint32_t right[4];
+                const int row = b * 16 + lane / 16 * 8 + lane % 8;
+                ldmatrix_x4(right, e16 + row * at.half_stride + k * 16 + lane / 8 % 2 * 8);
+                mma_bf16(sums[0], left[k], right);
+                mma_bf16(sums[1], left[k], right + 2);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                w->earlier[b][i] = pack(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+        }
+    own_weights<TILES>(w->own, theta, m, c, at.stride, first);
+}
+
+/* A warp's 16 rows of out, which has the window's part: times p0, and what is theirs of the start
+ * and of the values. */
+template <int TILES>
+__device__ __forceinline__ void multiply_rows(const struct row_weights<TILES> &w, const bf16 *s16,
+                                              const bf16 *v, bf16 *own, const float *p0, int stride,
+                                              int d)
+{
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    /* What is there of the window counts p0: as one more product, by p0 as a diagonal. */
+    const int row = lane / 4, q = lane % 4 * 2, first = warp * 16;
+    uint32_t from_local[2][4] = {};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float p = p0[row + 8 * r];
+        const float low = q == row ? p : 0, high = q + 1 == row ? p : 0;
+        from_local[0][3 * r] = pack(low, high);
+        const float2 taken = unpack(from_local[0][3 * r]);
+        from_local[1][3 * r] = pack(low - taken.x, high - taken.y);
+    }
+    const bf16 *const right = v + lane % 16 * stride + lane / 16 * 8;
+    const bf16 *const start_right = s16 + lane % 16 * stride + lane / 16 * 8;
+    for (int i = 0; i < d; i += 16) {
+        float y[2][4] = {};
+        uint32_t b[4];
+#pragma unroll
+        for (int k = 0; k < TILES; k++) {
+            ldmatrix_x4_trans(b, start_right + k * 16 * stride + i);
+            mma_bf16(y[0], w.start[k], b);
+            mma_bf16(y[1], w.start[k], b + 2);
+        }
+#pragma unroll
+        for (int k = 0; k < BLOCKS - 1; k++)
+            if (k < warp) {
+                ldmatrix_x4_trans(b, right + k * 16 * stride + i);
+                mma_bf16(y[0], w.earlier[k], b);
+                mma_bf16(y[1], w.earlier[k], b + 2);
+            }
+        ldmatrix_x4_trans(b, right + first * stride + i);
+        mma_bf16(y[0], w.own, b);
+        mma_bf16(y[1], w.own, b + 2);
+        ldmatrix_x4_trans(b, own + lane % 16 * stride + lane / 16 * 8 + i);
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            mma_bf16(y[0], from_local[part], b);
+            mma_bf16(y[1], from_local[part], b + 2);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            *(uint32_t *)(own + (row + e % 2 * 8) * stride + i + e / 2 * 8 + q) =
+                pack(y[e / 2][e % 2 * 2], y[e / 2][e % 2 * 2 + 1]);
+    }
+}
+
 /* A block: a piece and one head. At 8192 rows, 8 heads, M 16, d 96 it reads 40 MB, part of it in
  * L2, writes 12.6 MB and takes 20M exponentials: 12 us of bytes, 6 of exponentials on 132 SMs. */
 template <int TILES>
@@ -494,22 +605,7 @@ __global__ void __launch_bounds__(TILE_THREADS, TILES == 1 ? 4 : 3)
         out_from += t.step * call->out_stride;
     }
     copy_async_commit();
-    t = turns_of(threadIdx.x, TILE_THREADS, d / 2, at.latents);
-    for (int l0 = t.row; l0 < at.latents; l0 += SEGMENT_ROWS * t.step) {
-        float2 s[SEGMENT_ROWS];
-#pragma unroll
-        for (int i = 0; i < SEGMENT_ROWS; i++) {
-            const int l = l0 + i * t.step;
-            const bool has = l < M && !found.fresh;
-            s[i] = has ? *(const float2 *)(start_s + l * d + t.place * 2) : make_float2(0, 0);
-        }
-#pragma unroll
-        for (int i = 0; i < SEGMENT_ROWS; i++) {
-            const int l = l0 + i * t.step;
-            if (l < at.latents)
-                *(uint32_t *)(s16 + l * at.wide_stride + t.place * 2) = pack(s[i].x, s[i].y);
-        }
-    }
+    fetch_start(s16, at.wide_stride, at.latents, found.fresh ? nullptr : start_s, M, d);
 
     /* Running m and alpha: each segment from nothing, then from what is before it. */
     float top[TILES], of_rows[SEGMENT_ROWS], scaled[SEGMENT_ROWS];
@@ -588,76 +684,12 @@ __global__ void __launch_bounds__(TILE_THREADS, TILES == 1 ? 4 : 3)
 
     const int first = warp * 16;
     if (first < n) {
-        uint32_t from_start[TILES][4], from_earlier[BLOCKS - 1][4], from_own[4];
-        earlier_weights<TILES>(from_start, references, m, c, at.stride, first);
-#pragma unroll
-        for (int b = 0; b < BLOCKS - 1; b++)
-            if (b < warp) {
-                uint32_t left[TILES][4];
-                float sums[2][4] = {};
-                earlier_weights<TILES>(left, references + (b + 1) * at.latents, m, c, at.stride,
-                                       first);
-#pragma unroll
-                for (int k = 0; k < TILES; k++) {
-                    uint32_t right[4];
-                    const int row = b * 16 + lane / 16 * 8 + lane % 8;
-                    ldmatrix_x4(right, e16 + row * at.half_stride + k * 16 + lane / 8 % 2 * 8);
-                    mma_bf16(sums[0], left[k], right);
-                    mma_bf16(sums[1], left[k], right + 2);
-                }
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    from_earlier[b][i] = pack(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
-            }
-        own_weights<TILES>(from_own, theta, m, c, at.stride, first);
-
-        /* What is there of the window counts p0: as one more product, by p0 as a diagonal. */
-        const int row = lane / 4, q = lane % 4 * 2;
-        uint32_t from_local[2][4] = {};
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float p = p0[first + row + 8 * r];
-            const float low = q == row ? p : 0, high = q + 1 == row ? p : 0;
-            from_local[0][3 * r] = pack(low, high);
-            const float2 taken = unpack(from_local[0][3 * r]);
-            from_local[1][3 * r] = pack(low - taken.x, high - taken.y);
-        }
-        const bf16 *const right = v + lane % 16 * at.wide_stride + lane / 16 * 8;
-        const bf16 *const start_right = s16 + lane % 16 * at.wide_stride + lane / 16 * 8;
-        bf16 *const own = out + first * at.wide_stride;
-        for (int i = 0; i < d; i += 16) {
-            float y[2][4] = {};
-            uint32_t b[4];
-#pragma unroll
-            for (int k = 0; k < TILES; k++) {
-                ldmatrix_x4_trans(b, start_right + k * 16 * at.wide_stride + i);
-                mma_bf16(y[0], from_start[k], b);
-                mma_bf16(y[1], from_start[k], b + 2);
-            }
-#pragma unroll
-            for (int k = 0; k < BLOCKS - 1; k++)
-                if (k < warp) {
-                    ldmatrix_x4_trans(b, right + k * 16 * at.wide_stride + i);
-                    mma_bf16(y[0], from_earlier[k], b);
-                    mma_bf16(y[1], from_earlier[k], b + 2);
-                }
-            ldmatrix_x4_trans(b, right + first * at.wide_stride + i);
-            mma_bf16(y[0], from_own, b);
-            mma_bf16(y[1], from_own, b + 2);
-            ldmatrix_x4_trans(b, own + lane % 16 * at.wide_stride + lane / 16 * 8 + i);
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                mma_bf16(y[0], from_local[part], b);
-                mma_bf16(y[1], from_local[part], b + 2);
-            }
-            __syncwarp();
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                *(uint32_t *)(own + (row + e % 2 * 8) * at.wide_stride + i + e / 2 * 8 + q) =
-                    pack(y[e / 2][e % 2 * 2], y[e / 2][e % 2 * 2 + 1]);
-        }
+        struct row_weights<TILES> w;
+        find_weights(&w, theta, m, c, references, e16, at, first);
+        multiply_rows(w, s16, v, out + first * at.wide_stride, p0 + first, at.wide_stride, d);
         __syncwarp();
         t = turns_of(lane, WARP, d / VEC, 16);
+        const bf16 *const own = out + first * at.wide_stride;
         bf16 *to = all_out + (first + t.row) * call->out_stride + t.place * VEC;
         for (int r = t.row; r < min(16, n - first); r += t.step, to += t.step * call->out_stride)
             *(uint4 *)to = *(const uint4 *)(own + r * at.wide_stride + t.place * VEC);

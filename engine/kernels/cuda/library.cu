@@ -234,7 +234,7 @@ static bool is_power_of_two(int n)
 
 /* What the matrix's products of numbers of rows that are powers of two were found to be fastest
  * with, as far as they can do this one; none where the two next to it are not among them. Their
- * kernels are loaded: the library loads one in a millisecond. */
+ * kernels are loaded: the library loads one in about a millisecond. */
 static int known_candidates(struct library *l, const struct gemm *g,
                             cublasLtMatmulAlgo_t out[N_CANDIDATES])
 {
