@@ -288,6 +288,71 @@ static __global__ void bulk_of_fewer_bytes(float *x)
     bulk_wait(shared);
 }
 
+/* One thread too many. */
+static __global__ void arrive_too_often(float *)
+{
+    DYNAMIC_SHARED(uint64_t, shared);
+    pdl_wait();
+    if (threadIdx.x == 0)
+        mbarrier_begin(shared, 2);
+    cluster_sync();
+    if (threadIdx.x < 2 && cluster_rank() == 0)
+        mbarrier_arrive(shared, 1);
+    cluster_sync();
+    if (threadIdx.x < 3 && cluster_rank() == 0)
+        mbarrier_expect(shared, 16);
+    cluster_sync();
+}
+
+static __global__ void arrive_before_begin(float *)
+{
+    DYNAMIC_SHARED(uint64_t, shared);
+    pdl_wait();
+    cluster_sync();
+    if (threadIdx.x == 0)
+        mbarrier_arrive(shared, cluster_rank() ^ 1);
+}
+
+static __global__ void phase_never_ends(float *)
+{
+    DYNAMIC_SHARED(uint64_t, shared);
+    pdl_wait();
+    if (threadIdx.x == 0) {
+        mbarrier_begin(shared, 1);
+        mbarrier_expect(shared, 16);
+    }
+    cluster_sync();
+    mbarrier_wait(shared, 1); /* of the phase before the first: has ended */
+    mbarrier_wait(shared, 0);
+}
+
+static __global__ void box_never_waited_for(float *x)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    uint64_t *const barrier = reinterpret_cast<uint64_t *>(shared + 1024);
+    struct tensor_map m;
+    pdl_wait();
+    if (threadIdx.x == 0) {
+        mbarrier_begin(barrier, 1);
+        if (tensor_map_encode(&m, x, {64, 1}, {128}, {64, 1}))
+            tensor_copy_2d(shared + (1024 - (uintptr_t)shared % 1024) % 1024, &m, 0, 0, barrier);
+    }
+}
+
+static __global__ void odd_box(float *x)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    uint64_t *const barrier = reinterpret_cast<uint64_t *>(shared + 2048);
+    struct tensor_map m;
+    pdl_wait();
+    if (threadIdx.x == 0) {
+        mbarrier_begin(barrier, 1);
+        if (tensor_map_encode(&m, x, {64, 1}, {128}, {64, 1}))
+            tensor_copy_2d(shared + (1024 - (uintptr_t)shared % 1024) % 1024 + 128, &m, 0, 0,
+                           barrier);
+    }
+}
+
 static __global__ void early_write_of_one(float *x)
 {
     if (cluster_rank() == 1)
@@ -334,6 +399,11 @@ static const struct {
     {"foreign_rank", foreign_rank, 256, "block 2 of a cluster of 2", 2},
     {"copy_to_peer", copy_to_peer, 256, "is not shared memory", 2},
     {"row_of_peer", row_of_peer, 256, "is not shared memory", 2},
+    {"arrive_too_often", arrive_too_often, 256, "more than the 2 that an mbarrier counts", 2},
+    {"arrive_before_begin", arrive_before_begin, 256, "that has not begun", 2},
+    {"phase_never_ends", phase_never_ends, 256, "for bytes or others", 2},
+    {"box_never_waited_for", box_never_waited_for, 2064, "before what is copied to it", 0},
+    {"odd_box", odd_box, 3072, "not 1,024-byte aligned", 0},
     {"early_write_of_one", early_write_of_one, 0, "written before pdl_wait", 2},
 };
 

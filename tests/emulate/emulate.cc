@@ -97,7 +97,30 @@ struct message {
     const uint64_t *barrier;
 };
 
+/* An mbarrier; phase: the number of the one that has not ended. */
+struct phases {
+    uint64_t *barrier;
+    int n, n_left; /* arrivals */
+    int64_t bytes; /* expected, and not asked for */
+    uint32_t phase;
+};
+
+struct box {
+    unsigned char *to;
+    matrix from;
+    int at[5];
+    const uint64_t *barrier;
+};
+
+struct warpgroup {
+    int n_there;
+    uint32_t round; /* how often all have met */
+};
+
 struct block {
+    warpgroup warpgroups[MAX_WARPS / 4];
+    std::vector<phases> mbarriers;
+    std::vector<box> boxes;    /* not done */
     std::vector<bulk> bulks;   /* not done */
     std::vector<message> sent; /* to the block, not received */
     fiber fibers[MAX_THREADS];
@@ -343,7 +366,7 @@ static void print_warps(const block *b)
             else if (at_cluster)
                 fprintf(stderr, "for the cluster\n");
             else if (receives)
-                fprintf(stderr, "for bytes\n");
+                fprintf(stderr, "for bytes or others\n");
             else
                 fprintf(stderr, "for lanes %08x\n", in->mask[lane]);
         }
@@ -822,6 +845,137 @@ void wait_bulk(uint64_t *barrier, const char *file, int line)
     *barrier = BULK_DONE;
 }
 
+/* ---- mbarriers and boxes of matrices ---- */
+
+void begin_phases(uint64_t *barrier, int n, const char *file, int line)
+{
+    if ((uintptr_t)barrier % 8 || !is_shared(barrier, 8))
+        mistake(file, line, "mbarrier_begin of %p, which is not 8 aligned bytes of shared memory",
+                (void *)barrier);
+    if (now->mbarriers.size() == MAX_BULKS)
+        mistake(file, line, "more than %d mbarriers", MAX_BULKS);
+    now->mbarriers.push_back({barrier, n, n, 0, 0});
+}
+
+static phases *find_phases(block *b, const uint64_t *barrier, const char *file, int line)
+{
+    for (phases &p : b->mbarriers)
+        if (p.barrier == barrier)
+            return &p;
+    mistake(file, line, "an mbarrier at %p that has not begun", (const void *)barrier);
+}
+
+/* A row of 64 values to shared memory; pieces of 16 bytes change places. */
+static void copy_line(unsigned char *to, const box *b, const uint32_t *in_box, unsigned row)
+{
+    const matrix *m = &b->from;
+    const unsigned char *from = m->base;
+    bool inside = true;
+    for (int i = 1; i < m->n; i++) {
+        const uint64_t at = (uint64_t)(b->at[i] + (int64_t)in_box[i]);
+        inside = inside && at < m->dims[i];
+        from += at * m->strides[i];
+    }
+    for (unsigned i = 0; i < 64; i++) {
+        const uint64_t at = (uint64_t)b->at[0] + i;
+        unsigned char *value = to + (i / 8 ^ row % 8) * 16 + i % 8 * 2;
+        if (inside && at < m->dims[0])
+            memcpy(value, from + 2 * at, 2);
+        else
+            memset(value, 0, 2);
+    }
+}
+
+static unsigned n_lines(const matrix *m)
+{
+    unsigned n = 1;
+    for (int i = 1; i < m->n; i++)
+        n *= m->box[i];
+    return n;
+}
+
+static void copy_lines(const box *b)
+{
+    uint32_t in_box[5] = {};
+    for (unsigned row = 0; row < n_lines(&b->from); row++) {
+        copy_line(b->to + row * 128, b, in_box, row);
+        for (int i = 1; i < b->from.n && ++in_box[i] == b->from.box[i]; i++)
+            in_box[i] = 0;
+    }
+}
+
+/* The phase ends where nothing is missing: its copies are there. */
+static void end_phase(block *b, phases *p)
+{
+    if (p->n_left || p->bytes)
+        return;
+    size_t n_left = 0;
+    for (const box &one : b->boxes) {
+        if (one.barrier == p->barrier)
+            copy_lines(&one);
+        else
+            b->boxes[n_left++] = one;
+    }
+    b->boxes.resize(n_left);
+    p->n_left = p->n;
+    p->phase++;
+    wake_receiving(b);
+}
+
+static void arrive_at(block *b, phases *p, const char *file, int line)
+{
+    if (!p->n_left)
+        mistake(file, line, "more than the %d that an mbarrier counts arrive in a phase", p->n);
+    p->n_left--;
+    end_phase(b, p);
+}
+
+void expect(uint64_t *barrier, uint32_t n_bytes, const char *file, int line)
+{
+    phases *p = find_phases(now, barrier, file, line);
+    p->bytes += n_bytes;
+    arrive_at(now, p, file, line);
+}
+
+void arrive(uint64_t *barrier, int rank, const char *file, int line)
+{
+    auto there = (const uint64_t *)peer(barrier, rank, file, line);
+    block *b = &blocks[rank];
+    arrive_at(b, find_phases(b, there, file, line), file, line);
+}
+
+void wait_phase(uint64_t *barrier, uint32_t parity, const char *file, int line)
+{
+    while (find_phases(now, barrier, file, line)->phase % 2 == parity)
+        rest_receiving(file, line);
+}
+
+/* To the blocks of a cluster whose bits are set; 0: to the block itself. */
+void copy_box(void *shared, const matrix *m, const int (&at)[5], uint64_t *barrier, int to_blocks,
+              const char *file, int line)
+{
+    const uint32_t n_bytes = n_lines(m) * 128;
+    if ((uintptr_t)shared % 1024 || !is_shared(shared, n_bytes))
+        mistake(file, line, "tensor_copy of %u bytes to %p, not 1,024-byte aligned shared memory",
+                n_bytes, shared);
+    const int own = 1 << (int)(now - blocks);
+    for (int rank = 0; rank < n_blocks; rank++) {
+        if (!((to_blocks ? to_blocks : own) >> rank & 1))
+            continue;
+        block *b = &blocks[rank];
+        const bool is_own = b == now;
+        auto to = (unsigned char *)(is_own ? shared : peer(shared, rank, file, line));
+        auto count = (uint64_t *)(is_own ? barrier : peer(barrier, rank, file, line));
+        phases *p = find_phases(b, count, file, line);
+        if (b->boxes.size() == MAX_BULKS)
+            mistake(file, line, "more than %d boxes on their way to a block", MAX_BULKS);
+        b->boxes.push_back({to, *m, {at[0], at[1], at[2], at[3], at[4]}, count});
+        memset(to, POISON, n_bytes);
+        p->bytes -= n_bytes;
+        end_phase(b, p);
+    }
+}
+
 /* What is sent to a barrier: the bytes so far are in its upper half. */
 static uint32_t bytes_sent(const uint64_t *barrier)
 {
@@ -963,7 +1117,8 @@ void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int 
         !is_shared(b, (size_t)n * 128) || column % 16 || column < 0 || column >= 64)
         mistake(file, line, "wgmma of %p and %p, %d rows, column %d: not 1,024-byte aligned tiles",
                 (const void *)a, (const void *)b, n, column);
-    meet(0xffffffffu, nullptr, [](void **, uint32_t) {}, file, line);
+    meet(
+        0xffffffffu, nullptr, [](void **, uint32_t) {}, file, line);
     const int row0 = (int)self->index.x / 32 % 4 * 16 + self->lane / 4;
     for (int tile = 0; tile < n / 8; tile++)
         for (int j = 0; j < 4; j++) {
@@ -973,6 +1128,19 @@ void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int 
                 sum = fmaf(unpacked(a, row, k), unpacked(b, out, k), sum);
             d[4 * tile + j] += sum;
         }
+}
+
+void meet_warpgroup(const char *file, int line)
+{
+    warpgroup *group = &now->warpgroups[current()->warp / 4];
+    const uint32_t round = group->round;
+    if (++group->n_there == 4 * 32) {
+        group->n_there = 0;
+        group->round++;
+        wake_receiving(now);
+    }
+    while (group->round == round)
+        rest_receiving(file, line);
 }
 
 struct load {
@@ -1083,6 +1251,8 @@ static void end_block(void)
     check_shared();
     if (!now->sent.empty())
         mistake("emulate", 0, "a block has ended that had not received what was sent to it");
+    if (!now->boxes.empty())
+        mistake("emulate", 0, "a block has ended before what is copied to it has come");
     show();
     if (n_blocks > 1)
         close_shared(now, true);
@@ -1114,6 +1284,9 @@ static void run_cluster(uint64_t first, bool hides)
         b->index.z = (unsigned)(number / grid_dim.x / grid_dim.y);
         b->has_begun = b->has_waited = false;
         b->ready_warps = 0;
+        memset(b->warpgroups, 0, sizeof(b->warpgroups));
+        b->mbarriers.clear();
+        b->boxes.clear();
         b->bulks.clear();
         b->sent.clear();
         b->n_live = running->block;
@@ -1169,6 +1342,8 @@ void run(const kernel_run &launch, long number, const std::vector<range> &ranges
     host_variables.assign(static_shared.start, static_shared.start + static_shared.n_bytes);
     for (int i = 0; i < MAX_CLUSTER; i++) { /* later malloc's own variables may be poisoned */
         blocks[i].variables.reserve(static_shared.n_bytes);
+        blocks[i].mbarriers.reserve(MAX_BULKS);
+        blocks[i].boxes.reserve(MAX_BULKS);
         blocks[i].bulks.reserve(MAX_BULKS);
         blocks[i].sent.reserve(MAX_SENT);
     }

@@ -13,9 +13,11 @@
  *   - use of shared or device memory nobody wrote: both start as NaN
  *   - shared memory written or read beyond its end; misaligned ldmatrix rows, wgmma tiles,
  *     copy_async_16 and vector accesses (with -fsanitize=alignment)
- *   - data of copy_async_16 used before copy_async_wait, of bulk_copy before bulk_wait, and copies
- *     over data still in use: the target is NaN until then; a bulk_wait for fewer bytes than were
- *     asked for, or for more than ever are
+ *   - data of copy_async_16 used before copy_async_wait, of bulk_copy before bulk_wait, of
+ *     tensor_copy before its mbarrier's phase has ended, and copies over data still in use: the
+ *     target is NaN until then; a bulk_wait for fewer bytes than were asked for, or for more than
+ *     ever are; mbarriers that more threads arrive at than they count, and blocks that end before
+ *     what is copied to them has come
  *   - clusters: arriving twice without waiting, waiting without having arrived, lanes of a warp
  *     that arrive or wait at different places, the cluster's functions in a kernel launched
  *     without one, use of a peer's shared memory before the peer has begun or after it has ended
@@ -104,6 +106,21 @@ void begin_bulk(uint64_t *barrier, uint32_t n_bytes, const char *file, int line)
 void copy_bulk(void *shared, const void *global, uint32_t n_bytes, uint64_t *barrier,
                const char *file, int line);
 void wait_bulk(uint64_t *barrier, const char *file, int line);
+
+void begin_phases(uint64_t *barrier, int n, const char *file, int line);
+void expect(uint64_t *barrier, uint32_t n_bytes, const char *file, int line);
+void arrive(uint64_t *barrier, int rank, const char *file, int line);
+void wait_phase(uint64_t *barrier, uint32_t parity, const char *file, int line);
+
+/* bf16 values; strides in bytes, that of the first dimension 2. */
+struct matrix {
+    const unsigned char *base;
+    int n;
+    uint64_t dims[5], strides[5];
+    uint32_t box[5];
+};
+void copy_box(void *shared, const matrix *m, const int (&at)[5], uint64_t *barrier, int blocks,
+              const char *file, int line);
 void send(void *shared, const void *value, size_t n_bytes, int rank, uint64_t *barrier,
           const char *file, int line);
 void receive(uint64_t *barrier, const char *file, int line);
@@ -216,6 +233,7 @@ static inline float bf16_value(uint32_t bits)
 void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line);
 void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int column,
            const char *file, int line);
+void meet_warpgroup(const char *file, int line);
 void ldmatrix(uint32_t *out, const void *row, int n, bool transposed, const char *file, int line);
 
 template <class T> struct same {
@@ -390,7 +408,63 @@ static inline void bulk_wait(bulk_barrier *b, EMULATE_PLACE)
     emulate::wait_bulk(b, file, line);
 }
 
-/* Products of warpgroups, each warp for its 16 rows, at once: their end is not waited for. */
+static inline void mbarrier_begin(bulk_barrier *b, int n, EMULATE_PLACE)
+{
+    emulate::begin_phases(b, n, file, line);
+}
+static inline void mbarrier_expect(bulk_barrier *b, uint32_t n_bytes, EMULATE_PLACE)
+{
+    emulate::expect(b, n_bytes, file, line);
+}
+static inline void mbarrier_arrive(bulk_barrier *b, int rank, EMULATE_PLACE)
+{
+    emulate::arrive(b, rank, file, line);
+}
+static inline void mbarrier_wait(bulk_barrier *b, uint32_t parity, EMULATE_PLACE)
+{
+    emulate::wait_phase(b, parity, file, line);
+}
+
+struct tensor_map {
+    emulate::matrix map;
+};
+/* What the driver refuses, as far as it can be met here. */
+template <int N>
+static inline bool tensor_map_encode(struct tensor_map *m, const void *base,
+                                     const uint64_t (&dims)[N], const uint64_t (&strides)[N - 1],
+                                     const uint32_t (&box)[N])
+{
+    bool good = (uintptr_t)base % 16 == 0 && box[0] == 64;
+    m->map = {(const unsigned char *)base, N, {}, {2}, {}};
+    for (int i = 0; i < N; i++) {
+        good &= dims[i] > 0 && dims[i] <= (uint64_t)1 << 32 && box[i] > 0 && box[i] <= 256;
+        good &= i == 0 || strides[i - 1] % 16 == 0;
+        m->map.dims[i] = dims[i];
+        m->map.box[i] = box[i];
+        if (i > 0)
+            m->map.strides[i] = strides[i - 1];
+    }
+    return good;
+}
+static inline void tensor_copy_2d(void *shared, const struct tensor_map *m, int x, int y,
+                                  bulk_barrier *b, EMULATE_PLACE)
+{
+    emulate::copy_box(shared, &m->map, {x, y, 0, 0, 0}, b, 0, file, line);
+}
+static inline void tensor_send_5d(void *shared, const struct tensor_map *m, int x, int y,
+                                  bulk_barrier *b, int blocks, EMULATE_PLACE)
+{
+    emulate::copy_box(shared, &m->map, {x, 0, 0, 0, y}, b, blocks, file, line);
+}
+template <int N> static inline void registers_give(void)
+{
+}
+template <int N> static inline void registers_take(void)
+{
+}
+
+/* Products of warpgroups, each warp for its 16 rows, at once; but the four warps' products are one
+ * on the device, whose end all wait for. */
 static inline void shared_for_products(void)
 {
 }
@@ -400,16 +474,20 @@ static inline void wgmma_begin(void)
 static inline void wgmma_commit(void)
 {
 }
-template <int N> static inline void wgmma_wait(void)
+template <int N> static inline void wgmma_wait(EMULATE_PLACE)
 {
+    emulate::meet_warpgroup(file, line);
 }
-template <int N> static inline void wgmma_finish(float (&)[N])
+template <int N> static inline void wgmma_finish(float (&)[N], EMULATE_PLACE)
 {
+    emulate::meet_warpgroup(file, line);
 }
 template <int N>
 static inline void wgmma_bf16(float (&d)[N / 2], const __nv_bfloat16 *a, const __nv_bfloat16 *b,
-                              int column, EMULATE_PLACE)
+                              int column, bool add = true, EMULATE_PLACE)
 {
+    for (int i = 0; i < N / 2 && !add; i++)
+        d[i] = 0;
     emulate::wgmma(d, a, b, N, column, file, line);
 }
 static inline bool has_warpgroups(const void *)

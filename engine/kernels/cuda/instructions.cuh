@@ -3,6 +3,8 @@
 #ifndef LATTE_CUDA_INSTRUCTIONS_CUH
 #define LATTE_CUDA_INSTRUCTIONS_CUH
 
+#include <cuda.h>
+
 /* T *name = the block's dynamic shared memory, aligned to 128 bytes. */
 #define DYNAMIC_SHARED(T, name)                                                                    \
     extern __shared__ __align__(128) unsigned char dynamic_shared[];                               \
@@ -257,13 +259,161 @@ static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
 #endif
 }
 
+/* Machine code for 9.0 alone (sm_90a). */
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LATTE_WARPGROUPS 1
+#endif
+
+/* ---- barriers that are used again and again (PTX's mbarrier), and copies by tensor maps (9.0 and
+ * later) ----
+ *
+ * A phase of a barrier ends when all arrivals that it counts have come, and all bytes that were
+ * expected in it; then the next one begins. Phases are named by their parity, the first by 0. */
+
+/* One thread: n arrivals a phase. A cluster_sync before others use it. */
+static __device__ __forceinline__ void mbarrier_begin(bulk_barrier *b, int n)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(b)),
+        "r"(n)
+        : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+    (void)b, (void)n;
+    __trap();
+#endif
+}
+
+/* Arrive, and expect so many bytes of copies in this phase. */
+static __device__ __forceinline__ void mbarrier_expect(bulk_barrier *b, uint32_t n_bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(b)),
+                 "r"(n_bytes)
+                 : "memory");
+#else
+    (void)b, (void)n_bytes;
+    __trap();
+#endif
+}
+
+/* Arrive at the same barrier of block `rank` of the cluster, after what the thread's products have
+ * read of shared memory: not after its writes, for which it would wait as long as memory takes. */
+static __device__ __forceinline__ void mbarrier_arrive(bulk_barrier *b, int rank)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(b)),
+                 "r"(rank)
+                 : "memory");
+#else
+    (void)b, (void)rank;
+    __trap();
+#endif
+}
+
+/* Until the phase of that parity has ended. The phase before the first counts as ended. */
+static __device__ __forceinline__ void mbarrier_wait(bulk_barrier *b, uint32_t parity)
+{
+#if __CUDA_ARCH__ >= 900
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(b);
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(address), "r"(parity)
+                     : "memory");
+#else
+    (void)b, (void)parity;
+    __trap();
+#endif
+}
+
+/* A matrix in global memory, and the boxes that are copied of it. A __grid_constant__ parameter. */
+struct tensor_map {
+    CUtensorMap map;
+};
+
+/* bf16 values at `base`, dims values of which strides bytes apart (the first: 2), in boxes whose
+ * rows of 64 values have changed places as packed.cuh's. False: not such a matrix, or the driver
+ * has no tensor maps. What lies beyond it is copied as zeros. */
+template <int N>
+static inline bool tensor_map_encode(struct tensor_map *m, const void *base,
+                                     const uint64_t (&dims)[N], const uint64_t (&strides)[N - 1],
+                                     const uint32_t (&box)[N])
+{
+    void *encode = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                         cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+        return false;
+    const uint32_t steps[5] = {1, 1, 1, 1, 1};
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+               &m->map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, N, const_cast<void *>(base), dims,
+               strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* One thread: the box at (x, y) of a matrix of two dimensions, to 1,024-byte aligned shared memory;
+ * its bytes are counted by b. */
+static __device__ __forceinline__ void tensor_copy_2d(void *shared, const struct tensor_map *m,
+                                                      int x, int y, bulk_barrier *b)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(m), "r"(x), "r"(y), "r"((uint32_t)__cvta_generic_to_shared(b))
+                 : "memory");
+#else
+    (void)shared, (void)m, (void)x, (void)y, (void)b;
+    __trap();
+#endif
+}
+
+/* The same of five dimensions, at (x, 0, 0, 0, y), to the same place in each block of the cluster
+ * whose bit is set, and counted by the same barrier there. */
+static __device__ __forceinline__ void tensor_send_5d(void *shared, const struct tensor_map *m,
+                                                      int x, int y, bulk_barrier *b, int blocks)
+{
+#ifdef LATTE_WARPGROUPS
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%2, %3, %3, %3, %4}], [%5], %6;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(m), "r"(x), "r"(0), "r"(y), "r"((uint32_t)__cvta_generic_to_shared(b)),
+                 "h"((uint16_t)blocks)
+                 : "memory");
+#else
+    (void)shared, (void)m, (void)x, (void)y, (void)b, (void)blocks;
+    __trap();
+#endif
+}
+
 /* ---- products of warpgroups: four warps, 64 rows (machine code for 9.0 alone, sm_90a) ----
  *
  * Both factors lie in shared memory as packed.cuh has them: rows of 64 bf16 values whose 16-byte
  * pieces have changed places, beginning at multiples of 1,024 bytes. */
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define LATTE_WARPGROUPS 1
+/* All threads of a warpgroup: so many registers a thread from here on, what others gave. */
+template <int N> static __device__ __forceinline__ void registers_give(void)
+{
+#ifdef LATTE_WARPGROUPS
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 #endif
+}
+
+template <int N> static __device__ __forceinline__ void registers_take(void)
+{
+#ifdef LATTE_WARPGROUPS
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
 
 /* What threads have written to shared memory is seen by products and bulk copies that follow. */
 static __device__ __forceinline__ void shared_for_products(void)
@@ -304,14 +454,16 @@ template <int N> static __device__ __forceinline__ void wgmma_wait(void)
 }
 
 #define WGMMA_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_16(d, i) WGMMA_4(d, i), WGMMA_4(d, i + 4), WGMMA_4(d, i + 8), WGMMA_4(d, i + 12)
 
-/* d[N / 2] += a b^T in the background: 64 rows of a, N of b, 16 columns, from `column` on of the 64.
+/* d[N / 2] += a b^T (or, if !add, d = a b^T) in the background: 64 rows of a, N of b, 16 columns,
+ * from `column` on of the 64.
  * Of tile n of 8 columns d[4 n ..] are as mma_bf16's d, in warp w's rows 16 w on. */
 template <int N>
 static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 *a, const bf16 *b,
-                                                  int column)
+                                                  int column, bool add = true)
 {
-    static_assert(N == 16 || N == 48 || N == 64, "instructions there are names for");
+    static_assert(N == 16 || N == 48 || N == 64 || N == 256, "instructions there are names for");
     const uint64_t left = wgmma_factor(a) + column / 8, right = wgmma_factor(b) + column / 8;
 #ifdef LATTE_WARPGROUPS
     if constexpr (N == 16)
@@ -319,7 +471,7 @@ static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 
                      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
                      "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
                      : WGMMA_4(d, 0), WGMMA_4(d, 4)
-                     : "l"(left), "l"(right), "r"(1));
+                     : "l"(left), "l"(right), "r"((int)add));
     if constexpr (N == 48)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
@@ -327,7 +479,7 @@ static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 
                      "%21,%22,%23}, %24, %25, p, 1, 1, 0, 0;\n}"
                      : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
                        WGMMA_4(d, 20)
-                     : "l"(left), "l"(right), "r"(1));
+                     : "l"(left), "l"(right), "r"((int)add));
     if constexpr (N == 64)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -335,14 +487,30 @@ static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 
                      "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
                      : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
                        WGMMA_4(d, 20), WGMMA_4(d, 24), WGMMA_4(d, 28)
-                     : "l"(left), "l"(right), "r"(1));
+                     : "l"(left), "l"(right), "r"((int)add));
+    if constexpr (N == 256)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+                     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%"
+                     "127}, %128, %129, p, 1, 1, 0, 0;\n}"
+                     : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32), WGMMA_16(d, 48),
+                       WGMMA_16(d, 64), WGMMA_16(d, 80), WGMMA_16(d, 96), WGMMA_16(d, 112)
+                     : "l"(left), "l"(right), "r"((int)add));
 #else
-    (void)left, (void)right, (void)d;
+    (void)left, (void)right, (void)add, (void)d;
     __trap();
 #endif
 }
 
 #undef WGMMA_4
+#undef WGMMA_16
 
 /* Until all are finished; d is not touched before. */
 template <int N> static __device__ __forceinline__ void wgmma_finish(float (&d)[N])
