@@ -161,7 +161,7 @@ endif
 	@sh tests/run.sh $(BUILD) gpu
 
 # Under racecheck and initcheck, where a model's tests take many minutes each.
-KERNEL_TESTS := draw instructions linear mix model_clusters prompt rglru rows warpgroup
+KERNEL_TESTS := draw glu instructions linear mix model_clusters prompt rglru rows warpgroup
 
 test-gpu-sanitize: ## a quick selection of them under compute-sanitizer's tools
 ifndef GPU_PREBUILT
@@ -280,7 +280,7 @@ $(BUILD)/%.o: %.c
 
 # Instructions of warpgroups are of capability 9.0 alone: machine code of a name of its own.
 comma := ,
-$(BUILD)/cuda/engine/kernels/cuda/warpgroup.o: private NVCCFLAGS := \
+$(addprefix $(BUILD)/cuda/engine/kernels/cuda/,warpgroup.o glu.o): private NVCCFLAGS := \
   $(patsubst arch=compute_90$(comma)code=sm_90,arch=compute_90a$(comma)code=sm_90a,$(NVCCFLAGS)) \
   $(if $(filter 90,$(CUARCH)),-DLATTE_SM_90A)
 

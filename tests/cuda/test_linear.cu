@@ -219,18 +219,6 @@ static struct expected dot(const struct operands *o, const struct shape *s, cons
     return {s->bias ? sum + o->bias[r] : sum, error, size, sum};
 }
 
-static double activated(double x, enum activation act)
-{
-    switch (act) {
-    case ACTIVATION_SILU:
-        return x / (1 + exp(-x));
-    case ACTIVATION_GELU:
-        return 0.5 * x * erfc(-x / sqrt(2));
-    default:
-        return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    }
-}
-
 /* library: products are rounded to bf16 before bias and activation, and int8 weights are. */
 static struct expected product_of(const struct operands *o, const struct shape *s, const double *x,
                                   int r, bool library)
@@ -259,13 +247,13 @@ static struct expected result(const struct operands *o, const struct shape *s, c
         e.error += 0x1p-8 * (fabs(e.y) + e.error);
         return e;
     case OUTPUT_ACTIVATE_PLAIN: /* slopes are below 1.2 */
-        e.y = activated(e.y, s->act);
+        e.y = activation(e.y, s->act);
         e.error = 1.2 * e.error;
         e.error += 0x1p-8 * (fabs(e.y) + e.error);
         return e;
     case OUTPUT_ACTIVATE: {
         const struct expected up = product_of(o, s, x, r + s->n_out / 2, library);
-        const double act = activated(e.y, s->act), act_error = 1.2 * e.error;
+        const double act = activation(e.y, s->act), act_error = 1.2 * e.error;
         e.y = act * up.y;
         e.error = act_error * fabs(up.y) + up.error * (fabs(act) + act_error);
         e.error += 0x1p-8 * (fabs(e.y) + e.error);

@@ -6,10 +6,8 @@
  * the rounding of f32 sums, 4e-7 of the sum of |x w|, and of the result: 2^-8 of it in bf16. A
  * row's norm is a factor of f32, good to 1e-6.
  */
-#include <math.h>
-
 #include "engine/kernels/cuda/warpgroup.cuh"
-#include "tests/cuda/values.cuh"
+#include "tests/cuda/products.cuh"
 
 enum { DEPTH = WARPGROUP_DEPTH, MLP = 4 * DEPTH, MAX_ROWS = WARPGROUP_ROWS };
 
@@ -158,26 +156,6 @@ static void put_n_rows(int n)
     OK(cudaMemcpy(n_rows, &n, sizeof(n), cudaMemcpyHostToDevice));
 }
 
-/* y = sum of x w over n, and what it may be off by. */
-static double dot(const float *x, const float *w, int n, double *slack)
-{
-    double sum = 0, size = 0;
-    for (int i = 0; i < n; i++) {
-        sum += (double)x[i] * w[i];
-        size += fabs((double)x[i] * w[i]);
-    }
-    *slack = 4e-7 * size;
-    return sum;
-}
-
-static void check_value(double found, double expected, double slack, const char *what, int row,
-                        int column)
-{
-    if (!(fabs(found - expected) <= slack + 1e-6 * fabs(expected)))
-        fail_msg("%s: row %d, column %d: %g, expected %g (%g)", what, row, column, found, expected,
-                 slack);
-}
-
 /* What rows of x [.., DEPTH] times weight are multiplied as, and what norms them. */
 static void put_normed(struct packed_rows *in, const float *x, const float *weight, float *values,
                        double *scales, int rows, int actual)
@@ -269,15 +247,6 @@ static void test_two_products(void **)
         free(norm);
         free(w);
     }
-}
-
-static double activation(double x, enum activation act)
-{
-    if (act == ACTIVATION_SILU)
-        return x / (1 + exp(-x));
-    if (act == ACTIVATION_GELU)
-        return 0.5 * x * erfc(-x / sqrt(2));
-    return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
 static void test_activated(void **)

@@ -7,6 +7,7 @@
 #ifndef LATTE_TESTS_CUDA_VALUES_CUH
 #define LATTE_TESTS_CUDA_VALUES_CUH
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "engine/kernels/cuda/device.cuh"
@@ -54,6 +55,15 @@ static bf16 *device_bf16(const float *x, size_t n)
     bf16 *p = on_device(y, n);
     free(y);
     return p;
+}
+
+static inline double activation(double x, enum activation act)
+{
+    if (act == ACTIVATION_SILU)
+        return x / (1 + exp(-x));
+    if (act == ACTIVATION_GELU)
+        return 0.5 * x * erfc(-x / sqrt(2));
+    return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
 }
 
 #endif

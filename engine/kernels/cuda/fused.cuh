@@ -8,7 +8,7 @@
  *   5 mlp out  x += W_down up                             (fused_product)
  * Above FRONT_ROWS rows the first is three: norm_to_bf16, fused_rglru, fused_product. Some shapes
  * have forms of their own: for few rows cluster.cuh, for up to 256 warpgroup.cuh; large matrices:
- * stream.cuh.
+ * stream.cuh; the mlp's first product of many rows: glu.cuh.
  * Each prefetches its weights before pdl_wait, so that memory stays busy while the one before
  * it drains. Weights are read once, whatever the batch, up to SKINNY_ROWS rows.
  *
@@ -81,7 +81,7 @@ void skinny_product(struct cuda *c, const struct product *p);
  */
 void library_product(struct cuda *c, const struct product *p, bf16 *wide);
 
-/* The one of the two that is faster for the shape. */
+/* The one of the two that is faster for the shape, or glu.cuh's, or stream.cuh's. */
 void fused_product(struct cuda *c, const struct product *p, bf16 *wide);
 
 /* RG-LRU from the residual stream: h = norm(x) (bf16-rounded), gates from block-diagonal

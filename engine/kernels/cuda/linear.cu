@@ -1,6 +1,7 @@
 /* linear.cu - the linear op, the choice between the ways a product can go, and weights on their
  * way to the device.
  */
+#include "engine/kernels/cuda/glu.cuh"
 #include "engine/kernels/cuda/skinny.cuh"
 #include "engine/kernels/cuda/stream.cuh"
 
@@ -103,10 +104,15 @@ void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
         skinny_rows = SMALL_ROWS;
     else if (n_values >= LARGE_VALUES)
         skinny_rows = LARGE_ROWS;
-    if (c->queue.deterministic || p->rows <= skinny_rows)
+    if (c->queue.deterministic || p->rows <= skinny_rows) {
         skinny_product(c, p);
+        return;
+    }
+    const struct product q = product_without_norm(c, p);
+    if (glu_possible(c, &q) && glu_pays(c, &q))
+        glu_product(c, &q);
     else
-        library_product(c, p, wide);
+        library_product(c, &q, wide);
 }
 
 void cuda_linear(struct backend *b, struct buffer *out, const struct buffer *in,
