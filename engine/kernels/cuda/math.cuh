@@ -24,22 +24,17 @@ static __device__ __forceinline__ float activate_value(float x, enum activation 
 }
 
 /* The activations of two values beside each other, good to 1e-6: for results that are bf16. No
- * branches but for erf. Of silu, x / (1 + e^-x), the two share a reciprocal, so that neither may be
- * infinite: e^60 is as good as infinity. */
+ * branches but for erf. */
 static __device__ __forceinline__ float2 quick_activate(float2 x, enum activation act)
 {
     if (act == ACTIVATION_GELU)
         return make_float2(activate_value(x.x, act), activate_value(x.y, act));
-    float2 sigmoid_of = x; /* gelu's tanh form is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) */
-    if (act != ACTIVATION_SILU) {
-        const float factor = 2 * 0.7978845608f;
-        sigmoid_of.x *= fmaf(factor * 0.044715f * x.x, x.x, factor);
-        sigmoid_of.y *= fmaf(factor * 0.044715f * x.y, x.y, factor);
-    }
-    const float a = 1 + quick_exp2(fminf(-1.44269504f * sigmoid_of.x, 60));
-    const float b = 1 + quick_exp2(fminf(-1.44269504f * sigmoid_of.y, 60));
-    const float r = quick_reciprocal(a * b);
-    return make_float2(x.x * (b * r), x.y * (a * r));
+    const float cube = act == ACTIVATION_SILU ? 0 : 0.044715f;
+    const float factor = act == ACTIVATION_SILU ? 1 : 2 * 0.7978845608f;
+    const float low = factor * fmaf(x.x * cube, x.x * x.x, x.x);
+    const float high = factor * fmaf(x.y * cube, x.y * x.y, x.y);
+    return make_float2(x.x * quick_reciprocal(1 + quick_exp2(-1.44269504f * low)),
+                       x.y * quick_reciprocal(1 + quick_exp2(-1.44269504f * high)));
 }
 
 /* Sine and cosine of position * frequency, reduced modulo pi/2 in double: exact to float for
