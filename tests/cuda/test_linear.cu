@@ -353,6 +353,8 @@ static const struct shape streamed[] = {
     {"tiny",             8,  1,  1,   5,   24, OUTPUT_F32,            -1, false, false, false, 0, ACTIVATION_SILU},
     {"fewer rows",       8,  8,  7,  43,  264, OUTPUT_BF16,           -1, true,  false, false, 0, ACTIVATION_SILU},
     {"several tiles",    2, 16, 13, 150,  776, OUTPUT_ADD,            -1, true,  false, true,  0, ACTIVATION_SILU},
+    {"a whole stage",    3, 16, 15, 301,  768, OUTPUT_F32,            -1, true,  false, true, 30, ACTIVATION_SILU},
+    {"a stage and more", 3,  8,  8,  99,  784, OUTPUT_BF16,           -1, false, false, false, 0, ACTIVATION_SILU},
     {"a whole slice",    3,  4,  4, 100, 2304, OUTPUT_F32,            -1, false, false, false, 9, ACTIVATION_SILU},
     {"slices",           4,  9,  9,  33, 3400, OUTPUT_ADD,            -1, true,  false, false, 0, ACTIVATION_SILU},
     {"gated",            3, 11, 10, 156,   96, OUTPUT_ACTIVATE,       -1, true,  false, false, 0, ACTIVATION_GELU_TANH},

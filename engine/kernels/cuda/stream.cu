@@ -1,15 +1,18 @@
 /* stream.cu - y = W x for up to 16 rows and large bf16 matrices.
  *
- * The weight rows are shared out evenly, to one row, over as many blocks as there are SMs; where
- * rows are long, n_in is cut into slices, whose partial sums a later pass adds in order. Each of a
- * block's 8 warps owns an eighth of the slice's items of 32 columns, keeps the activations of its
- * columns in registers for the whole job, and streams its columns of 16 weight rows at a time
- * through a ring of its own in shared memory: a lane copies the 16 bytes that it later feeds to
- * the tensor cores, so that no barrier is needed until the warps' sums meet, once every 16 rows.
+ * The weight rows are shared out evenly, to one row, over as many blocks as there are SMs, or twice
+ * as many where rows are short: the end of a tile, a barrier and the results, comes so often then
+ * that another block has to keep memory busy meanwhile. Where rows are long, n_in is cut into
+ * slices, whose partial sums a later pass adds in order. Each of a block's 8 warps owns an eighth
+ * of the slice's items of 32 columns, keeps the activations of its columns in registers for the
+ * whole job, and streams its columns of 16 weight rows at a time through a ring of its own in
+ * shared memory: a lane copies the 16 bytes that it later feeds to the tensor cores, so that no
+ * barrier is needed until the warps' sums meet, once every 16 rows.
  *
  * Order of sums: a function of the weights' shape and of the number of SMs, not of the number of
- * rows. Bytes: the weights once, in stages of 24 KB of which 72 KB are asked for before pdl_wait;
- * activations once a block. Floor: Gemma's gate and up 84.9 MB 27.6 us, down 42.5 MB 13.8 us.
+ * rows. Bytes: the weights once, in stages of 24 KB of which a block asks for 72 KB before
+ * pdl_wait; activations once a block. Floor: Gemma's gate and up 84.9 MB 27.6 us, down 42.5 MB 13.8
+ * us.
  */
 #include "engine/kernels/cuda/stream.cuh"
 
@@ -20,13 +23,14 @@ enum {
     STREAM_THREADS = STREAM_WARPS * WARP,
     STREAM_UNIT = 3,    /* items of a stage */
     STREAM_STAGES = 3,  /* in flight */
-    STREAM_STEPS = 3,   /* stages of a tile at most */
+    STREAM_STEPS = 3,   /* stages of a tile at most; 1: rows are short */
     STREAM_ITEM = 32,   /* columns */
     STREAM_TILE = 16,   /* weight rows */
     STREAM_STRIDE = 20, /* floats of an activation row's sums: spreads the banks */
     STREAM_SLICE = STREAM_WARPS * STREAM_UNIT * STREAM_STEPS, /* items at most */
     STREAM_SLICES = 8,
     STREAM_STAGE = STREAM_UNIT * 2 * WARP, /* uint4 of a warp */
+    STREAM_SHORT_BLOCKS = 2,               /* of an SM, where rows are short */
     FINISH_THREADS = 256,
 };
 
@@ -36,6 +40,12 @@ static const int64_t LARGE_BYTES = 8 << 20, LARGE_NORMED_BYTES = 32 << 20;
 static int slices_of(int n_in)
 {
     return ceil_div(ceil_div(n_in, STREAM_ITEM), STREAM_SLICE);
+}
+
+/* A warp's columns of a tile are one stage. */
+static bool is_short(int n_in)
+{
+    return ceil_div(n_in, STREAM_ITEM) <= STREAM_WARPS * STREAM_UNIT;
 }
 
 /* A block's rows of the weights. */
@@ -93,11 +103,12 @@ stream_results(const struct product &p, const struct stream_job &j, bool pairs, 
     product_store(p, at, y, p.output == OUTPUT_ADD ? ((const float *)p.out)[at] : 0);
 }
 
-template <int HALVES>
-static __global__ void __launch_bounds__(STREAM_THREADS, 2)
+/* Short rows leave registers for a block of the kernel after. */
+template <int HALVES, int STEPS>
+static __global__ void __launch_bounds__(STREAM_THREADS, STEPS == 1 ? STREAM_SHORT_BLOCKS + 1 : 2)
     stream_kernel(const __grid_constant__ struct product p, float *partials)
 {
-    constexpr int ITEMS = STREAM_UNIT * STREAM_STEPS;
+    constexpr int ITEMS = STREAM_UNIT * STEPS;
     constexpr int SUMS = STREAM_WARPS * HALVES * 8 * STREAM_STRIDE;
     DYNAMIC_SHARED(uint4, shared);
     pdl_trigger();
@@ -174,7 +185,7 @@ static __global__ void __launch_bounds__(STREAM_THREADS, 2)
     for (int tile = 0; tile < job.n_tiles; tile++) {
         float sum[2][HALVES][4] = {}; /* two chains */
 #pragma unroll
-        for (int s = 0; s < STREAM_STEPS; s++) {
+        for (int s = 0; s < STEPS; s++) {
             if (s >= n_steps)
                 break;
             copy_async_wait<STREAM_STAGES - 1>();
@@ -243,22 +254,31 @@ static bool has_room(const struct cuda *c, const struct product *p, int n_parts)
     return (size_t)n_parts * p->rows * p->w.n_out <= c->partial_values;
 }
 
-template <int HALVES>
+template <int HALVES, int STEPS>
 static void run(struct cuda *c, const struct product *p, float *partials, int n_parts)
 {
     const size_t shared = STREAM_WARPS * (STREAM_STAGES * STREAM_STAGE * sizeof(uint4) +
                                           2 * HALVES * 8 * STREAM_STRIDE * sizeof(float));
-    const int n_blocks = c->queue.n_sms / n_parts;
-    launch(&c->queue, "stream_product", stream_kernel<HALVES>,
+    const int n_blocks = c->queue.n_sms * (STEPS == 1 ? STREAM_SHORT_BLOCKS : 1) / n_parts;
+    launch(&c->queue, "stream_product", stream_kernel<HALVES, STEPS>,
            dim3(n_blocks < 1 ? 1 : n_blocks, n_parts), STREAM_THREADS, shared, *p, partials);
 }
 
+template <int STEPS>
 static void run_rows(struct cuda *c, const struct product *p, float *partials, int n_parts)
 {
     if (p->rows <= 8)
-        run<1>(c, p, partials, n_parts);
+        run<1, STEPS>(c, p, partials, n_parts);
     else
-        run<2>(c, p, partials, n_parts);
+        run<2, STEPS>(c, p, partials, n_parts);
+}
+
+static void run_steps(struct cuda *c, const struct product *p, float *partials, int n_parts)
+{
+    if (is_short(p->w.n_in))
+        run_rows<1>(c, p, partials, n_parts);
+    else
+        run_rows<STREAM_STEPS>(c, p, partials, n_parts);
 }
 
 bool stream_product(struct cuda *c, const struct product *p)
@@ -266,7 +286,7 @@ bool stream_product(struct cuda *c, const struct product *p)
     const int n_parts = slices_of(p->w.n_in);
     if (!possible(p) || (n_parts > 1 && !has_room(c, p, n_parts)))
         return false;
-    run_rows(c, p, n_parts > 1 ? c->partials : nullptr, n_parts);
+    run_steps(c, p, n_parts > 1 ? c->partials : nullptr, n_parts);
     if (n_parts > 1)
         launch(&c->queue, "stream_finish", stream_finish_kernel,
                dim3(p->rows, ceil_div(p->w.n_out, FINISH_THREADS)), FINISH_THREADS, 0, *p,
@@ -297,7 +317,7 @@ int stream_partial_sums(struct cuda *c, const struct product *p)
     const int n_parts = slices_of(p->w.n_in);
     if (!is_large(c, p) || !possible(p) || p->w.bias || !has_room(c, p, n_parts))
         return 0;
-    run_rows(c, p, c->partials, n_parts);
+    run_steps(c, p, c->partials, n_parts);
     return n_parts;
 }
 
