@@ -476,13 +476,19 @@ static void library_case(const struct shape *s)
 
 static void test_library(void **)
 {
-    /* more int8 weights than are turned into bf16 at a time */
-    static const struct shape large = {
-        "int8, blocks", 8, 1, 1, 4128, 4096, OUTPUT_ADD, -1, true, true, false, 0, ACTIVATION_SILU};
+    static const struct shape large[] = {
+        /* more int8 weights than are turned into bf16 at a time */
+        {"int8, blocks", 8, 1, 1, 4128, 4096, OUTPUT_ADD, -1, true, true, false, 0,
+         ACTIVATION_SILU},
+        /* several blocks of values to a row, of aligned rows and of others */
+        {"capped", 8, 3, 2, 8205, 16, OUTPUT_F32, -1, true, false, false, 7, ACTIVATION_SILU},
+        {"capped, odd", 8, 2, 2, 8204, 16, OUTPUT_F32, -1, false, false, false, 2, ACTIVATION_SILU},
+    };
     need_device();
     for (size_t i = 0; i < COUNT_OF(shapes); i++)
         library_case(&shapes[i]);
-    library_case(&large);
+    for (size_t i = 0; i < COUNT_OF(large); i++)
+        library_case(&large[i]);
 }
 
 /* ---- a row's bits do not depend on the batch ---- */
@@ -652,6 +658,33 @@ static void test_op(void **)
     linear_case(66, 24, 64, DTYPE_I8, ROWS_STEP);
 }
 
+/* cap tanh(x / cap) to four units in the last place, from tiny values to infinite ones. */
+static void test_softcap(void **)
+{
+    enum { N = 4099 };
+    static float x[N];
+    need_device();
+    for (int i = 0; i < N; i++)
+        x[i] = i % 2 ? -ldexpf(1 + (float)(i % 97) / 97, i / 60 - 40) : 0.01f * i;
+    x[0] = INFINITY;
+    x[1] = -INFINITY;
+    const struct step_sizes n = {1, 0, 0, 1, 0, 0};
+    OK(cudaMemcpy(sizes, &n, sizeof(n), cudaMemcpyHostToDevice));
+    c.step.rows = c.step.logits = 1;
+    for (float cap = 1; cap < 100; cap *= 5.5f) {
+        struct buffer buffer = buffer_of(on_device(x, N), sizeof(x));
+        cuda_softcap(&c.base, &buffer, cap, N);
+        float *y = (float *)from_device(buffer.data, sizeof(x));
+        for (int i = 0; i < N; i++) {
+            const double want = cap * tanh((double)x[i] / cap);
+            if (!(fabs(y[i] - want) <= 4 * 0x1p-23 * fabs(want)))
+                fail_msg("cap %g: %.9g became %.9g, not %.9g", cap, x[i], y[i], want);
+        }
+        free(y);
+        cudaFree(buffer.data);
+    }
+}
+
 /* ---- weights on their way ---- */
 
 /* Files hold any bits, at any alignment. Finite values only: what NaN becomes is not defined. */
@@ -722,7 +755,7 @@ int main(void)
         cmocka_unit_test(test_small_devices),  cmocka_unit_test(test_stream),
         cmocka_unit_test(test_stream_batches), cmocka_unit_test(test_residual),
         cmocka_unit_test(test_library),        cmocka_unit_test(test_op),
-        cmocka_unit_test(test_upload),
+        cmocka_unit_test(test_softcap),        cmocka_unit_test(test_upload),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

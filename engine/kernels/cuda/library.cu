@@ -19,6 +19,7 @@ enum {
     N_CANDIDATES = 12,
     N_TIMED = 3, /* runs of a candidate; the shortest counts */
     ELEMENT_THREADS = 256,
+    FINISH_AT_ONCE = 4,
 };
 
 /* What one call of the library depends on. Compared as bytes. */
@@ -259,9 +260,9 @@ static cublasStatus_t find_candidates(struct library *l, const struct gemm *g, i
                                       cublasLtMatmulAlgo_t out[N_CANDIDATES], int *n)
 {
     cublasLtMatmulHeuristicResult_t results[N_CANDIDATES] = {};
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        l->handle, g->operation, g->weights, g->in, g->out, g->out, l->preference, most, results,
-        n);
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(l->handle, g->operation, g->weights, g->in, g->out, g->out,
+                                       l->preference, most, results, n);
     if (status != CUBLAS_STATUS_SUCCESS)
         return status;
     for (int i = 0; i < *n; i++)
@@ -410,7 +411,7 @@ static __global__ void activate_wide_kernel(const struct product p, const bf16 *
         out[0] = y[0];
 }
 
-/* Bias, activation and softcap of results that are in place. */
+/* Bias and activation of bf16 results that are in place. */
 static __global__ void finish_kernel(const struct product p)
 {
     pdl_trigger();
@@ -420,17 +421,69 @@ static __global__ void finish_kernel(const struct product p)
         return;
     const int64_t at = row * p.out_stride + column;
     const float bias = p.w.bias ? p.w.bias[column] : 0;
-    if (p.output == OUTPUT_ADD)
-        ((float *)p.out)[at] += bias;
-    else if (p.output == OUTPUT_F32)
-        product_store(p, at, ((const float *)p.out)[at] + bias, 0);
-    else
-        product_store(p, at, to_float(((const bf16 *)p.out)[at]) + bias, 0);
+    product_store(p, at, to_float(((const bf16 *)p.out)[at]) + bias, 0);
+}
+
+static __device__ __forceinline__ float finished(const struct product &p, float y, int column)
+{
+    y += p.w.bias && column < p.w.n_out ? __ldg(p.w.bias + column) : 0;
+    return p.softcap != 0 ? softcapped(y, p.softcap) : y;
+}
+
+/* Bias and softcap of f32 results that are in place: FINISH_AT_ONCE times N adjacent values a
+ * thread, which are all on their way before the first is changed. N: 4, or 1 where rows are not
+ * aligned. Bytes: 8 a value. */
+template <int N>
+static __global__ void __launch_bounds__(ELEMENT_THREADS)
+    finish_f32_kernel(const __grid_constant__ struct product p)
+{
+    pdl_trigger();
+    const int row = blockIdx.x, n = p.w.n_out;
+    const bool here = row < *p.n_rows;
+    const int first = N * (blockIdx.y * FINISH_AT_ONCE * ELEMENT_THREADS + threadIdx.x);
+    float *const y = (float *)p.out + row * p.out_stride + first;
+    pdl_wait();
+    if (!here)
+        return;
+    alignas(16) float v[FINISH_AT_ONCE][N];
+#pragma unroll
+    for (int k = 0; k < FINISH_AT_ONCE; k++) {
+        const int at = k * N * ELEMENT_THREADS;
+        if (N == 4 && first + at + N <= n) {
+            *reinterpret_cast<float4 *>(v[k]) = *reinterpret_cast<const float4 *>(y + at);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                v[k][i] = first + at + i < n ? y[at + i] : 0;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < FINISH_AT_ONCE; k++) {
+        const int at = k * N * ELEMENT_THREADS;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            v[k][i] = finished(p, v[k][i], first + at + i);
+        if (N == 4 && first + at + N <= n) {
+            *reinterpret_cast<float4 *>(y + at) = *reinterpret_cast<const float4 *>(v[k]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (first + at + i < n)
+                    y[at + i] = v[k][i];
+        }
+    }
 }
 
 static dim3 element_grid(const struct product *p, int width, int per_thread)
 {
     return dim3(p->rows, ceil_div(width, ELEMENT_THREADS * per_thread));
+}
+
+static void finish_f32(struct cuda *c, const struct product *p)
+{
+    const bool aligned = p->out_stride % 4 == 0;
+    launch(&c->queue, "product_finish", aligned ? finish_f32_kernel<4> : finish_f32_kernel<1>,
+           element_grid(p, p->w.n_out, FINISH_AT_ONCE * (aligned ? 4 : 1)), ELEMENT_THREADS, 0, *p);
 }
 
 static void finish(struct cuda *c, const struct product *p, const bf16 *wide)
@@ -441,7 +494,10 @@ static void finish(struct cuda *c, const struct product *p, const bf16 *wide)
         launch(&c->queue, "activate_wide",
                aligned ? activate_wide_kernel<8> : activate_wide_kernel<1>,
                element_grid(p, width, aligned ? 8 : 1), ELEMENT_THREADS, 0, *p, wide);
-    } else if (p->w.bias || p->output == OUTPUT_ACTIVATE_PLAIN || p->softcap != 0) {
+    } else if (p->output == OUTPUT_F32 || p->output == OUTPUT_ADD) {
+        if (p->w.bias || p->softcap != 0)
+            finish_f32(c, p);
+    } else if (p->w.bias || p->output == OUTPUT_ACTIVATE_PLAIN) {
         launch(&c->queue, "product_finish", finish_kernel, element_grid(p, p->w.n_out, 1),
                ELEMENT_THREADS, 0, *p);
     }

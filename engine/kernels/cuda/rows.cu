@@ -9,7 +9,7 @@
 
 enum {
     THREADS = 256,
-    ROW_WARPS = 4, /* of a block of norm_kernel: a warp has a row */
+    ROW_WARPS = 4,      /* of a block of norm_kernel: a warp has a row */
     BLOCK_QUADS = 1024, /* of a row that a block of norm_block_kernel has */
 };
 
@@ -459,13 +459,13 @@ struct capped {
     float cap;
     __device__ __forceinline__ float one(int64_t i) const
     {
-        return cap * tanhf(x[i] / cap);
+        return softcapped(x[i], cap);
     }
     __device__ __forceinline__ void operator()(float4 *v, int64_t quad) const
     {
         const float4 a = reinterpret_cast<const float4 *>(x)[quad];
-        *v = make_float4(cap * tanhf(a.x / cap), cap * tanhf(a.y / cap), cap * tanhf(a.z / cap),
-                         cap * tanhf(a.w / cap));
+        *v = make_float4(softcapped(a.x, cap), softcapped(a.y, cap), softcapped(a.z, cap),
+                         softcapped(a.w, cap));
     }
 };
 

@@ -304,7 +304,7 @@ static __device__ __forceinline__ void product_store(const struct product &p, in
         ((bf16 *)p.out)[at] = from_float<bf16>(y);
         break;
     case OUTPUT_F32:
-        ((float *)p.out)[at] = p.softcap != 0 ? p.softcap * tanhf(y / p.softcap) : y;
+        ((float *)p.out)[at] = p.softcap != 0 ? softcapped(y, p.softcap) : y;
         break;
     case OUTPUT_ADD:
         ((float *)p.out)[at] = residual + y;
