@@ -483,6 +483,20 @@ static void test_draws_equal_the_hosts(void **state)
     for_wide(check_draws);
 }
 
+/* Logits that a draw caps as it reads them, and that the host is given capped. */
+static void test_draws_from_capped_logits(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < n_test_models; i++) {
+        char dir[200];
+        if (strcmp(test_models[i].name, "gemma-macchiato"))
+            continue;
+        cuda_model_make(&test_models[i], 91, dir, sizeof(dir));
+        check_draws(test_models[i].name, dir);
+        test_dir_remove(dir);
+    }
+}
+
 /* Every row of a prompt scored, beside a session that draws. */
 static void check_scores(const char *name, const char *dir)
 {
@@ -541,6 +555,7 @@ int main(void)
         cmocka_unit_test(test_deterministic_decoding_is_bit_equal),
         cmocka_unit_test(test_deterministic_beside_prompts_is_bit_equal),
         cmocka_unit_test(test_draws_equal_the_hosts),
+        cmocka_unit_test(test_draws_from_capped_logits),
         cmocka_unit_test(test_scores_equal_the_hosts),
     };
     RUN_CUDA_TESTS(tests);

@@ -53,15 +53,16 @@ struct cuda {
      * not the model's buffer [n, V]; NULL otherwise. */
     const float *logits;
     int64_t logits_stride;
+    float logits_cap; /* what drawing is to cap them by; 0: they are what the model says */
     struct library *library;
     struct drawing *drawing;
 
     /* Scratch of single ops, on the device. */
     int max_pieces;
-    bf16 *converted;      /* [max_rows, max_dim] inputs of a bf16 product */
-    float *piece_states;  /* [max_pieces, piece_values] what latent and rglru carry over pieces */
-    size_t piece_values;  /* max of L * (d + 2) and 2 * max_dim, a multiple of 4 */
-    float *partials;      /* [partial_values] f32 partial results of split reductions */
+    bf16 *converted;     /* [max_rows, max_dim] inputs of a bf16 product */
+    float *piece_states; /* [max_pieces, piece_values] what latent and rglru carry over pieces */
+    size_t piece_values; /* max of L * (d + 2) and 2 * max_dim, a multiple of 4 */
+    float *partials;     /* [partial_values] f32 partial results of split reductions */
     size_t partial_values;
     struct layer_scratch *layer; /* layer.cuh */
     const char *layers;          /* of the step being queued, see backend.h; NULL: single ops */
@@ -90,8 +91,8 @@ static inline const int32_t *actual_rows(const struct cuda *c, enum row_set rows
 /* ---- ops, as backend.h ---- */
 void cuda_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
                 bool sinusoidal);
-void cuda_norm(struct backend *b, struct buffer *out, const struct buffer *in,
-               const struct norm *w, int dim, enum row_set rows);
+void cuda_norm(struct backend *b, struct buffer *out, const struct buffer *in, const struct norm *w,
+               int dim, enum row_set rows);
 void cuda_head_norm(struct backend *b, struct buffer *x, const struct norm *w, int n_heads,
                     int head_dim);
 void cuda_add(struct backend *b, struct buffer *x, const struct buffer *y, int dim);
@@ -139,7 +140,8 @@ enum status cuda_note(struct backend *b, int slot, const int32_t *tokens, size_t
 enum status library_open(struct library **out, struct cuda *c, struct error *err);
 void library_close(struct library *library);
 size_t library_bytes(const struct library *library); /* of device memory */
-size_t library_bytes_of(const struct backend_options *options); /* before opening: at most so many */
+size_t
+library_bytes_of(const struct backend_options *options); /* before opening: at most so many */
 enum status linear_upload(struct cuda *c, void *weight, float *scales, enum dtype dtype,
                           const void *src, enum dtype src_dtype, int n_out, int n_in,
                           struct error *err);

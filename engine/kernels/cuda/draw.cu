@@ -11,8 +11,8 @@
  * Bytes: V * 4 a row (67 us for 1,024 rows of 50,257 at 3.08 TB/s), as much again for counts
  * where penalties need them, and again for rows left to draw_rest.
  *
- * Penalties and biases are applied to values as they are read; the logits stay as they are.
- * Weights are integers, so that any order of adding gives the host's sums and its token.
+ * Penalties, biases and a softcap are applied to values as they are read; the logits stay as they
+ * are. Weights are integers, so that any order of adding gives the host's sums and its token.
  *
  * The host's side: a step's draws go up in one copy, results are written by the kernels into
  * pinned memory of the step's place. An admission is a copy from a ring of pinned places. A
@@ -438,7 +438,7 @@ void cuda_draw(struct backend *b, const struct buffer *logits)
     const struct step_sizes *sizes = c->step.sizes;
     const struct logit_rows rows = {c->logits ? c->logits : floats(logits),
                                     c->logits ? c->logits_stride : d->memory.n_vocab,
-                                    c->logits || d->memory.n_vocab % 4 == 0};
+                                    c->logits || d->memory.n_vocab % 4 == 0, c->logits_cap};
     const dim3 grid((unsigned)d->memory.n_parts, (unsigned)c->step.logits);
     launch(&c->queue, "draw_scan", draw_scan, grid, SCAN_THREADS, 0, d->memory, rows, sizes);
     const int most = c->step.logits * d->memory.n_parts, blocks = REST_BLOCKS * c->queue.n_sms;

@@ -108,7 +108,7 @@ static __device__ void emit(const struct draw_memory &m, const struct drawn_row 
     }
     float logprob = NAN;
     if (p->n_logprobs >= 0)
-        logprob = log_prob(tidy(__ldcg(d.row.logits + token)), top, log_sum);
+        logprob = log_prob(logit_of(d.row, __ldcg(d.row.logits + token)), top, log_sum);
     m.header->results[job->draw] = {token, logprob};
 }
 

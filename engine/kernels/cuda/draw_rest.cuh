@@ -359,7 +359,7 @@ static __global__ __launch_bounds__(REST_THREADS, REST_BLOCKS) void draw_rest(
         const struct slot_params *p = &m.params[job->slot];
         load_changes(&s.changes, p, m.counts + (size_t)job->slot * (size_t)m.n_vocab,
                      job->n_output);
-        const struct row row = {logits.data + index * logits.stride, m.n_vocab,
+        const struct row row = {logits.data + index * logits.stride, m.n_vocab, logits.cap,
                                 s.changes.any ? &s.changes : nullptr};
         const struct drawn_row d = {row, p, job, {m.state[index].best, p->scale}, index};
         if (radix) {

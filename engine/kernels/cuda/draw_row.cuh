@@ -8,7 +8,7 @@
 
 #include <float.h>
 
-#include "engine/kernels/cuda/cuda.cuh"
+#include "engine/kernels/cuda/math.cuh"
 
 enum {
     GROUP = 128,                /* values whose largest is remembered: a warp's, four a lane */
@@ -241,6 +241,7 @@ struct logit_rows {
     const float *data; /* [n, V] */
     int64_t stride;
     bool aligned; /* rows begin at multiples of 16 bytes, and may be read up to the next one */
+    float cap;    /* they are to be capped as they are read (math.cuh's softcapped); 0: not */
 };
 
 /* A row as the draw sees it: adjusted values by id, -inf beyond its end. Nothing is written
@@ -248,8 +249,15 @@ struct logit_rows {
 struct row {
     const float *logits; /* [V] */
     int32_t n;
+    float cap;                     /* as logit_rows' */
     const struct changes *changes; /* NULL: none */
 };
+
+/* An untouched value, from what lies in memory. */
+static __device__ __forceinline__ float logit_of(const struct row &row, float x)
+{
+    return tidy(row.cap != 0 ? softcapped(x, row.cap) : x);
+}
 
 /* Values first, first + STEP, ... with all loads in flight together. */
 template <int N, int STEP>
@@ -257,10 +265,10 @@ static __device__ __forceinline__ void load_values(float (&x)[N], struct row row
 {
 #pragma unroll
     for (int i = 0; i < N; i++)
-        x[i] = first + i * STEP < row.n ? __ldcg(row.logits + first + i * STEP) : -INFINITY;
+        x[i] = first + i * STEP < row.n ? __ldcg(row.logits + first + i * STEP) : 0;
 #pragma unroll
     for (int i = 0; i < N; i++)
-        x[i] = tidy(x[i]);
+        x[i] = first + i * STEP < row.n ? logit_of(row, x[i]) : -INFINITY;
 }
 
 /* Everything that comes before temperature. */

@@ -70,13 +70,13 @@ static __device__ __forceinline__ void load_part(float (&x)[SCAN_VALUES], struct
 static __device__ __forceinline__ void tidy_part(float (&x)[SCAN_VALUES], struct row row,
                                                  int32_t first)
 {
+#pragma unroll
+    for (int i = 0; i < SCAN_VALUES; i++)
+        x[i] = logit_of(row, x[i]);
     if (first + token_at(SCAN_VALUES - 1) >= row.n)
 #pragma unroll
         for (int i = 0; i < SCAN_VALUES; i++)
             x[i] = first + token_at(i) < row.n ? x[i] : -INFINITY;
-#pragma unroll
-    for (int i = 0; i < SCAN_VALUES; i++)
-        x[i] = tidy(x[i]);
 }
 
 /* Heights of the largest values of the warp's groups, in all lanes. */
@@ -372,7 +372,8 @@ finish_row(const struct draw_memory &m, struct row row, int index, struct scan_s
         list_tops(m, index, job, raw_top, log_sum, s);
     if (job->target >= 0 && threadIdx.x == 0)
         m.header->results[job->score] = {
-            job->target, log_prob(tidy(__ldcg(row.logits + job->target)), raw_top, log_sum)};
+            job->target,
+            log_prob(logit_of(row, __ldcg(row.logits + job->target)), raw_top, log_sum)};
     if (!p)
         return;
     const uint64_t best = row.changes ? row_best(m.part_best + parts, m.n_parts) : raw;
@@ -444,7 +445,7 @@ static __global__ __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) void draw_scan(
         word = ((const uint32_t *)job)[t];
     pdl_wait();
     const int32_t first = part * PART + (t / WARP * LANE_GROUPS * WARP + t % WARP) * LANE_VALUES;
-    struct row row = {logits.data + index * logits.stride, m.n_vocab, nullptr};
+    struct row row = {logits.data + index * logits.stride, m.n_vocab, logits.cap, nullptr};
     float x[SCAN_VALUES];
     load_part(x, row, first, logits.aligned);
     if (t < OPTION_WORDS)

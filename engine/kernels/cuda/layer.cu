@@ -430,7 +430,10 @@ bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
     q.out = logits->data;
     q.out_stride = lm_head->n_out;
     q.output = OUTPUT_F32;
-    q.softcap = softcap;
+    if (c->step.drawn_from) /* a pass over all logits less */
+        c->logits_cap = softcap;
+    else
+        q.softcap = softcap;
     q.rows = c->step.logits;
     q.n_rows = &c->step.sizes->n_logit_rows;
     const bool padded = pad_logits(c, &q, lm_head);

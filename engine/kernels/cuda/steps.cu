@@ -155,6 +155,7 @@ static void point_step(struct gpu *g, const struct form *f, const struct layout 
     };
     g->cuda.logits = NULL;
     g->cuda.logits_stride = 0;
+    g->cuda.logits_cap = 0;
 }
 
 /* ---- steps ---- */
