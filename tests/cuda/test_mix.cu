@@ -20,7 +20,11 @@ extern "C" {
 #include "tests/unit/unit.h"
 }
 
-enum { N_SLOTS = 5, MAX_ROWS = 5 };
+enum {
+    N_SLOTS = 5,
+    MAX_ROWS = 5,
+    PARTS = 290, /* of a row's squares, where its gates have a factor: has_factors */
+};
 
 #define OK(call) assert_int_equal((call), cudaSuccess)
 
@@ -203,6 +207,12 @@ static const char *case_name(void)
     return text;
 }
 
+/* Not in the form of mix_warps.cu, which knows none. */
+static bool has_factors(const mix_case &k)
+{
+    return k.KV < k.H;
+}
+
 static int n_queries(const mix_case &k)
 {
     return k.M ? k.M + (k.w > 0) : 0;
@@ -211,7 +221,7 @@ static int n_queries(const mix_case &k)
 /* Everything a fused_mix reads and writes. */
 struct mix_memory {
     array<bf16> qkv, out;
-    array<float> gates, q_norm, k_norm, m, alpha, s;
+    array<float> gates, squares, q_norm, k_norm, m, alpha, s;
     array<double> frequencies;
     array<unsigned char> ring_k, ring_v;
     struct buffer buffer_k = {}, buffer_v = {};
@@ -225,6 +235,10 @@ struct mix_memory {
     {
         ring_values = (int64_t)k.KV * k.w * k.d;
         latents = (int64_t)k.H * k.M;
+        squares.set(random_floats((size_t)MAX_ROWS * PARTS, 1));
+        for (float &x : squares.host)
+            x = 8 * x * x;
+        squares.put();
         q_norm.set(random_floats((size_t)k.d, 2));
         k_norm.set(random_floats((size_t)k.d, 2));
         m.set(floats_t((size_t)(N_SLOTS * latents), NAN));
@@ -260,6 +274,8 @@ struct mix mix_memory::call(const mix_case &k) const
         x.theta = gates.device + n_q;
     }
     x.gate_stride = n_q + n_k;
+    if (has_factors(k))
+        x.gate_factors = {squares.device, PARTS, 8 * PARTS, 1e-6f};
     x.q_norm = k.qk_norm ? q_norm.device : nullptr;
     x.k_norm = k.qk_norm ? k_norm.device : nullptr;
     x.qk_eps = 1e-6f;
@@ -322,7 +338,13 @@ static std::vector<double> turned(const mix_memory &mem, const mix_case &k, int 
 static std::vector<double> logits(const mix_memory &mem, const mix_case &k, int r, int first, int n)
 {
     const float *row = &mem.gates.host[(size_t)(r * k.H * (n_queries(k) + k.M) + first)];
-    return std::vector<double>(row, row + n);
+    std::vector<double> x(row, row + n);
+    double sum = 0;
+    for (int i = 0; i < PARTS; i++)
+        sum += mem.squares.host[(size_t)(r * PARTS + i)];
+    for (double &y : x)
+        y *= has_factors(k) ? 1 / sqrt(sum / (8 * PARTS) + 1e-6) : 1;
+    return x;
 }
 
 /* sum_l p(l|t) s_l / alpha_l of one head, from all the session's tokens at once. */
@@ -699,6 +721,8 @@ static void check_alone(const mix_case &k)
     for (size_t r = 0; r < 4; r++) {
         std::copy_n(&rows[r * alone.stride(k)], alone.stride(k), &alone.qkv.host[0]);
         std::copy_n(gates.begin() + (long)(r * columns), columns, alone.gates.host.begin());
+        std::copy_n(&together.squares.host[r * PARTS], PARTS, &alone.squares.host[0]);
+        alone.squares.put();
         run_step(dev, alone, k, {who[r]}, 1);
         if (memcmp(&alone.out.host[0], &together.out.host[r * n], n * sizeof(bf16)))
             fail_msg("%s: neighbours change row %zu", case_name(), r);
@@ -896,9 +920,9 @@ static int new_seed(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_shapes),   TEST(test_warps),      TEST(test_which_form), TEST(test_rings),
-        TEST(test_packed),   TEST(test_one_half),   TEST(test_neighbours), TEST(test_refused),
-        TEST(test_front),
+        TEST(test_shapes),     TEST(test_warps),   TEST(test_which_form),
+        TEST(test_rings),      TEST(test_packed),  TEST(test_one_half),
+        TEST(test_neighbours), TEST(test_refused), TEST(test_front),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -348,6 +348,62 @@ static void run_and_check(struct unit *u, int max_rows)
     free(z);
 }
 
+/* z as it is left with its squares: packed, or a row after the other. */
+static void check_weighted(const struct unit *u, int max_rows, bool packed, const float *state,
+                           const bf16 *values, const float *weight, const float *parts)
+{
+    const struct step *step = &u->batch.step;
+    const int D = u->dim, n_parts = D / 8;
+    for (int r = 0; r < max_rows; r++) {
+        const float *z = r < step->n_rows ? state + (size_t)step->seq_slot[r] * D : NULL;
+        for (int i = 0; i < D; i++) {
+            const int64_t at = packed ? packed_at(r, i, D) : (int64_t)r * D + i;
+            const float got = __bfloat162float(values[at]);
+            if (z ? got != to_bf16(z[i] * weight[i]) : !isnan(got))
+                fail_msg("weighted z of row %d of %d, channel %d: %g", r, step->n_rows, i, got);
+        }
+        for (int i = 0; z && i < n_parts; i++) {
+            double want = 0;
+            for (int k = 8 * i; k < 8 * i + 8; k++)
+                want += (double)z[k] * z[k];
+            expect("squares", u, r, i, parts[r * n_parts + i], want);
+        }
+    }
+}
+
+/* h given, and z left with its norm's weight and squares. */
+static void run_weighted(struct unit *u, int max_rows)
+{
+    const size_t D = (size_t)u->dim, n = (size_t)max_rows * D, n_parts = (size_t)max_rows * D / 8;
+    const size_t n_states = (size_t)u->n_slots * D;
+    bf16 *values = (bf16 *)malloc((n + 1) * sizeof(*values));
+    float *parts = take(n_parts, 0), *state = take(n_states, 0);
+    struct buffer *buffer[2] = {};
+    memset((void *)values, 0xff, (n + 1) * sizeof(*values)); /* NaN */
+    make_h(u);
+    struct rglru_front f = u->f;
+    f.h = (const bf16 *)u->buffer[H]->data;
+    f.x = f.z = NULL;
+    f.norm.weight = f.norm.bias = NULL;
+    f.weighted = (bf16 *)put(u->b, &buffer[0], (const float *)values, (n + 1) / 2);
+    f.factors = {put(u->b, &buffer[1], parts, n_parts), u->dim / 8, u->dim, 0};
+    f.out_weight = f.z_norm.weight;
+    put_states(u);
+    begin(u->b, &u->batch);
+    assert_true(fused_rglru(cuda_of(u->b), &f));
+    finish(u->b);
+    get(u->b, state, u->buffer[STATE], n_states * sizeof(float));
+    get(u->b, values, buffer[0], n * sizeof(*values));
+    get(u->b, parts, buffer[1], n_parts * sizeof(float));
+    check_sessions(u, state, NULL, NULL);
+    check_weighted(u, max_rows, false, state, values, u->host[Z_NORM], parts);
+    for (int i = 0; i < 2; i++)
+        u->b->ops->buffer_close(u->b, buffer[i]);
+    free(values);
+    free(parts);
+    free(state);
+}
+
 /* The same with rows that are packed (packed.cuh): bf16(x times the norm's weight), what norms them
  * in parts beside them; and z left that way. */
 static void run_packed(struct unit *u, int max_rows)
@@ -392,20 +448,7 @@ static void run_packed(struct unit *u, int max_rows)
     get(u->b, values, buffer[2], n * sizeof(*values));
     get(u->b, parts, buffer[3], (size_t)max_rows * n_out * sizeof(float));
     check_sessions(u, state, NULL, NULL);
-    for (int r = 0; r < max_rows; r++) {
-        const float *z = r < step->n_rows ? state + (size_t)step->seq_slot[r] * D : NULL;
-        for (int i = 0; i < D; i++) {
-            const float got = __bfloat162float(values[packed_at(r, i, D)]);
-            if (z ? got != to_bf16(z[i] * weight[i]) : !isnan(got))
-                fail_msg("packed z of row %d of %d, channel %d: %g", r, step->n_rows, i, got);
-        }
-        for (int i = 0; z && i < n_out; i++) {
-            double want = 0;
-            for (int k = 8 * i; k < 8 * i + 8; k++)
-                want += (double)z[k] * z[k];
-            expect("squares", u, r, i, parts[r * n_out + i], want);
-        }
-    }
+    check_weighted(u, max_rows, true, state, values, weight, parts);
     for (int i = 0; i < 5; i++)
         u->b->ops->buffer_close(u->b, buffer[i]);
     free(values);
@@ -440,6 +483,7 @@ static void test_decode(void **)
             for (int r = 0; r < shapes[i].rows[j]; r++)
                 batch_add(&u->batch, most - r, r % 3 == 1 ? 0 : 1 + r, 1);
             run_and_check(u, most);
+            run_weighted(u, most);
         }
         unit_close(u);
     }
@@ -653,8 +697,8 @@ static void test_norm_of_any_rows(void **)
         for (int i = 3; i < 5; i++)
             assert_int_equal(b->ops->buffer_open(b, &buffer[i], n * sizeof(bf16), NULL), STATUS_OK);
         for (int layer = 0; layer < 2; layer++) {
-            const struct device_norm norm = {w, layer ? shift : NULL,
-                                             layer ? NORM_LAYER : NORM_RMS, 1e-5f};
+            const struct device_norm norm = {w, layer ? shift : NULL, layer ? NORM_LAYER : NORM_RMS,
+                                             1e-5f};
             for (int i = 3; i < 5; i++) {
                 const int rows = i == 3 ? most : n_few;
                 struct cuda *c = cuda_of(b);
@@ -687,9 +731,9 @@ static void test_norm_of_any_rows(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_norms),       TEST(test_decode),    TEST(test_packed),   TEST(test_prompts),
-        TEST(test_long_prompt), TEST(test_same_bits), TEST(test_refusals),
-        TEST(test_norm_of_any_rows),
+        TEST(test_norms),    TEST(test_decode),           TEST(test_packed),
+        TEST(test_prompts),  TEST(test_long_prompt),      TEST(test_same_bits),
+        TEST(test_refusals), TEST(test_norm_of_any_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -100,11 +100,14 @@ struct rglru_front {
     bf16 *normed = nullptr;         /* [rows, D] the result */
     struct device_norm z_norm = {}; /* with a weight */
     __half *products = nullptr;     /* [rows, D] scratch */
-    const bf16 *h = nullptr;   /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
-                                * not used; NULL: normed here */
+    const bf16 *h = nullptr; /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
+                              * not used; NULL: normed here */
     struct packed_rows packed = {}; /* the same in another order, of decode steps: instead of h */
     /* With packed: z * out_weight and squares in D / 8 parts go here, and not to z. */
     struct packed_rows out = {};
+    /* With h: bf16(z * out_weight) [rows, D] and squares in D / 8 parts, and not z. */
+    bf16 *weighted = nullptr;
+    struct row_factors factors = {};
     const float *out_weight = nullptr; /* [D] */
 };
 /* False: not for this shape (D/B no multiple of 8, above 512 ...): the caller composes. */
@@ -123,7 +126,8 @@ struct mix {
     int64_t stride;         /* of rows of q, k and v */
     const float *theta, *g; /* [rows, gate_stride]: M, and M or M+1 a head; NULL: no latents */
     int64_t gate_stride;
-    const float *q_norm, *k_norm; /* [d] or NULL */
+    struct row_factors gate_factors; /* of theta and g, which are to be multiplied by them */
+    const float *q_norm, *k_norm;    /* [d] or NULL */
     float qk_eps;
     const double *frequencies; /* [d/2] */
     struct latent_shape latents;

@@ -6,10 +6,13 @@
  * model.c from the single ops.
  */
 #include "engine/kernels/cuda/layer.cuh"
+#include "engine/kernels/cuda/mix.cuh"
 #include "engine/kernels/cuda/stream.cuh"
 
 enum {
     CLOSE_UP_THREADS = 256,
+    FACTOR_THREADS = 128,
+    FACTORED_ROWS = 1024, /* up to so many z's norm is a factor of the latents' logits */
     /* From and up to so many rows v, q, k go beside the RG-LRU: fewer gain more from launches that
      * overlap, and more fill the device. */
     BESIDE_LEAST = 17,
@@ -77,6 +80,30 @@ static bf16 *normed_z(const struct pass *p)
     return (bf16 *)p->s->input32;
 }
 
+/* The same of decode steps: bf16(z times its norm's weight), and z's squares in parts of 8. */
+static bf16 *weighted_z(const struct pass *p)
+{
+    return normed_z(p);
+}
+
+static struct row_factors z_factors(const struct pass *p)
+{
+    const int D = p->config->hidden_size;
+    return {p->s->recurrence32, D / 8, D, p->w->rglru_norm.eps};
+}
+
+/* Whether rows of h may leave z without its norm; a product with biases, or a norm with one, is
+ * not the norm's factor times what it would be. The mixing by warps knows no factors. */
+static bool may_factor(const struct pass *p)
+{
+    const struct layer_weights *w = p->w;
+    const struct norm *norm = &w->rglru_norm;
+    const struct mix m = layer_mix(p);
+    return !mix_is_by_warps(&m) && p->c->step.decode && p->latents &&
+           p->c->step.rows <= FACTORED_ROWS && norm->weight && !norm->bias &&
+           norm->type == NORM_RMS && !w->latent_q.bias && !w->latent_k.bias;
+}
+
 /* z by the single ops: for block-diagonal gates that the fused pass has no room for. */
 static void rglru_composed(const struct pass *p)
 {
@@ -130,7 +157,7 @@ struct rglru_front layer_rglru(const struct pass *p)
 }
 
 /* Pass 1: v, q, k and the RG-LRU, all from norm1(x). */
-static void front(const struct pass *p)
+static void front(struct pass *p)
 {
     const struct layer_weights *w = p->w;
     const struct linear *const linears[] = {&w->v_proj, &w->q_proj, &w->k_proj};
@@ -158,7 +185,14 @@ static void front(const struct pass *p)
         products(p, vqk, is_stacked);
         beside_end(&p->s->beside, &p->c->queue);
     }
-    if (rglru && !fused_rglru(p->c, &f))
+    if (rglru && f.h && may_factor(p)) {
+        f.weighted = weighted_z(p);
+        f.factors = z_factors(p);
+        f.out_weight = f.z_norm.weight;
+    }
+    const bool fused = rglru && fused_rglru(p->c, &f);
+    p->factored = fused && f.weighted;
+    if (rglru && !fused)
         rglru_composed(p);
     if (!beside)
         products(p, vqk, is_stacked);
@@ -170,6 +204,10 @@ static void set_latent_input(const struct pass *p, struct product *q)
     const bool rglru = p->config->latent_input == LATENT_INPUT_RGLRU;
     if (rglru && !p->c->step.decode) {
         q->in = normed_z(p);
+        return;
+    }
+    if (p->factored) {
+        q->in = weighted_z(p);
         return;
     }
     q->in = rglru ? p->s->z : floats(p->x);
@@ -207,6 +245,23 @@ static void gates(const struct pass *p, struct mix *m)
     m->g = p->s->gates;
     m->theta = p->s->gates + linears[0]->n_out;
     m->gate_stride = columns;
+    if (p->factored)
+        m->gate_factors = z_factors(p);
+}
+
+/* A block a row: the factors of the latents' logits, for a mixing that takes them with theirs. */
+static __global__ void __launch_bounds__(FACTOR_THREADS)
+    factor_kernel(float *gates, int columns, const __grid_constant__ struct row_factors f,
+                  const int32_t *n_rows)
+{
+    pdl_trigger();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row >= *n_rows)
+        return;
+    const float factor = factor_of_row(f, row);
+    for (int i = threadIdx.x; i < columns; i += FACTOR_THREADS)
+        gates[(int64_t)row * columns + i] *= factor;
 }
 
 struct mix layer_mix(const struct pass *p)
@@ -251,6 +306,9 @@ static void mix(const struct pass *p)
         gates(p, &m);
     if (p->c->step.decode && fused_mix(p->c, &m))
         return;
+    if (p->factored)
+        launch(&p->c->queue, "factor", factor_kernel, dim3(p->c->step.rows), FACTOR_THREADS, 0,
+               p->s->gates, (int)m.gate_stride, m.gate_factors, &p->c->step.sizes->n_rows);
     CHECK(prompt_mix(p->c, &m));
 }
 

@@ -57,9 +57,10 @@ struct pass {
     const struct model_config *config;
     struct buffer *x;
     bool full, latents, window;
-    bool chained; /* each sublayer ends with the norm that the next one begins with */
-    bool normed;  /* h is norm1(x) already */
-    bool packed;  /* packed_x is norm1's already */
+    bool chained;  /* each sublayer ends with the norm that the next one begins with */
+    bool normed;   /* h is norm1(x) already */
+    bool packed;   /* packed_x is norm1's already */
+    bool factored; /* z is weighted_z, what norms it is left to the mixing */
     int layer;
 };
 

@@ -31,6 +31,7 @@ enum {
 /* D = 0: any head_dim. HEADS query heads a block. */
 template <int D, int HEADS, class RING> struct mix_shape {
     static constexpr int d = D, heads = HEADS, latents = MIX_LATENTS;
+    static constexpr bool factors = true;
     static constexpr int threads = D == 0 || D == 256 ? 256 : 128;
     static constexpr int warps = threads / WARP;
     static constexpr int keys = D && D * sizeof(RING) <= 256 ? 128 : 64;

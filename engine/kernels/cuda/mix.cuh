@@ -2,7 +2,8 @@
  * mix_warps.cu for some. A block serves a row and one or several query heads.
  *
  * S, a form's shape: d (0: any head_dim), heads (query heads of a block), latents (of a head, at
- * most), threads, warps, pairs (of rope, a lane), ring (the type of keys and values).
+ * most), factors (gates may have some), threads, warps, pairs (of rope, a lane), ring (the type of
+ * keys and values).
  */
 #ifndef LATTE_CUDA_MIX_CUH
 #define LATTE_CUDA_MIX_CUH
@@ -261,12 +262,20 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
     float *alpha = c.m.alpha.data + latent_at(c, b, c.m.alpha, head);
     float theta[parts], p[parts], top = -INFINITY, total = 0, window = 0;
     if (gated)
-        top = window = gate_value(c, b, head, 0, true);
+        window = gate_value(c, b, head, 0, true);
 #pragma unroll
     for (int j = 0; j < parts; j++) {
         const int l = lane + WARP * j;
         theta[j] = l < n ? gate_value(c, b, head, l, false) : 0;
         p[j] = l < n ? gate_value(c, b, head, l + gated, true) : -INFINITY;
+    }
+    const float factor = S::factors ? factor_of_row(c.m.gate_factors, b.row) : 1;
+    if (gated)
+        top = window *= factor;
+#pragma unroll
+    for (int j = 0; j < parts; j++) {
+        theta[j] *= factor;
+        p[j] *= factor;
         top = fmaxf(top, p[j]);
     }
     top = warp_max(top);

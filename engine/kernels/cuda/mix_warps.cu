@@ -37,6 +37,7 @@ enum {
 template <int D> struct warps_shape {
     static constexpr int d = D, heads = 1, latents = WARP, warps = WARPS, threads = WARPS * WARP;
     static constexpr int pairs = (D + 63) / 64;
+    static constexpr bool factors = false;
     typedef bf16 ring;
     static constexpr int units = D / 8; /* 16-byte pieces of a ring row */
     static constexpr int row_bytes = D * 2;
@@ -445,7 +446,8 @@ template <class S> static bool run(struct cuda *c, struct mix_call *call)
 bool mix_is_by_warps(const struct mix *m)
 {
     const int d = m->window.head_dim, n = m->latents.n_latents;
-    return m->q && m->window.ring_rows >= 1 && m->window.ring_rows <= KEYS && n >= 1 && n <= WARP &&
+    return m->q && !m->gate_factors.squares && m->window.ring_rows >= 1 &&
+           m->window.ring_rows <= KEYS && n >= 1 && n <= WARP &&
            m->window.n_heads == m->window.n_kv_heads && m->ring_k.dtype == DTYPE_BF16 &&
            m->ring_k.row_values % 8 == 0 && (d == 64 || d == 96 || d == 128);
 }

@@ -81,6 +81,33 @@ static __device__ __forceinline__ float scale_of_squares(const struct packed_squ
     return norm_scale(sum, p.n, p.eps);
 }
 
+/* The same of rows that are not packed: by value to a kernel. */
+struct row_factors {
+    float *squares; /* [rows, n_parts] sums of squares before the weight; NULL: no factors */
+    int n_parts, n; /* n: values of a row */
+    float eps;
+};
+
+/* One warp: the factor of a row, 1 where there are none. All loads are in flight together. */
+static __device__ __forceinline__ float factor_of_row(const struct row_factors &f, int row)
+{
+    enum { AT_ONCE = 9 }; /* 2,304 values in parts of 8 */
+    if (!f.squares)
+        return 1;
+    const float *const squares = f.squares + (int64_t)row * f.n_parts;
+    float sum = 0;
+    for (int first = threadIdx.x % WARP; first < f.n_parts; first += AT_ONCE * WARP) {
+        float part[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            part[k] = first + k * WARP < f.n_parts ? squares[first + k * WARP] : 0;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            sum += part[k];
+    }
+    return norm_scale(warp_sum(sum), f.n, f.eps);
+}
+
 /* Two values that follow each other, from an even column on. */
 static __device__ __forceinline__ void packed_store(bf16 *values, int n, int row, int column,
                                                     float x, float y)

@@ -386,8 +386,9 @@ static __device__ __forceinline__ void store_z(const struct z_row &row, int quad
 }
 
 /* A block has NORM_ROWS rows of a piece at a time, a warp one of them, with the sums of norm_kernel
- * (rows.cu); the blocks of one x share the piece. PER: quads of a lane, which holds them; 0: any number, z is completed in place and
- * read again. Bytes: 6 D a row in, 4 D where z is z; 2 D out. */
+ * (rows.cu); the blocks of one x share the piece. PER: quads of a lane, which holds them; 0: any
+ * number, z is completed in place and read again. Bytes: 6 D a row in, 4 D where z is z; 2 D out.
+ */
 template <int PER>
 static __global__ void __launch_bounds__(NORM_ROWS *WARP)
     z_norm_kernel(const __grid_constant__ struct gates_call c)
@@ -486,9 +487,10 @@ static void z_norm(struct cuda *c, const struct gates_call *call)
         kernel = z_norm_kernel<20>;
     /* Of many short sequences most pieces are short. */
     const int rows = ceil_div(c->step.rows, c->step.n_pieces), blocks = ceil_div(rows, NORM_ROWS);
-    launch(&c->queue, "rglru", kernel,
-           dim3(c->step.n_pieces, blocks < PIECE_ROWS / NORM_ROWS ? blocks : PIECE_ROWS / NORM_ROWS),
-           NORM_ROWS * WARP, 0, *call);
+    launch(
+        &c->queue, "rglru", kernel,
+        dim3(c->step.n_pieces, blocks < PIECE_ROWS / NORM_ROWS ? blocks : PIECE_ROWS / NORM_ROWS),
+        NORM_ROWS * WARP, 0, *call);
 }
 
 static void prompt_rglru(struct cuda *c, const struct rglru_front *f, int n_tiles)
@@ -509,6 +511,7 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
     const bool decode = c->step.decode;
     struct rglru_front f = *front;
     CHECK(!f.out.values || (decode && f.packed.values));
+    CHECK(!f.weighted || (decode && f.h && f.out_weight));
     CHECK(decode || (f.products && f.normed && f.z_norm.weight));
     if (!rglru_possible(&f))
         return false;

@@ -290,8 +290,15 @@ static __device__ __forceinline__ void rglru_pack(const struct rglru_front &f, f
     square += __shfl_xor_sync(0xffffffffu, square, 2);
     if (!here)
         return;
-    packed_store(f.out.values, f.dim, row, channel, z.x * weight[0], z.y * weight[1]);
-    if (threadIdx.x % 4 == 0)
+    const float x = z.x * weight[0], y = z.y * weight[1];
+    if (f.weighted)
+        *reinterpret_cast<__nv_bfloat162 *>(f.weighted + (int64_t)row * f.dim + channel) =
+            __floats2bfloat162_rn(x, y);
+    else
+        packed_store(f.out.values, f.dim, row, channel, x, y);
+    if (threadIdx.x % 4 == 0 && f.weighted)
+        f.factors.squares[row * f.factors.n_parts + channel / 8] = square;
+    else if (threadIdx.x % 4 == 0)
         f.out.squares[row * f.out.n_parts + channel / 8] = square;
 }
 
@@ -316,10 +323,10 @@ rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const floa
         const float2 z = make_float2(fmaf(t.x, past[j].x, t.y), fmaf(t.z, past[j].y, t.w));
         if (at.here[j]) {
             *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
-            if (!f.out.values)
+            if (!f.out.values && !f.weighted)
                 *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
         }
-        if (f.out.values)
+        if (f.out.values || f.weighted)
             rglru_pack(f, z, weight, row0 + row, channel, at.here[j]);
     }
 }
@@ -354,7 +361,7 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
                    stride);
     for (int i = threadIdx.x; i < n_tiles * 8; i += blockDim.x)
         constants[i] = rglru_channel_of(f, first + out0 + i);
-    for (int i = threadIdx.x; f.out.values && i < n_tiles * 8; i += blockDim.x)
+    for (int i = threadIdx.x; f.out_weight && i < n_tiles * 8; i += blockDim.x)
         out_weight[i] = __ldg(f.out_weight + first + out0 + i);
     for (int i = threadIdx.x; !normed && i < width; i += blockDim.x) {
         norm_weight[i] = __ldg(f.norm.weight + first + i);
