@@ -417,46 +417,70 @@ static void normed_row(double *y, const double *x, const float *w, int n)
         y[i] = x[i] / sqrt(square + 1e-5) * w[i];
 }
 
-static void test_residual(void **)
+/* y: the sum of n_parts. cancels: x is nearly -post(y); bias: of the first norm, all ones. */
+static void residual_case(int DIM, int n_parts, bool cancels, bool bias)
 {
-    enum { ROWS = 3, ACTUAL = 2, DIM = 1188, PARTS = 3, N = ROWS * DIM };
-    need_device();
-    seed = 7;
-    float *x = random_values(N, false), *y = random_values(PARTS * N, false);
+    enum { ROWS = 3, ACTUAL = 2 };
+    const int N = ROWS * DIM;
+    float *x = random_values(N, false), *y = random_values(n_parts * N, false);
     float *post = random_values(DIM, false), *next = random_values(DIM, false);
+    float *ones = (float *)malloc(DIM * sizeof(*ones));
+    double *y_sum = (double *)calloc(N, sizeof(*y_sum));
+    double *sum = (double *)malloc(DIM * sizeof(*sum)), *z = (double *)malloc(DIM * sizeof(*z));
+    for (int i = 0; i < DIM; i++)
+        ones[i] = 1;
+    for (int i = 0; i < n_parts * N; i++)
+        y_sum[i % N] += y[i];
+    for (int row = 0; row < ROWS && cancels; row++) {
+        normed_row(z, y_sum + row * DIM, post, DIM);
+        for (int i = 0; i < DIM; i++)
+            x[row * DIM + i] = (float)(1e-3 * x[row * DIM + i] - z[i]);
+    }
     bf16 *none = (bf16 *)calloc(N, sizeof(*none));
     const struct step_sizes actual = {ACTUAL, 0, 0, 0, 0, 0};
     OK(cudaMemcpy(sizes, &actual, sizeof(actual), cudaMemcpyHostToDevice));
-    struct residual r = {on_device(x, N),    on_device(y, PARTS * N), N, PARTS, DIM, {}, {},
-                         on_device(none, N), &sizes->n_rows};
-    r.post = {on_device(post, DIM), nullptr, NORM_RMS, 1e-5f};
+    struct residual r = {
+        on_device(x, N), on_device(y, n_parts * N), N, n_parts, DIM, {}, {}, on_device(none, N),
+        &sizes->n_rows};
+    r.post = {on_device(post, DIM), bias ? on_device(ones, DIM) : nullptr, NORM_RMS, 1e-5f};
     r.next = {on_device(next, DIM), nullptr, NORM_RMS, 1e-5f};
     c.step.rows = ROWS;
     residual_norm(&c, &r);
     float *x_after = (float *)from_device(r.x, N * sizeof(*x_after));
     bf16 *h = (bf16 *)from_device(r.h, N * sizeof(*h));
-    double sum[DIM], z[DIM];
     for (int row = 0; row < ROWS; row++) {
+        normed_row(z, y_sum + row * DIM, post, DIM);
         for (int i = 0; i < DIM; i++)
-            sum[i] = (double)y[row * DIM + i] + y[N + row * DIM + i] + y[2 * N + row * DIM + i];
-        normed_row(z, sum, post, DIM);
-        for (int i = 0; i < DIM; i++)
-            sum[i] = x[row * DIM + i] + (row < ACTUAL ? z[i] : 0);
+            sum[i] = x[row * DIM + i] + (row < ACTUAL ? z[i] + bias : 0);
         normed_row(z, sum, next, DIM);
         for (int i = 0; i < DIM; i++) {
             const double got = __bfloat162float(h[row * DIM + i]), want = row < ACTUAL ? z[i] : 0;
             if (!(fabs(x_after[row * DIM + i] - sum[i]) <= 1e-5) ||
-                !(fabs(got - want) <= 0x1p-8 * fabs(want) + 1e-5))
-                fail_msg("row %d column %d: %g, %g, not %g, %g", row, i, x_after[row * DIM + i],
-                         got, sum[i], want);
+                !(fabs(got - want) <= 0x1p-8 * fabs(want) + (cancels ? 1e-3 : 1e-5)))
+                fail_msg("%d parts of %d: row %d column %d: %g, %g, not %g, %g", n_parts, DIM, row,
+                         i, x_after[row * DIM + i], got, sum[i], want);
         }
     }
-    const void *device[] = {r.x, r.y, r.post.weight, r.next.weight, r.h};
+    const void *device[] = {r.x, r.y, r.post.weight, r.post.bias, r.next.weight, r.h};
     for (size_t i = 0; i < COUNT_OF(device); i++)
         cudaFree((void *)device[i]);
-    void *host[] = {x, y, post, next, none, x_after, h};
+    void *host[] = {x, y, post, next, none, x_after, h, ones, y_sum, sum, z};
     for (size_t i = 0; i < COUNT_OF(host); i++)
         free(host[i]);
+}
+
+static void test_residual(void **)
+{
+    need_device();
+    seed = 7;
+    residual_case(1188, 3, false, false);
+    residual_case(1188, 3, false, true);
+    residual_case(1188, 1, true, false);
+    residual_case(2304, 4, false, false);
+    residual_case(2304, 5, true, false);
+    residual_case(20, 8, false, false);
+    residual_case(4096, 1, false, false);
+    residual_case(4100, 2, false, false);
 }
 
 static void library_case(const struct shape *s)
