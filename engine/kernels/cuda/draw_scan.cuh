@@ -70,9 +70,14 @@ static __device__ __forceinline__ void load_part(float (&x)[SCAN_VALUES], struct
 static __device__ __forceinline__ void tidy_part(float (&x)[SCAN_VALUES], struct row row,
                                                  int32_t first)
 {
+    if (row.cap != 0) { /* a branch around them all */
+#pragma unroll
+        for (int i = 0; i < SCAN_VALUES; i++)
+            x[i] = softcapped(x[i], row.cap);
+    }
 #pragma unroll
     for (int i = 0; i < SCAN_VALUES; i++)
-        x[i] = logit_of(row, x[i]);
+        x[i] = tidy(x[i]);
     if (first + token_at(SCAN_VALUES - 1) >= row.n)
 #pragma unroll
         for (int i = 0; i < SCAN_VALUES; i++)

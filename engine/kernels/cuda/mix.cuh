@@ -269,15 +269,20 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
         theta[j] = l < n ? gate_value(c, b, head, l, false) : 0;
         p[j] = l < n ? gate_value(c, b, head, l + gated, true) : -INFINITY;
     }
-    const float factor = S::factors ? factor_of_row(c.m.gate_factors, b.row) : 1;
-    if (gated)
-        top = window *= factor;
+    if (S::factors) {
+        const float factor = factor_of_row(c.m.gate_factors, b.row);
+        window *= factor;
 #pragma unroll
-    for (int j = 0; j < parts; j++) {
-        theta[j] *= factor;
-        p[j] *= factor;
-        top = fmaxf(top, p[j]);
+        for (int j = 0; j < parts; j++) {
+            theta[j] *= factor;
+            p[j] *= factor;
+        }
     }
+    if (gated)
+        top = window;
+#pragma unroll
+    for (int j = 0; j < parts; j++)
+        top = fmaxf(top, p[j]);
     top = warp_max(top);
 #pragma unroll
     for (int j = 0; j < parts; j++) {

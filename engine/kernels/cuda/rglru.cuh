@@ -280,7 +280,9 @@ static __device__ __forceinline__ void rglru_take_rows(bf16 *h, const struct rgl
 
 enum { RGLRU_LANES = 4 }; /* that add up the squares of a packed row: 64 rows for 256 threads */
 
-/* Two channels of z of a row, for the product that comes; all lanes of a warp. */
+/* Two channels of z of a row, for the product that comes, packed where the rows were; all lanes of a
+ * warp. */
+template <bool PACKED>
 static __device__ __forceinline__ void rglru_pack(const struct rglru_front &f, float2 z,
                                                   const float *weight, int row, int channel,
                                                   bool here)
@@ -291,19 +293,20 @@ static __device__ __forceinline__ void rglru_pack(const struct rglru_front &f, f
     if (!here)
         return;
     const float x = z.x * weight[0], y = z.y * weight[1];
-    if (f.weighted)
+    if (PACKED)
+        packed_store(f.out.values, f.dim, row, channel, x, y);
+    else
         *reinterpret_cast<__nv_bfloat162 *>(f.weighted + (int64_t)row * f.dim + channel) =
             __floats2bfloat162_rn(x, y);
-    else
-        packed_store(f.out.values, f.dim, row, channel, x, y);
-    if (threadIdx.x % 4 == 0 && f.weighted)
-        f.factors.squares[row * f.factors.n_parts + channel / 8] = square;
-    else if (threadIdx.x % 4 == 0)
+    if (threadIdx.x % 4 == 0 && PACKED)
         f.out.squares[row * f.out.n_parts + channel / 8] = square;
+    else if (threadIdx.x % 4 == 0)
+        f.factors.squares[row * f.factors.n_parts + channel / 8] = square;
 }
 
 /* One lane's part of a tile: z of two rows and two channels, to the state and to z. h: the
  * warp's rows, and what norms them, or NULL; c: the channels' constants; weight: out's. */
+template <bool PACKED>
 static __device__ __forceinline__ void
 rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const float2 past[2],
            const bf16 *h, const float *scales, const bf16 *recurrence, const bf16 *input,
@@ -312,6 +315,7 @@ rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const floa
 {
     const struct rglru_front &f = d.f;
     const int lane = threadIdx.x % WARP;
+    const bool packs = PACKED ? f.out.values != nullptr : f.weighted != nullptr;
     const struct rglru_channel c[2] = {constants[0], constants[1]};
     float r[1][4], i[1][4];
     rglru_products<1>(r, i, h, recurrence, input, stride);
@@ -323,11 +327,11 @@ rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const floa
         const float2 z = make_float2(fmaf(t.x, past[j].x, t.y), fmaf(t.z, past[j].y, t.w));
         if (at.here[j]) {
             *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
-            if (!f.out.values && !f.weighted)
+            if (!packs)
                 *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
         }
-        if (f.out.values || f.weighted)
-            rglru_pack(f, z, weight, row0 + row, channel, at.here[j]);
+        if (packs)
+            rglru_pack<PACKED>(f, z, weight, row0 + row, channel, at.here[j]);
     }
 }
 
@@ -408,10 +412,11 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         for (int k = 0; k < AT_ONCE; k++) {
             const int tile = tile0 + k * step, column = tile * 8 + lane % 4 * 2;
             if (tile < n_tiles)
-                rglru_tile(d, at, past[k], h + my_row * stride, PACKED ? scales + my_row : nullptr,
-                           weights + tile * 8 * stride, weights + (n_tiles + tile) * 8 * stride,
-                           constants + column, out_weight + column, row0 + my_row, first,
-                           first + out0 + column, stride);
+                rglru_tile<PACKED>(d, at, past[k], h + my_row * stride,
+                                   PACKED ? scales + my_row : nullptr, weights + tile * 8 * stride,
+                                   weights + (n_tiles + tile) * 8 * stride, constants + column,
+                                   out_weight + column, row0 + my_row, first,
+                                   first + out0 + column, stride);
         }
     }
 }
