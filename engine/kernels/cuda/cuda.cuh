@@ -140,8 +140,8 @@ enum status cuda_note(struct backend *b, int slot, const int32_t *tokens, size_t
 enum status library_open(struct library **out, struct cuda *c, struct error *err);
 void library_close(struct library *library);
 size_t library_bytes(const struct library *library); /* of device memory */
-size_t
-library_bytes_of(const struct backend_options *options); /* before opening: at most so many */
+/* Before opening: at most so many. */
+size_t library_bytes_of(const struct backend_options *options);
 enum status linear_upload(struct cuda *c, void *weight, float *scales, enum dtype dtype,
                           const void *src, enum dtype src_dtype, int n_out, int n_in,
                           struct error *err);

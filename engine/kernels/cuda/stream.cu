@@ -1,11 +1,10 @@
 /* stream.cu - y = W x for up to 16 rows and large bf16 matrices.
  *
- * The weight rows are shared out evenly, to one row, over as many blocks as there are SMs, or twice
- * as many where rows are short: the end of a tile, a barrier and the results, comes so often then
- * that another block has to keep memory busy meanwhile. Where rows are long, n_in is cut into
- * slices, whose partial sums a later pass adds in order. Each of a block's 8 warps owns an eighth
- * of the slice's items of 32 columns, keeps the activations of its columns in registers for the
- * whole job, and streams its columns of 16 weight rows at a time through a ring of its own in
+ * The weight rows are shared out evenly, to one row, over two blocks of each SM: at the end of a
+ * tile, a barrier and the results, the other one keeps memory busy. Where rows are long, n_in is
+ * cut into slices, whose partial sums a later pass adds in order. Each of a block's 8 warps owns an
+ * eighth of the slice's items of 32 columns, keeps the activations of its columns in registers for
+ * the whole job, and streams its columns of 16 weight rows at a time through a ring of its own in
  * shared memory: a lane copies the 16 bytes that it later feeds to the tensor cores, so that no
  * barrier is needed until the warps' sums meet, once every 16 rows.
  *
@@ -30,7 +29,7 @@ enum {
     STREAM_SLICE = STREAM_WARPS * STREAM_UNIT * STREAM_STEPS, /* items at most */
     STREAM_SLICES = 8,
     STREAM_STAGE = STREAM_UNIT * 2 * WARP, /* uint4 of a warp */
-    STREAM_SHORT_BLOCKS = 2,               /* of an SM, where rows are short */
+    STREAM_BLOCKS = 2,                     /* of an SM */
     FINISH_THREADS = 256,
 };
 
@@ -105,7 +104,7 @@ stream_results(const struct product &p, const struct stream_job &j, bool pairs, 
 
 /* Short rows leave registers for a block of the kernel after. */
 template <int HALVES, int STEPS>
-static __global__ void __launch_bounds__(STREAM_THREADS, STEPS == 1 ? STREAM_SHORT_BLOCKS + 1 : 2)
+static __global__ void __launch_bounds__(STREAM_THREADS, STREAM_BLOCKS + (STEPS == 1))
     stream_kernel(const __grid_constant__ struct product p, float *partials)
 {
     constexpr int ITEMS = STREAM_UNIT * STEPS;
@@ -259,7 +258,7 @@ static void run(struct cuda *c, const struct product *p, float *partials, int n_
 {
     const size_t shared = STREAM_WARPS * (STREAM_STAGES * STREAM_STAGE * sizeof(uint4) +
                                           2 * HALVES * 8 * STREAM_STRIDE * sizeof(float));
-    const int n_blocks = c->queue.n_sms * (STEPS == 1 ? STREAM_SHORT_BLOCKS : 1) / n_parts;
+    const int n_blocks = c->queue.n_sms * STREAM_BLOCKS / n_parts;
     launch(&c->queue, "stream_product", stream_kernel<HALVES, STEPS>,
            dim3(n_blocks < 1 ? 1 : n_blocks, n_parts), STREAM_THREADS, shared, *p, partials);
 }
