@@ -104,7 +104,7 @@ static void check_case(const struct glu_case *k, int every)
     p.in = in;
     p.w.data = weights;
     p.out = on_device(found, n_out);
-    glu_product(&c, &p);
+    assert_true(glu_product(&c, &p));
     OK(c.queue.error);
     OK(cudaStreamSynchronize(c.queue.stream));
     OK(cudaMemcpy(found, p.out, n_out * sizeof(*found), cudaMemcpyDeviceToHost));
@@ -172,6 +172,9 @@ static void test_shapes(void **)
     p = product_of(&k);
     p.w.dtype = DTYPE_I8;
     assert_false(glu_possible(&c, &p));
+    p = product_of(&k);
+    p.in = (const char *)nullptr + 8;
+    assert_false(glu_product(&c, &p));
 }
 
 int main(void)

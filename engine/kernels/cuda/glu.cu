@@ -224,7 +224,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 
 static int n_clusters_of(const struct cuda *c)
 {
-    return c->queue.n_sms / CLUSTER;
+    return c->queue.n_sms < CLUSTER ? 1 : c->queue.n_sms / CLUSTER;
 }
 
 bool glu_possible(const struct cuda *c, const struct product *p)
@@ -232,21 +232,22 @@ bool glu_possible(const struct cuda *c, const struct product *p)
     return c->queue.capability == 90 && p->output == OUTPUT_ACTIVATE && p->w.dtype == DTYPE_BF16 &&
            !p->w.bias && p->act != ACTIVATION_GELU && !p->in_rows && !p->norm.weight &&
            p->w.n_out % (2 * TILE_FEATURES) == 0 && p->w.n_in % CHUNK == 0 &&
-           p->in_stride % 8 == 0 && p->out_stride % 8 == 0 && n_clusters_of(c) > 0 &&
+           p->in_stride % 8 == 0 && p->out_stride % 8 == 0 &&
            has_warpgroups((const void *)glu_kernel<ACTIVATION_SILU>) &&
            cluster_fits((const void *)glu_kernel<ACTIVATION_SILU>, CLUSTER, THREADS, SHARED_BYTES);
 }
 
 bool glu_pays(const struct cuda *c, const struct product *p)
 {
+    enum { TENTHS = 6 }; /* of the rounds' tiles */
     const int64_t n_features = p->w.n_out / 2;
     const int pair = CLUSTER * TILE_ROWS;
     const int64_t n_tiles = ceil_div(p->rows, pair) * (n_features / TILE_FEATURES);
     const int64_t n_clusters = n_clusters_of(c), rounds = (n_tiles + n_clusters - 1) / n_clusters;
-    return 10 * p->rows * n_features > 6 * rounds * n_clusters * pair * TILE_FEATURES;
+    return 10 * p->rows * n_features > TENTHS * rounds * n_clusters * pair * TILE_FEATURES;
 }
 
-void glu_product(struct cuda *c, const struct product *p)
+bool glu_product(struct cuda *c, const struct product *p)
 {
     struct glu_call call = {};
     struct tensor_map rows, weights;
@@ -264,14 +265,12 @@ void glu_product(struct cuda *c, const struct product *p)
         tensor_map_encode(&weights, p->w.data,
                           {(uint64_t)p->w.n_in, 2, 4, 4, (uint64_t)p->w.n_out / 32},
                           {row, 8 * row, 2 * row, 32 * row}, {CHUNK, 2, 4, 4, TILE_FEATURES / 32});
-    if (!mapped) {
-        c->queue.error = cudaErrorInvalidValue;
-        c->queue.where = "glu: a tensor map";
-        return;
-    }
+    if (!mapped)
+        return false;
     launch_cluster(&c->queue, "glu",
                    p->act == ACTIVATION_SILU ? glu_kernel<ACTIVATION_SILU>
                                              : glu_kernel<ACTIVATION_GELU_TANH>,
                    dim3((unsigned)(n_clusters_of(c) * CLUSTER)), CLUSTER, THREADS, SHARED_BYTES,
                    rows, weights, call);
+    return true;
 }

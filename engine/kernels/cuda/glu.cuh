@@ -26,7 +26,8 @@ bool glu_possible(const struct cuda *c, const struct product *p);
 /* Whether tiles of that many rows fill the device: if not, the library's smaller ones are faster.
  */
 bool glu_pays(const struct cuda *c, const struct product *p);
-/* A row's result has the same bits whatever the number of rows. */
-void glu_product(struct cuda *c, const struct product *p);
+/* A row's result has the same bits whatever the number of rows. False, and nothing is queued: the
+ * driver has no such tensor maps (addresses that are not 16-byte aligned, say). */
+bool glu_product(struct cuda *c, const struct product *p);
 
 #endif

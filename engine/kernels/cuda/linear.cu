@@ -109,9 +109,7 @@ void fused_product(struct cuda *c, const struct product *p, bf16 *wide)
         return;
     }
     const struct product q = product_without_norm(c, p);
-    if (glu_possible(c, &q) && glu_pays(c, &q))
-        glu_product(c, &q);
-    else
+    if (!glu_pays(c, &q) || !glu_possible(c, &q) || !glu_product(c, &q))
         library_product(c, &q, wide);
 }
 
