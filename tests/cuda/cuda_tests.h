@@ -32,6 +32,13 @@ static const struct test_model wide_models[] = {
                 "\"embedding_scale\":11.3,\"norm_offset\":1.0,\"query_pre_attn_scalar\":256,"
                 "\"attn_logit_softcapping\":50.0,\"final_logit_softcapping\":30.0,"
                 "\"hidden_act\":\"gelu_tanh\",\"position_embedding\":\"rope\"}"},
+    /* a window too long for the fused mixing: factors of the latents' logits are a pass */
+    {"wide-gemma-long",
+     WIDE_SIZES "\"vocab_size\":384,\"hidden_size\":128,\"intermediate_size\":192,"
+                "\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"num_latents\":32,\"head_dim\":256,"
+                "\"num_key_value_heads\":1,\"layer_type\":\"macchiato\",\"sliding_window\":1100,"
+                "\"latent_input\":\"rglru\",\"rglru_blocks\":2,\"post_norms\":true,"
+                "\"hidden_act\":\"gelu_tanh\",\"position_embedding\":\"rope\"}"},
     {"wide-transformer",
      WIDE_SIZES "\"vocab_size\":256,\"hidden_size\":128,\"intermediate_size\":192,"
                 "\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"layer_type\":\"full_attention\","

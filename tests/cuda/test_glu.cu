@@ -173,17 +173,35 @@ static void test_shapes(void **)
     p.w.dtype = DTYPE_I8;
     assert_false(glu_possible(&c, &p));
     p = product_of(&k);
-    p.in = (const char *)nullptr + 8;
+    char *const values = on_device("", 1);
+    p.in = values + 8;
+    p.w.data = values;
     assert_false(glu_product(&c, &p));
+    cudaFree(values);
+}
+
+/* On an H100: 48 tiles for 66 pairs of SMs, 24, 72, and 768. */
+static void test_sizes(void **)
+{
+    static const struct {
+        int rows;
+        bool pays;
+    } sizes[] = {{512, true}, {256, false}, {768, false}, {8192, true}};
+    struct cuda device = {};
+    device.queue.n_sms = 132;
+    for (size_t i = 0; i < COUNT_OF(sizes); i++) {
+        const struct glu_case k = {sizes[i].rows, sizes[i].rows, 768, 3072, ACTIVATION_SILU};
+        const struct product p = product_of(&k);
+        assert_int_equal(glu_pays(&device, &p), sizes[i].pays);
+    }
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_depths),
-        cmocka_unit_test(test_many_tiles),
-        cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_rows),       cmocka_unit_test(test_depths),
+        cmocka_unit_test(test_many_tiles), cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_sizes),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

@@ -1,9 +1,10 @@
 /* test_model_clusters.c - models of a shape that has layers of few rows by clusters (cluster.cuh)
  * and of up to 256 by warpgroups (warpgroup.cuh), against the same device without fused layers: two
  * rows, which every block gathers for itself, three, which are exchanged, eleven, of which some
- * blocks mix two, and eighteen. Session 0 has a ring that is full and wraps. A session's logits
- * have the same bits in all steps by clusters. On an emulated device these models take a minute, so
- * there is little else here; test_model_cuda.c has more on a GPU, and explains the tolerances.
+ * blocks mix two, and eighteen; and a prompt. Session 0 has a ring that is full and wraps. A
+ * session's logits have the same bits in all steps by clusters. On an emulated device these models
+ * take a minute, so there is little else here; test_model_cuda.c has more on a GPU, and explains
+ * the tolerances.
  */
 #include "tests/unit/unit.h"
 
@@ -23,7 +24,7 @@ enum {
     BY_CLUSTERS = 16, /* rows at most */
     PROMPT = 2,
     LONG = 68, /* session 0's: more than the window */
-    MAX_ROWS = 400,
+    MAX_ROWS = 512,
     N_STEPS = 3,
     VOCAB = 509,
 };
@@ -212,12 +213,42 @@ static void test_vapor(void **state)
     run_close(&composed);
 }
 
+/* A prompt of so many rows that the mlp's first product is glu.cuh's. */
+static void test_long_prompt(void **state)
+{
+    static int32_t tokens[MAX_ROWS];
+    const struct model_seq seq = {0, MAX_ROWS, LOGITS_LAST};
+    struct run both[2];
+    const float *logits[2];
+    struct error err;
+    (void)state;
+    if (run_emulated()) {
+        print_message("SKIPPED: 512 rows of this width take minutes\n");
+        skip();
+    }
+    open_two(&both[0], &both[1], &reference);
+    for (int i = 0; i < MAX_ROWS; i++)
+        tokens[i] = (i * 37 + i / 11) % VOCAB;
+    for (int i = 0; i < 2; i++)
+        if (model_step(both[i].model, tokens, &seq, 1, &logits[i], &err))
+            fail_msg("%s: %s", both[i].label, err.text);
+    check_layers(&both[0], "passes");
+    check_layers(&both[1], "ops");
+    const double worst = run_difference(logits[0], logits[1], VOCAB);
+    print_message("%d rows of a prompt: logits differ by %g\n", MAX_ROWS, worst);
+    if (!(worst > 0 && worst <= LOGIT_TOLERANCE))
+        fail_msg("%d rows of a prompt: logits differ by %g", MAX_ROWS, worst);
+    run_close(&both[0]);
+    run_close(&both[1]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reference),
         cmocka_unit_test(test_fewer_latents),
         cmocka_unit_test(test_vapor),
+        cmocka_unit_test(test_long_prompt),
     };
     RUN_CUDA_TESTS(tests);
 }

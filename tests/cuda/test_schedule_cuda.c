@@ -487,6 +487,7 @@ static void test_draws_equal_the_hosts(void **state)
 static void test_draws_from_capped_logits(void **state)
 {
     (void)state;
+    int n = 0;
     for (size_t i = 0; i < n_test_models; i++) {
         char dir[200];
         if (strcmp(test_models[i].name, "gemma-macchiato"))
@@ -494,7 +495,9 @@ static void test_draws_from_capped_logits(void **state)
         cuda_model_make(&test_models[i], 91, dir, sizeof(dir));
         check_draws(test_models[i].name, dir);
         test_dir_remove(dir);
+        n++;
     }
+    assert_int_equal(n, 1);
 }
 
 /* Every row of a prompt scored, beside a session that draws. */

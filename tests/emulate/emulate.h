@@ -28,7 +28,9 @@
  *     must not be written before
  *   - missing barriers, by order: threads and warps run forwards, backwards or shuffled, changing
  *     with every launch. LATTE_EMULATE_ORDER=n (0 forwards, 1 backwards, 2.. shuffled) fixes it.
- * What it cannot find: races that no order of whole stretches between barriers shows, bank
+ * What it cannot find: races that no order of whole stretches between barriers shows (products of
+ * warpgroups are done at once, so that shared memory given back while they should still read it is
+ * not noticed; nor is a block that ends while a peer may still arrive at its mbarriers), bank
  * conflicts, anything about speed. Device memory is host memory, so a host access to it works.
  *
  * Threads: one kernel at a time, on the thread that waits for it (see runtime.cc).

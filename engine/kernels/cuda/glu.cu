@@ -213,6 +213,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         registers_give<LOADER_REGISTERS>();
         if (threadIdx.x == 0)
             load_tiles(&rows, &weights, c, p);
+        __syncwarp(); /* the cluster's barrier is the warp's */
     } else {
         registers_take<WORKER_REGISTERS>();
         multiply_tiles<ACT>(c, p, group);

@@ -5,22 +5,22 @@
  * up
  *
  * The library writes its 2F columns to memory and a pass of its own reads them back; here they stay
- * in registers, so that rows F of results are all that is written.
+ * in registers, and F results a row are all that is written.
  *
  * Blocks stay on their SM and take one tile of 128 rows and 128 features (256 columns of the
  * product) after the other, in clusters of two that have the same features: each loads its rows and
  * half of the weights, which it sends to both. One thread keeps four chunks of 64 columns of n_in
  * on their way by tensor maps; two warpgroups have 64 rows each and multiply.
  *
- * Bytes at n_in = 768: 24 KB of rows and weights from L2 for every 64 rows, features and columns
- * of n_in; 2 F a row to memory. Floor: 4 F n_in operations a row.
+ * Bytes of a tile, for every 64 columns of n_in: 16 KB of rows and 16 KB of weights from L2, and
+ * the other block's 16 KB of weights. To memory 2 F a row. Floor: 4 F n_in operations a row.
  */
 #ifndef LATTE_CUDA_GLU_CUH
 #define LATTE_CUDA_GLU_CUH
 
 #include "engine/kernels/cuda/fused.cuh"
 
-/* Whether the device has the kernel, and it p: OUTPUT_ACTIVATE of bf16 weights without bias, of
+/* Whether the device has the kernel, and the kernel is for p: OUTPUT_ACTIVATE of bf16 weights without bias, of
  * silu or gelu's tanh form, F a multiple of 128, n_in of 64, rows in place and not to be normed. */
 bool glu_possible(const struct cuda *c, const struct product *p);
 /* Whether tiles of that many rows fill the device: if not, the library's smaller ones are faster.

@@ -352,8 +352,10 @@ static inline bool tensor_map_encode(struct tensor_map *m, const void *base,
     cudaDriverEntryPointQueryResult found;
     if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
                                          cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
+        found != cudaDriverEntryPointSuccess) {
+        (void)cudaGetLastError(); /* an answer, not a failure */
         return false;
+    }
     const uint32_t steps[5] = {1, 1, 1, 1, 1};
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
                &m->map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, N, const_cast<void *>(base), dims,
@@ -379,7 +381,7 @@ static __device__ __forceinline__ void tensor_copy_2d(void *shared, const struct
 }
 
 /* The same of five dimensions, at (x, 0, 0, 0, y), to the same place in each block of the cluster
- * whose bit is set, and counted by the same barrier there. */
+ * whose bit is set, and counted by the same barrier there. Of 9.0 alone. */
 static __device__ __forceinline__ void tensor_send_5d(void *shared, const struct tensor_map *m,
                                                       int x, int y, bulk_barrier *b, int blocks)
 {

@@ -29,8 +29,9 @@ struct layer_scratch {
     float *y;     /* [R, D] a sublayer's output that a post norm goes over */
     /* The long way of attention over whole contexts, and of gates in wide blocks. */
     float *v32, *q32, *k32, *mixed32;    /* [R, KV d], [R, H d], [R, KV d], [R, H d] */
-    float *h32, *recurrence32, *input32; /* [R, D]; the latter two also for the RG-LRU of prompts:
-                                          * __half products, bf16 normed z */
+    float *h32, *recurrence32, *input32; /* [R, D]; the latter two also for the RG-LRU: of
+                                          * prompts __half products and bf16 normed z, of decode
+                                          * steps squares of z and bf16 weighted z */
     float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
     /* Layers of few rows, CLUSTER_ROWS at most. */
     float *x_between; /* [rows, D] the residual stream within the layer */

@@ -233,9 +233,10 @@ static bool is_power_of_two(int n)
     return (n & (n - 1)) == 0;
 }
 
-/* What the matrix's products of numbers of rows that are powers of two were found to be fastest
- * with, as far as they can do this one; none where the two next to it are not among them. Their
- * kernels are loaded: the library loads one in about a millisecond. */
+/* What the matrix's products of other numbers of rows were found to be fastest with among all, as
+ * far as they can do this one; none where fewer than two are within a factor of two. Their kernels
+ * are loaded: the library loads one in about a millisecond. Powers of two come first, but some of
+ * them may be others' (glu.cuh). */
 static int known_candidates(struct library *l, const struct gemm *g,
                             cublasLtMatmulAlgo_t out[N_CANDIDATES])
 {
@@ -244,8 +245,7 @@ static int known_candidates(struct library *l, const struct gemm *g,
         const struct gemm *other = &l->gemms[i];
         const int rows = other->shape.rows;
         cublasLtMatmulHeuristicResult_t result = {};
-        if (!other->searched || !is_power_of_two(rows) ||
-            !same_but_for_rows(&other->shape, &g->shape) ||
+        if (!other->searched || !same_but_for_rows(&other->shape, &g->shape) ||
             cublasLtMatmulAlgoCheck(l->handle, g->operation, g->weights, g->in, g->out, g->out,
                                     &other->algorithm, &result) != CUBLAS_STATUS_SUCCESS ||
             result.workspaceSize > WORKSPACE_BYTES)
@@ -253,7 +253,7 @@ static int known_candidates(struct library *l, const struct gemm *g,
         out[n++] = other->algorithm;
         n_near += rows < 2 * g->shape.rows && g->shape.rows < 2 * rows;
     }
-    return n_near == 2 ? n : 0;
+    return n_near >= 2 ? n : 0;
 }
 
 static cublasStatus_t find_candidates(struct library *l, const struct gemm *g, int most,
@@ -289,7 +289,7 @@ static int fastest(struct cuda *c, const struct gemm *g, const cublasLtMatmulAlg
 }
 
 /* The library's first candidate, or where timing is possible the fastest: of the library's for
- * powers of two, of those for others, as far as they are known. */
+ * powers of two, of those of other sizes for others, as far as they are known. */
 static cublasStatus_t gemm_choose(struct cuda *c, struct gemm *g, const bf16 *weights,
                                   const bf16 *in, void *out)
 {

@@ -1,17 +1,16 @@
 /* stream.cu - y = W x for up to 16 rows and large bf16 matrices.
  *
- * The weight rows are shared out evenly, to one row, over two blocks of each SM: at the end of a
- * tile, a barrier and the results, the other one keeps memory busy. Where rows are long, n_in is
- * cut into slices, whose partial sums a later pass adds in order. Each of a block's 8 warps owns an
- * eighth of the slice's items of 32 columns, keeps the activations of its columns in registers for
- * the whole job, and streams its columns of 16 weight rows at a time through a ring of its own in
- * shared memory: a lane copies the 16 bytes that it later feeds to the tensor cores, so that no
- * barrier is needed until the warps' sums meet, once every 16 rows.
+ * The weight rows are shared out evenly, to one row, over two blocks of each SM that has room for
+ * them: at the end of a tile, a barrier and the results, the other one keeps memory busy. Where
+ * rows are long, n_in is cut into slices, whose partial sums a later pass adds in order. Each of a
+ * block's 8 warps owns an eighth of the slice's items of 32 columns, keeps the activations of its
+ * columns in registers for the whole job, and streams its columns of 16 weight rows at a time
+ * through a ring of its own in shared memory: a lane copies the 16 bytes that it later feeds to the
+ * tensor cores, so that no barrier is needed until the warps' sums meet, once every 16 rows.
  *
- * Order of sums: a function of the weights' shape and of the number of SMs, not of the number of
- * rows. Bytes: the weights once, in stages of 24 KB of which a block asks for 72 KB before
- * pdl_wait; activations once a block. Floor: Gemma's gate and up 84.9 MB 27.6 us, down 42.5 MB 13.8
- * us.
+ * Order of sums: a function of the weights' shape, not of the number of rows. Bytes: the weights
+ * once, in stages of 24 KB of which a block asks for 72 KB before pdl_wait; activations once a
+ * block. Floor: Gemma's gate and up 84.9 MB 27.6 us, down 42.5 MB 13.8 us.
  */
 #include "engine/kernels/cuda/stream.cuh"
 
@@ -258,7 +257,10 @@ static void run(struct cuda *c, const struct product *p, float *partials, int n_
 {
     const size_t shared = STREAM_WARPS * (STREAM_STAGES * STREAM_STAGE * sizeof(uint4) +
                                           2 * HALVES * 8 * STREAM_STRIDE * sizeof(float));
-    const int n_blocks = c->queue.n_sms * STREAM_BLOCKS / n_parts;
+    enum { RESERVED = 1024 }; /* of an SM's shared memory, for each block */
+    const bool have_room =
+        STREAM_BLOCKS * (shared + RESERVED) <= shared_limit(&c->queue) + RESERVED;
+    const int n_blocks = c->queue.n_sms * (have_room ? STREAM_BLOCKS : 1) / n_parts;
     launch(&c->queue, "stream_product", stream_kernel<HALVES, STEPS>,
            dim3(n_blocks < 1 ? 1 : n_blocks, n_parts), STREAM_THREADS, shared, *p, partials);
 }
