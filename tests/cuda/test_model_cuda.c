@@ -404,10 +404,13 @@ static void check_chunks_bf16(const char *name, const char *dir)
     /* After 200 tokens a latent is a sum of many values whose errors add up while the values
      * cancel. Ten seeds on an H100, in tolerances, fused and by single ops against prompts:
      * wide-macchiato 0.8 to 1.5 and 0.3 to 0.8, wide-clusters (sums of 50 to 100 values of
-     * deviation 1) 4.2 to 5.5 and 0.6 to 1.0; their logits are as far from the reference's. */
-    const double factor = !strcmp(name, "wide-clusters")    ? 10
-                          : !strcmp(name, "wide-macchiato") ? 2.5
-                                                            : 1;
+     * deviation 1) 4.2 to 5.5 and 0.6 to 1.0; their logits are as far from the reference's. Where
+     * a norm is a factor of the latents' logits, z is rounded before it and in prompts after it:
+     * wide-gemma-long 0.8 to 0.9 (four seeds, emulated; 1.3 on an H200), 0.5 to 0.7 without. */
+    const double factor = !strcmp(name, "wide-clusters")     ? 10
+                          : !strcmp(name, "wide-macchiato")  ? 2.5
+                          : !strncmp(name, "wide-gemma", 10) ? 2.5
+                                                             : 1;
     seed_of_run = 77; /* the tokens of a model do not depend on which others come before */
     check_chunks_of(dir, DTYPE_BF16, DTYPE_BF16, BF16_TOLERANCE, factor * BF16_STATE_TOLERANCE, &c);
     check(name, &c, BF16_TOLERANCE);

@@ -17,8 +17,6 @@
  * Tried: two stages of shared memory and a loop over items, so that the next item arrives while
  * one is computed: slower, since fewer blocks fit (NOTES.md). mix_warps.cu loops with one stage.
  *
- * Of few rows, what a block asks for later is brought to L2 at its beginning.
- *
  * A head's sums run in one order, given by the shape alone: whole tiles of keys in ring order,
  * latents by thread, then groups of threads one after the other.
  */
@@ -27,8 +25,6 @@
 #include "engine/kernels/cuda/mix.cuh"
 
 enum {
-    AHEAD_ROWS = 16,      /* of a step: so few leave memory idle */
-    LINE = 128,           /* bytes */
     MAX_RING_ROWS = 1024, /* longer ones are worth splitting over several blocks: window.cu */
 };
 
@@ -106,32 +102,6 @@ static __device__ __forceinline__ void fetch_tile(const struct mix_call &c,
                                    ((int64_t)b.kv * c.ring_rows + first) * dim;
     fetch_rows<S>(to, pitch, from, left < S::keys ? left : S::keys, b.newest - first, dim);
     copy_async_commit();
-}
-
-/* All threads: n_bytes from p on, to L2. */
-template <class S> static __device__ __forceinline__ void bring_near(const void *p, int64_t n_bytes)
-{
-    for (int64_t i = (int64_t)threadIdx.x * LINE; i < n_bytes; i += S::threads * LINE)
-        prefetch_l2((const char *)p + i);
-}
-
-/* What the block asks for later: the ring behind its first tile, the latents behind the first
- * head's. */
-template <class S>
-static __device__ __forceinline__ void bring_rest_near(const struct mix_call &c,
-                                                       const struct mix_block &b)
-{
-    typedef typename S::ring ring;
-    const int dim = dim_of<S>(c), n = c.m.latents.n_latents;
-    if (b.n_keys > S::keys) {
-        const int64_t at =
-            b.slot * c.ring_row_values + ((int64_t)b.kv * c.ring_rows + S::keys) * dim;
-        const int64_t n_bytes = (int64_t)(b.n_keys - S::keys) * S::row_bytes(dim);
-        bring_near<S>(static_cast<const ring *>(c.ring_k) + at, n_bytes);
-        bring_near<S>(static_cast<const ring *>(c.ring_v) + at, n_bytes);
-    }
-    if (S::heads > 1 && n && !b.begins)
-        bring_near<S>(latents_of<S>(c, b, 1, 0), (int64_t)(S::heads - 1) * n * dim * 4);
 }
 
 /* Eight values of a ring row as f32. */
@@ -448,8 +418,6 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
                          (int)threadIdx.x / n_lanes, S::threads / n_lanes,
                          b.begins ? 0 : c.m.latents.n_latents);
     fetch_gates(&before, &sum, c, b, my_head);
-    if (c.step.rows <= AHEAD_ROWS)
-        bring_rest_near<S>(c, b);
     struct mix_frequencies<S> frequencies;
     struct mix_angles<S> angles = {
     };
