@@ -51,11 +51,14 @@ struct library {
 
 /* ---- opening ---- */
 
-static cudaError_t open_memory(struct library *l)
+/* The scratch memory is cleared: while an algorithm is chosen, sums are added to what is there. */
+static cudaError_t open_memory(struct library *l, const struct queue *q)
 {
     cudaError_t error = cudaMalloc(&l->workspace, WORKSPACE_BYTES);
     if (error == cudaSuccess)
         error = cudaMalloc((void **)&l->scratch, SCRATCH_BYTES);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(l->scratch, 0, SCRATCH_BYTES, q->stream);
     if (error == cudaSuccess)
         error = cudaEventCreate(&l->begin);
     if (error == cudaSuccess)
@@ -84,7 +87,6 @@ static cublasStatus_t open_handle(struct library *l)
 
 enum status library_open(struct library **out, struct cuda *c, struct error *err)
 {
-    (void)c;
     struct library *l = (struct library *)calloc(1, sizeof(*l));
     if (l)
         l->gemms = (struct gemm *)calloc(MAX_SHAPES, sizeof(*l->gemms));
@@ -92,7 +94,7 @@ enum status library_open(struct library **out, struct cuda *c, struct error *err
         library_close(l);
         return fail(err, STATUS_NOMEM, "matrix library: out of memory");
     }
-    const cudaError_t error = open_memory(l);
+    const cudaError_t error = open_memory(l, &c->queue);
     if (error != cudaSuccess) {
         library_close(l);
         return fail(err, error == cudaErrorMemoryAllocation ? STATUS_NOMEM : STATUS_DEVICE,
