@@ -25,7 +25,7 @@ enum {
     ATOM = 1024, /* what tiles are aligned to */
     SHARED_BYTES = ATOM + STAGES * (STAGE_BYTES + 2 * (int)sizeof(bulk_barrier)),
 
-    /* Registers a thread: the loading warp gives its own to those that hold sums. */
+    /* Registers a thread: the loading warpgroup gives its own to those that hold sums. */
     LOADER_REGISTERS = 40,
     WORKER_REGISTERS = 232,
     SUMS = GROUP_ROWS * 2 * TILE_FEATURES / GROUP_THREADS, /* f32 a thread */
