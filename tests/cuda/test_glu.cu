@@ -8,37 +8,6 @@
 #include "engine/kernels/cuda/glu.cuh"
 #include "tests/cuda/products.cuh"
 
-#ifdef LATTE_EMULATE
-static const bool emulated = true;
-#else
-static const bool emulated = false;
-#endif
-static struct cuda c;
-static int32_t *n_rows; /* device */
-
-static int open_device(void **)
-{
-    struct cudaDeviceProp props;
-    int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || !n)
-        return 0; /* each test skips */
-    OK(cudaGetDeviceProperties(&props, 0));
-    c.queue.capability = 10 * props.major + props.minor;
-    c.queue.pdl = c.queue.capability >= 90;
-    c.queue.n_sms = props.multiProcessorCount;
-    OK(cudaStreamCreate(&c.queue.stream));
-    OK(cudaMalloc((void **)&n_rows, sizeof(*n_rows)));
-    return 0;
-}
-
-static int close_device(void **)
-{
-    cudaFree(n_rows);
-    if (c.queue.stream)
-        cudaStreamDestroy(c.queue.stream);
-    return 0;
-}
-
 struct glu_case {
     int rows, actual, n_in, n_features;
     enum activation act;

@@ -11,37 +11,7 @@
 
 enum { DEPTH = WARPGROUP_DEPTH, MLP = 4 * DEPTH, MAX_ROWS = WARPGROUP_ROWS };
 
-#ifdef LATTE_EMULATE
-static const bool emulated = true;
-#else
-static const bool emulated = false;
-#endif
 static const float EPS = 0.25f; /* beside a mean square of a third: a wrong one shows */
-static struct cuda c;
-static int32_t *n_rows; /* device */
-
-static int open_device(void **)
-{
-    struct cudaDeviceProp props;
-    int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || !n)
-        return 0; /* each test skips */
-    OK(cudaGetDeviceProperties(&props, 0));
-    c.queue.capability = 10 * props.major + props.minor;
-    c.queue.pdl = c.queue.capability >= 90;
-    OK(cudaStreamCreate(&c.queue.stream));
-    OK(cudaMalloc((void **)&n_rows, sizeof(*n_rows)));
-    return 0;
-}
-
-static int close_device(void **)
-{
-    cudaFree(n_rows);
-    if (c.queue.stream)
-        cudaStreamDestroy(c.queue.stream);
-    return 0;
-}
-
 static void need_warpgroups(void)
 {
     if (!c.queue.stream || !warpgroups_are_there(&c)) {
