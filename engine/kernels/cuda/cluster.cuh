@@ -4,7 +4,7 @@
  *                  head (cluster_mix.cu)
  *   2 few_settle   above FEW_ALONE rows: x += the heads' shares, norm2 (few_mlp.cu)
  *   3 few_mlp_in   up to FEW_ALONE rows what 2 does; gate, up, activation
- *   4 few_mlp_out  x += down
+ *   4 few_mlp_out  x += down; above 10 rows by clusters of 4, whose blocks share the rows' columns
  *
  * A kernel of a graph costs a microsecond or two, however little it does; an exchange between the
  * blocks of a cluster costs a third of one. So whatever the mixing of a head needs is
@@ -17,8 +17,8 @@
  * of a kernel's blocks find room beside those. So the shapes are made to fit a device of 132 SMs
  * of 227 KB: the mixing has one block on each of 64, few_mlp_in one on each of 64 others, an SM
  * with either has room for one block of few_mlp_out, and few_settle takes the SMs left over.
- * Clusters of 16, of which an H100 has places for seven, and clusters for the mlp were slower
- * (NOTES.md).
+ * Clusters of 16, of which an H100 has places for seven, and clusters for all of the mlp were
+ * slower (NOTES.md).
  *
  * A row's result does not depend on the other rows or their number: products are of a tensor core's
  * tile of 16 rows, whatever the step has, and sums have one order.
@@ -44,6 +44,10 @@ enum {
     CLUSTER_THREADS = 256,
     CLUSTER_WARPS = CLUSTER_THREADS / WARP,
     SQUARES = ROW_PIECES * CLUSTER_ROWS,
+    /* Bytes of shared memory, at most, of a block of few_mlp_out and of one of the mixing or of
+     * few_mlp_in, which have room on an SM of 228 KB together: 1 KB of each is the system's. */
+    FEW_OUT_SHARED = 50 * 1024 + 128,
+    FEW_SHARED = 226 * 1024 - FEW_OUT_SHARED,
 };
 
 struct cluster_norm {

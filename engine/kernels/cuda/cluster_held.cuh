@@ -106,6 +106,7 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int values = end, values_step = qkv + STEP_ROWS * ROW * 2 - values;
     static constexpr int bytes = values + values_bytes;
     static_assert(ROWS == 1 || values + values_step + values_bytes <= latents, "place of weights");
+    static_assert(bytes <= FEW_SHARED, "beside few_mlp_out");
 };
 
 template <class T> static __device__ __forceinline__ T *at(unsigned char *shared, int offset)

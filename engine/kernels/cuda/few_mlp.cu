@@ -1,13 +1,16 @@
 /* few_mlp.cu - the mlp of a decode layer of few rows, see cluster.cuh: two products, as single
- * blocks.
+ * blocks but for the second of more than OUT_ALONE rows.
  *
  * few_mlp_in: a block has 1/64 of the features, their rows of gate and up in shared memory; its
  * warps are 4 quarters of D times gate and up. few_mlp_out: a block has 8 rows of down, each of its
- * warps two sixteenths of F. Sums of the warps meet in shared memory and are added in order. Before
- * pdl_wait all weights are on their way.
+ * warps two sixteenths of F. Of more than OUT_ALONE rows a cluster of 4 blocks has 32 rows of down,
+ * each block a quarter of F, a quarter of the bytes of the rows; each adds up 8 columns, of which
+ * the others send it their sums: over its weights, which are in registers before pdl_wait, since
+ * there is no room beside them. Sums of the warps meet in shared memory and are added in order, the
+ * same in both. Before pdl_wait all weights are on their way.
  * few_mlp_in also puts the RG-LRU's z into the state, as no block of the mixing may.
  * Bytes: 14 MB of weights at D = 768, F = 3072: floor 4.6 us; up to FEW_ALONE rows 27 KB a row and
- * block of partial rows, from L2.
+ * block of partial rows, from L2; few_mlp_out's blocks 6 KB a row each, in clusters twice 1.5 KB.
  */
 #include "engine/kernels/cuda/cluster.cuh"
 
@@ -15,6 +18,10 @@ enum {
     IN_BLOCKS = 64,
     SETTLE_BLOCKS = 4,                          /* at most: few SMs are without one of the others */
     SETTLE_ROWS = CLUSTER_ROWS / SETTLE_BLOCKS, /* of a block at most */
+    OUT_ALONE = 10,                             /* rows up to which few_mlp_out has no clusters */
+    OUT_BLOCKS = 4,                             /* of one of its clusters */
+    OUT_SLICES = 16,                            /* of F, each with sums of its own */
+    OUT_SUMS = CLUSTER_ROWS * 8,                /* of a slice and 8 columns */
 };
 
 struct mlp_call {
@@ -38,17 +45,44 @@ template <int D, int F> struct in_shape {
     static constexpr int scales = squares + SQUARES * 4;
     static constexpr int fetched = scales + CLUSTER_ROWS * 4;
     static constexpr int bytes = fetched + sizeof(bulk_barrier);
+    static_assert(bytes <= FEW_SHARED, "beside few_mlp_out");
 };
 
 template <int D, int F> struct out_shape {
-    static constexpr int K = F / CLUSTER_WARPS, PIECES = K / 32; /* of a warp: two slices */
-    static constexpr int ROW = F + 32;                           /* spreads 16 bytes of 8 rows */
-    static_assert(D % 8 == 0 && K % 64 == 0, "tiles of products");
+    static constexpr int SLICE = F / OUT_SLICES, SLICES = OUT_SLICES / CLUSTER_WARPS; /* a warp's */
+    static constexpr int ROW = F + 32; /* spreads 16 bytes of 8 rows */
+    static_assert(D % 8 == 0 && SLICE % 32 == 0, "tiles of products");
 
     static constexpr int weights = 0;
-    static constexpr int sums = weights; /* [2 warps, 16, 8], when those have been used */
+    static constexpr int sums = weights; /* [OUT_SLICES, 16, 8], when those have been used */
     static constexpr int fetched = weights + 8 * ROW * 2;
     static constexpr int bytes = fetched + sizeof(bulk_barrier);
+    static_assert(OUT_SLICES * OUT_SUMS * 4 <= fetched && bytes <= FEW_OUT_SHARED, "places");
+};
+
+/* Of a block of a cluster. */
+template <int D, int F> struct out_cluster_shape {
+    static constexpr int COLUMNS = 8 * OUT_BLOCKS, K = F / OUT_BLOCKS;
+    static constexpr int SLICE = F / OUT_SLICES, SLICES = OUT_SLICES / OUT_BLOCKS;
+    static constexpr int TILES = 4; /* of 8 columns, a warp's of its slice */
+    static constexpr int PARTS = OUT_BLOCKS / TILES, WARPS = SLICES * PARTS;
+    static_assert(D % COLUMNS == 0 && SLICE % 32 == 0 && K % 64 == 0, "tiles of products");
+    static_assert(COLUMNS == WARP && WARPS * WARP >= OUT_SUMS, "a row or a sum a lane");
+
+    /* Row r of the weights, in values: spreads 16 bytes of two rows that follow each other, which
+     * is what are read at a time. */
+    static __host__ __device__ constexpr int row(int r)
+    {
+        return r * K + (r + 1) / 2 * 32;
+    }
+    static constexpr int weights = 0;
+    /* [OUT_SLICES, 16, 8]: those that the block after this one sends first, its own last; over the
+     * weights, which are in registers by then. */
+    static constexpr int sums = weights, came_bytes = (OUT_SLICES - SLICES) * OUT_SUMS * 4;
+    static constexpr int fetched = weights + row(COLUMNS) * 2;
+    static constexpr int came = fetched + sizeof(bulk_barrier);
+    static constexpr int bytes = came + sizeof(bulk_barrier);
+    static_assert(OUT_SLICES * OUT_SUMS * 4 <= fetched && bytes <= FEW_OUT_SHARED, "places");
 };
 
 /* ---- x and the heads' shares ---- */
@@ -286,6 +320,82 @@ static __device__ __forceinline__ uint4 middle_piece(const bf16 *from, bool here
     return here ? __ldcg(reinterpret_cast<const uint4 *>(from)) : make_uint4(0, 0, 0, 0);
 }
 
+/* A lane's part of a slice of middle: 16 bytes of every 64, of rows g and g + 8. */
+template <int SLICE> struct held_slice {
+    uint4 low[SLICE / 32], high[SLICE / 32];
+};
+
+template <int SLICE, int F>
+static __device__ __forceinline__ void hold_slice(struct held_slice<SLICE> *h, const bf16 *from,
+                                                  int n_rows)
+{
+    const int g = threadIdx.x % WARP / 4;
+#pragma unroll
+    for (int p = 0; p < SLICE / 32; p++) {
+        h->low[p] = middle_piece(from + p * 32, g < n_rows);
+        h->high[p] = middle_piece(from + 8 * F + p * 32, g + 8 < n_rows);
+    }
+}
+
+/* A lane's part of a slice of 8 rows of down, to registers. k is permuted: a lane's 16 bytes of a
+ * row are what it feeds to the tensor core. */
+template <int SLICE> struct slice_weights {
+    uint4 piece[SLICE / 32];
+};
+
+template <int SLICE>
+static __device__ __forceinline__ void take_weights(struct slice_weights<SLICE> *w,
+                                                    const bf16 *from)
+{
+#pragma unroll
+    for (int p = 0; p < SLICE / 32; p++)
+        w->piece[p] = *reinterpret_cast<const uint4 *>(from + p * 32);
+}
+
+/* sum[TILES][4], zeros, += a slice times TILES tiles of 8 columns. Even and odd steps are chains of
+ * their own, added at the end. */
+template <int TILES, int SLICE>
+static __device__ __forceinline__ void slice_product(float (*sum)[4],
+                                                     const struct held_slice<SLICE> &h,
+                                                     const struct slice_weights<SLICE> *weights)
+{
+    float odd[TILES][4] = {};
+#pragma unroll
+    for (int p = 0; p < SLICE / 32; p++) {
+        const uint32_t a0[4] = {h.low[p].x, h.high[p].x, h.low[p].y, h.high[p].y};
+        const uint32_t a1[4] = {h.low[p].z, h.high[p].z, h.low[p].w, h.high[p].w};
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            const uint4 w = weights[n].piece[p];
+            const uint32_t b0[2] = {w.x, w.y}, b1[2] = {w.z, w.w};
+            mma_bf16(sum[n], a0, b0);
+            mma_bf16(odd[n], a1, b1);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum[n][i] += odd[n][i];
+    }
+}
+
+/* Thread i of OUT_SUMS: the residual and its sums of all slices, halves of them in order. sums
+ * [OUT_SLICES, 16, 8], in quarters, the first of which is quarter `first`. */
+static __device__ __forceinline__ float add_slices(float residual, const float *sums, int first)
+{
+    constexpr int EACH = OUT_SLICES / 4;
+    float y[2] = {residual, 0};
+#pragma unroll
+    for (int quarter = 0; quarter < 4; quarter++) {
+        const float *const from = sums + ((quarter - first) & 3) * EACH * OUT_SUMS + threadIdx.x;
+#pragma unroll
+        for (int s = 0; s < EACH; s++)
+            y[quarter / 2] += from[s * OUT_SUMS];
+    }
+    return y[0] + y[1];
+}
+
 template <int D, int F>
 static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     few_mlp_out_kernel(const __grid_constant__ struct mlp_call c)
@@ -297,6 +407,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int row = threadIdx.x / 8, column = 8 * blockIdx.x + threadIdx.x % 8;
+    const int first = warp * S::SLICES; /* of the warp's slices */
     pdl_trigger();
     if (warp == 0) {
         bulk_begin(fetched, 8 * F * (int)sizeof(bf16));
@@ -304,55 +415,114 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     }
     const int n_rows = c.step.sizes->n_rows;
     __syncthreads(); /* bulk_wait: the barrier has begun */
-    const bf16 *const middle = kept_address(c.m.middle + (int64_t)g * F + warp * S::K + t * 8);
+    const bf16 *const middle = kept_address(c.m.middle + (int64_t)g * F + first * S::SLICE + t * 8);
 
     pdl_wait();
-    uint4 low[S::PIECES], high[S::PIECES];
+    struct held_slice<S::SLICE> held[S::SLICES];
 #pragma unroll
-    for (int p = 0; p < S::PIECES; p++) {
-        low[p] = middle_piece(middle + p * 32, g < n_rows);
-        high[p] = middle_piece(middle + 8 * F + p * 32, g + 8 < n_rows);
-    }
-    const bool mine = threadIdx.x < 8 * CLUSTER_ROWS && row < n_rows;
+    for (int s = 0; s < S::SLICES; s++)
+        hold_slice<S::SLICE, F>(held + s, middle + s * S::SLICE, n_rows);
+    const bool mine = threadIdx.x < OUT_SUMS && row < n_rows;
     const float residual = mine ? __ldcg(c.m.between + (int64_t)row * D + column) : 0;
     bulk_wait(fetched);
-    /* k is permuted: a lane's 16 bytes of a row are what it feeds to the tensor core */
-    const bf16 *const own = weights + g * S::ROW + warp * S::K + t * 8;
-    float sum[2][2][4] = {}; /* of a slice, of its even and odd steps: chains of PIECES / 2 */
+    const bf16 *const own = weights + g * S::ROW + first * S::SLICE + t * 8;
+    float sum[S::SLICES][4] = {};
 #pragma unroll
-    for (int p = 0; p < S::PIECES; p++) {
-        float(*const slice)[4] = sum[p / (S::PIECES / 2)];
-        const uint4 w = *reinterpret_cast<const uint4 *>(own + p * 32);
-        const uint32_t a0[4] = {low[p].x, high[p].x, low[p].y, high[p].y};
-        const uint32_t a1[4] = {low[p].z, high[p].z, low[p].w, high[p].w};
-        const uint32_t b0[2] = {w.x, w.y}, b1[2] = {w.z, w.w};
-        mma_bf16(slice[0], a0, b0);
-        mma_bf16(slice[1], a1, b1);
+    for (int s = 0; s < S::SLICES; s++) {
+        struct slice_weights<S::SLICE> w;
+        take_weights(&w, own + s * S::SLICE);
+        slice_product<1>(sum + s, held[s], &w);
     }
     __syncthreads();
 #pragma unroll
-    for (int s = 0; s < 2; s++) {
-        float *const to = sums + ((2 * warp + s) * CLUSTER_ROWS + g) * 8 + 2 * t;
-        float(*const slice)[4] = sum[s];
-        *reinterpret_cast<float2 *>(to) =
-            make_float2(slice[0][0] + slice[1][0], slice[0][1] + slice[1][1]);
-        *reinterpret_cast<float2 *>(to + 64) =
-            make_float2(slice[0][2] + slice[1][2], slice[0][3] + slice[1][3]);
+    for (int s = 0; s < S::SLICES; s++) {
+        float *const to = sums + (first + s) * OUT_SUMS + g * 8 + 2 * t;
+        *reinterpret_cast<float2 *>(to) = make_float2(sum[s][0], sum[s][1]);
+        *reinterpret_cast<float2 *>(to + 64) = make_float2(sum[s][2], sum[s][3]);
     }
     __syncthreads();
-    if (!mine)
-        return;
-    float y[2] = {residual, 0}; /* halves of the slices, in order */
-#pragma unroll
-    for (int w = 0; w < CLUSTER_WARPS; w++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            y[half] += sums[(half * CLUSTER_WARPS + w) * CLUSTER_ROWS * 8 + threadIdx.x];
+    if (mine)
+        c.m.x[(int64_t)row * D + column] = add_slices(residual, sums, 0);
+}
+
+/* The same bits, of a cluster's 32 columns: block r of it has quarter r of the slices, and adds up
+ * columns 8 r on. */
+template <int D, int F>
+static __global__ void __launch_bounds__(out_cluster_shape<D, F>::WARPS *WARP, 2)
+    few_mlp_out_clusters_kernel(const __grid_constant__ struct mlp_call c)
+{
+    typedef out_cluster_shape<D, F> S;
+    DYNAMIC_SHARED(unsigned char, shared);
+    bf16 *const weights = reinterpret_cast<bf16 *>(shared + S::weights);
+    float *const sums = reinterpret_cast<float *>(shared + S::sums);
+    bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
+    bulk_barrier *const came = reinterpret_cast<bulk_barrier *>(shared + S::came);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int rank = cluster_rank(), slice = warp / S::PARTS, tile = warp % S::PARTS * S::TILES;
+    const int row = threadIdx.x / 8, column = 8 * blockIdx.x + threadIdx.x % 8;
+    pdl_trigger();
+    if (warp == 0) {
+        const int64_t from = (int64_t)(blockIdx.x / OUT_BLOCKS * S::COLUMNS + lane) * F;
+        bulk_begin(fetched, S::COLUMNS * S::K * (int)sizeof(bf16));
+        bulk_copy(weights + S::row(lane), c.m.down + from + rank * S::K, S::K * (int)sizeof(bf16),
+                  fetched);
     }
-    c.m.x[(int64_t)row * D + column] = y[0] + y[1];
+    const int n_rows = c.step.sizes->n_rows;
+    if (warp == 1)
+        bulk_begin(came, n_rows * (S::came_bytes / CLUSTER_ROWS));
+    __syncthreads(); /* bulk_wait: the barrier has begun */
+    bulk_wait(fetched);
+    struct slice_weights<S::SLICE> w[S::TILES];
+#pragma unroll
+    for (int n = 0; n < S::TILES; n++)
+        take_weights(w + n,
+                     weights + S::row(8 * (tile + n)) + S::row(g) + slice * S::SLICE + t * 8);
+    cluster_arrive(); /* when all blocks have: their sums may be written */
+    const bf16 *const middle =
+        kept_address(c.m.middle + (int64_t)g * F + rank * S::K + slice * S::SLICE + t * 8);
+    cluster_wait();
+
+    pdl_wait();
+    struct held_slice<S::SLICE> held;
+    hold_slice<S::SLICE, F>(&held, middle, n_rows);
+    const bool mine = threadIdx.x < OUT_SUMS && row < n_rows;
+    const float residual = mine ? __ldcg(c.m.between + (int64_t)row * D + column) : 0;
+    float sum[S::TILES][4] = {};
+    slice_product<S::TILES>(sum, held, w);
+#pragma unroll
+    for (int n = 0; n < S::TILES; n++) {
+        const int peer = tile + n, quarter = (rank - peer - 1) & 3;
+        float *const to = sums + (quarter * S::SLICES + slice) * OUT_SUMS + g * 8 + 2 * t;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float2 *const place = reinterpret_cast<float2 *>(to + j * OUT_SUMS / 2);
+            const float2 two = make_float2(sum[n][2 * j], sum[n][2 * j + 1]);
+            if (peer == rank)
+                *place = two;
+            else if (g + 8 * j < n_rows)
+                cluster_send(place, two, peer, came);
+        }
+    }
+    __syncthreads(); /* the block's own */
+    cluster_receive(came);
+    if (mine)
+        c.m.x[(int64_t)row * D + column] = add_slices(residual, sums, rank + 1);
 }
 
 /* ---- launching ---- */
+
+template <int D, int F> static void run_out(struct cuda *c, const struct mlp_call *call)
+{
+    typedef out_cluster_shape<D, F> S;
+    constexpr int THREADS = S::WARPS * WARP;
+    if (c->step.rows > OUT_ALONE && cluster_fits((const void *)few_mlp_out_clusters_kernel<D, F>,
+                                                 OUT_BLOCKS, THREADS, (size_t)S::bytes))
+        launch_cluster(&c->queue, "few_mlp_out", few_mlp_out_clusters_kernel<D, F>, dim3(D / 8),
+                       OUT_BLOCKS, THREADS, (size_t)S::bytes, *call);
+    else
+        launch(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), CLUSTER_THREADS,
+               (size_t)out_shape<D, F>::bytes, *call);
+}
 
 template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_call *call)
 {
@@ -363,8 +533,7 @@ template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_cal
                ceil_div(n_rows, blocks) * CLUSTER_THREADS, 0, *call);
     launch(&c->queue, "few_mlp_in", few_mlp_in_kernel<D, F>, dim3(IN_BLOCKS), CLUSTER_THREADS,
            (size_t)in_shape<D, F>::bytes, *call);
-    launch(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), CLUSTER_THREADS,
-           (size_t)out_shape<D, F>::bytes, *call);
+    run_out<D, F>(c, call);
 }
 
 void few_mlp_launch(struct cuda *c, const struct cluster_shape *shape, const struct few_mlp *m)
