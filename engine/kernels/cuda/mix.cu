@@ -143,8 +143,9 @@ static __device__ __forceinline__ void put_query(const struct mix_call &c,
     const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
     float *query = reinterpret_cast<float *>(shared + c.at.query) + head * dim;
     float low[S::pairs], high[S::pairs];
-    turn_head<S>(low, high, c, c.m.q + b.row * c.m.stride + (int64_t)(b.head + head) * dim,
-                 c.m.q_norm, a);
+    struct mix_head<S> h;
+    hold_head<S>(&h, c, c.m.q + b.row * c.m.stride + (int64_t)(b.head + head) * dim);
+    turn_head<S>(low, high, c, h, c.m.q_norm, a);
 #pragma unroll
     for (int p = 0; p < S::pairs; p++) {
         const int i = lane + WARP * p;
@@ -177,7 +178,7 @@ step_latents(float4 *sum, const float4 held[MIX_BATCH], const struct mix_call &c
     for (int j = 0; j < MIX_BATCH; j++) {
         const int l = first + j * stride;
         if (l < n)
-            step_latent(sum, s + l * dim_of<S>(c), held[j], v, keep[l], take[l], share[l]);
+            step_latent(sum, s + l * dim_of<S>(c), held[j], v, keep[l], take[l], share[l], true);
     }
 }
 
@@ -353,12 +354,17 @@ static __device__ __forceinline__ void put_row(const struct mix_call &c, const s
                                                unsigned char *shared, const struct mix_angles<S> &a)
 {
     for (int i = (int)threadIdx.x / WARP; i < S::heads + 2; i += S::warps) {
-        if (i == S::heads + 1)
-            put_value<S>(c, b, shared);
-        else if (c.ring_rows && i == S::heads)
-            put_key<S>(c, b, shared, a);
-        else if (c.ring_rows)
+        struct mix_head<S> h;
+        const int64_t at = b.row * c.m.stride + (int64_t)b.kv * dim_of<S>(c);
+        if (i == S::heads + 1) {
+            hold_head<S>(&h, c, c.m.v + at);
+            put_value<S>(c, b, shared, h);
+        } else if (c.ring_rows && i == S::heads) {
+            hold_head<S>(&h, c, c.m.k + at);
+            put_key<S>(c, b, shared, h, a);
+        } else if (c.ring_rows) {
             put_query<S>(c, b, shared, i, a);
+        }
     }
 }
 
@@ -428,8 +434,11 @@ __global__ void __launch_bounds__(S::threads) mix_kernel(const __grid_constant__
 
     pdl_wait();
     put_row<S>(c, b, shared, angles);
-    if (my_head >= 0)
-        put_gates<S>(c, b, shared, my_head, before, sum);
+    if (my_head >= 0) {
+        struct mix_gates<S> gates;
+        hold_gates<S>(&gates, c, b.row, b.head + my_head);
+        put_gates<S>(c, b, shared, my_head, gates, before, sum);
+    }
 
     struct mix_window<S> w = {
     };

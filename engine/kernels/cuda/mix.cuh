@@ -64,10 +64,12 @@ static __device__ __forceinline__ bf16 *out_of(const struct mix_call &c, const s
     return c.m.out + (int64_t)b.row * n + column;
 }
 
-/* exp(a - b) for a <= b; 1 for equal ones, even infinite. */
+/* e^(a - b) for a <= b, to 2^-22 of what it is relative to 1; 1 for equal ones, even infinite. No
+ * branch: the compiler would make one of expf beside a condition, and stop to wait for it. */
 static __device__ __forceinline__ float exp_below(float a, float b)
 {
-    return a == b ? 1 : expf(a - b);
+    const float power = quick_exp2((a - b) * 1.44269504f);
+    return a == b ? 1 : power;
 }
 
 /* slot and position: the row's. */
@@ -129,19 +131,36 @@ find_angles(struct mix_angles<S> *a, const struct mix_frequencies<S> &f, int64_t
         angle(position, f.of[p], &a->sine[p], &a->cosine[p]);
 }
 
+/* A lane's values (i, i + d/2), i = lane + 32 p, of a head of q, k or v, as they are loaded. */
+template <class S> struct mix_head {
+    bf16 low[S::pairs], high[S::pairs];
+};
+
+template <class S>
+static __device__ __forceinline__ void hold_head(struct mix_head<S> *h, const struct mix_call &c,
+                                                 const bf16 *x)
+{
+    const int lane = threadIdx.x % WARP, half = dim_of<S>(c) / 2;
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        const int i = lane + WARP * p;
+        h->low[p] = i < half ? x[i] : __float2bfloat16_rn(0);
+        h->high[p] = i < half ? x[i + half] : __float2bfloat16_rn(0);
+    }
+}
+
 /* One warp: a head of q or k, normed and turned; low[p] and high[p] are a lane's pairs. */
 template <class S>
-static __device__ __forceinline__ void turn_head(float low[S::pairs], float high[S::pairs],
-                                                 const struct mix_call &c, const bf16 *x,
-                                                 const float *norm, const struct mix_angles<S> &a)
+static __device__ __forceinline__ void
+turn_head(float low[S::pairs], float high[S::pairs], const struct mix_call &c,
+          const struct mix_head<S> &h, const float *norm, const struct mix_angles<S> &a)
 {
     const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
     float square = 0;
 #pragma unroll
     for (int p = 0; p < S::pairs; p++) {
-        const int i = lane + WARP * p;
-        low[p] = i < half ? to_float(x[i]) : 0;
-        high[p] = i < half ? to_float(x[i + half]) : 0;
+        low[p] = to_float(h.low[p]);
+        high[p] = to_float(h.high[p]);
         square += fmaf(low[p], low[p], high[p] * high[p]);
     }
     const float scale = norm ? 1 / sqrtf(warp_sum(square) / (float)dim + c.m.qk_eps) : 1;
@@ -174,7 +193,8 @@ static __device__ __forceinline__ bool writes_ring(const struct mix_call &c,
 
 template <class S>
 static __device__ __forceinline__ void put_key(const struct mix_call &c, const struct mix_block &b,
-                                               unsigned char *shared, const struct mix_angles<S> &a)
+                                               unsigned char *shared, const struct mix_head<S> &h,
+                                               const struct mix_angles<S> &a)
 {
     typedef typename S::ring ring;
     const int lane = threadIdx.x % WARP, dim = dim_of<S>(c), half = dim / 2;
@@ -182,7 +202,7 @@ static __device__ __forceinline__ void put_key(const struct mix_call &c, const s
     ring *out = ring_row<S>(c, b, c.ring_k);
     const bool writes = writes_ring(c, b);
     float low[S::pairs], high[S::pairs];
-    turn_head<S>(low, high, c, c.m.k + b.row * c.m.stride + (int64_t)b.kv * dim, c.m.k_norm, a);
+    turn_head<S>(low, high, c, h, c.m.k_norm, a);
 #pragma unroll
     for (int p = 0; p < S::pairs; p++) {
         const int i = lane + WARP * p;
@@ -197,37 +217,52 @@ static __device__ __forceinline__ void put_key(const struct mix_call &c, const s
 
 template <class S>
 static __device__ __forceinline__ void put_value(const struct mix_call &c,
-                                                 const struct mix_block &b, unsigned char *shared)
+                                                 const struct mix_block &b, unsigned char *shared,
+                                                 const struct mix_head<S> &h)
 {
     typedef typename S::ring ring;
-    const int dim = dim_of<S>(c);
-    const bf16 *v = c.m.v + b.row * c.m.stride + (int64_t)b.kv * dim;
+    const int half = dim_of<S>(c) / 2;
     float *value = reinterpret_cast<float *>(shared + c.at.value);
     ring *kept = reinterpret_cast<ring *>(shared + c.at.new_value);
     ring *out = c.ring_rows ? ring_row<S>(c, b, c.ring_v) : nullptr;
     const bool writes = c.ring_rows && writes_ring(c, b);
 #pragma unroll
     for (int p = 0; p < 2 * S::pairs; p++) {
-        const int i = (int)threadIdx.x % WARP + WARP * p;
-        if (i < dim) {
-            value[i] = to_float(v[i]);
+        const int i = (int)threadIdx.x % WARP + WARP * (p / 2), at = i + p % 2 * half;
+        if (i < half) {
+            value[at] = to_float(p % 2 ? h.high[p / 2] : h.low[p / 2]);
             if (c.ring_rows)
-                kept[i] = from_float<ring>(value[i]);
+                kept[at] = from_float<ring>(value[at]);
             if (writes)
-                out[i] = kept[i];
+                out[at] = kept[at];
         }
     }
 }
 
 /* ---- the softmax of the gates, and what it does to the latents' maxima and sums ---- */
 
-/* theta of a block's head (or g, its queries) number i. */
-static __device__ __forceinline__ float
-gate_value(const struct mix_call &c, const struct mix_block &b, int head, int i, bool query)
+/* What a lane has of a head's gates, as they are loaded: the window's, and theta and g of latents
+ * lane, lane + 32, ... */
+template <class S> struct mix_gates {
+    static constexpr int parts = (S::latents + WARP - 1) / WARP;
+    float window, theta[parts], g[parts];
+};
+
+template <class S>
+static __device__ __forceinline__ void hold_gates(struct mix_gates<S> *h, const struct mix_call &c,
+                                                  int row, int head)
 {
-    const int n_latents = c.m.latents.n_latents;
-    const int n = query ? n_latents + c.m.latents.gated_window : n_latents;
-    return (query ? c.m.g : c.m.theta)[b.row * c.m.gate_stride + (b.head + head) * n + i];
+    const int lane = threadIdx.x % WARP, n = c.m.latents.n_latents;
+    const int gated = c.m.latents.gated_window;
+    const float *const theta = c.m.theta + row * c.m.gate_stride + head * n;
+    const float *const g = c.m.g + row * c.m.gate_stride + head * (n + gated);
+    h->window = gated ? g[0] : 0;
+#pragma unroll
+    for (int j = 0; j < mix_gates<S>::parts; j++) {
+        const int l = lane + WARP * j;
+        h->theta[j] = l < n ? theta[l] : 0;
+        h->g[j] = l < n ? g[l + gated] : -INFINITY;
+    }
 }
 
 static __device__ __forceinline__ int64_t latent_at(const struct mix_call &c,
@@ -251,24 +286,19 @@ static __device__ __forceinline__ void fetch_gates(float *m, float *alpha, const
 
 /* One warp, one head. before, sum: m and alpha of latent `lane`, fetched early. */
 template <class S>
-static __device__ __forceinline__ void put_gates(const struct mix_call &c,
-                                                 const struct mix_block &b, unsigned char *shared,
-                                                 int head, float before, float sum)
+static __device__ __forceinline__ void
+put_gates(const struct mix_call &c, const struct mix_block &b, unsigned char *shared, int head,
+          const struct mix_gates<S> &h, float before, float sum)
 {
-    constexpr int parts = (S::latents + WARP - 1) / WARP;
+    constexpr int parts = mix_gates<S>::parts;
     const int lane = threadIdx.x % WARP, n = c.m.latents.n_latents;
     const bool gated = c.m.latents.gated_window;
     float *m = c.m.m.data + latent_at(c, b, c.m.m, head);
     float *alpha = c.m.alpha.data + latent_at(c, b, c.m.alpha, head);
-    float theta[parts], p[parts], top = -INFINITY, total = 0, window = 0;
-    if (gated)
-        window = gate_value(c, b, head, 0, true);
+    float theta[parts], p[parts], top = -INFINITY, total = 0, window = h.window;
 #pragma unroll
-    for (int j = 0; j < parts; j++) {
-        const int l = lane + WARP * j;
-        theta[j] = l < n ? gate_value(c, b, head, l, false) : 0;
-        p[j] = l < n ? gate_value(c, b, head, l + gated, true) : -INFINITY;
-    }
+    for (int j = 0; j < parts; j++)
+        theta[j] = h.theta[j], p[j] = h.g[j];
     if (S::factors) {
         const float factor = factor_of_row(c.m.gate_factors, b.row);
         window *= factor;
@@ -290,7 +320,7 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
         total += p[j];
     }
     window = gated ? exp_below(window, top) : 0;
-    total = 1 / (warp_sum(total) + window);
+    total = quick_reciprocal(warp_sum(total) + window);
     if (lane == 0)
         reinterpret_cast<float *>(shared + c.at.window_share)[head] = gated ? window * total : 1;
 
@@ -308,7 +338,8 @@ static __device__ __forceinline__ void put_gates(const struct mix_call &c,
         alpha[l] = sum_now;
         reinterpret_cast<float *>(shared + c.at.keep)[head * n + l] = keep;
         reinterpret_cast<float *>(shared + c.at.take)[head * n + l] = take;
-        reinterpret_cast<float *>(shared + c.at.share)[head * n + l] = p[j] * total / sum_now;
+        reinterpret_cast<float *>(shared + c.at.share)[head * n + l] =
+            p[j] * total * quick_reciprocal(sum_now);
     }
 }
 
@@ -337,14 +368,16 @@ static __device__ __forceinline__ void fetch_latents(float4 held[MIX_BATCH],
     }
 }
 
-/* One of them: s = s keep + take v, old being what was there; *sum += share s. The store is spelled
- * out, since the compiler makes four of 4 bytes of an assignment. */
+/* One of them, if it is there: s = s keep + take v, old being what was there; *sum += share s. The
+ * store is spelled out, since the compiler makes four of 4 bytes of an assignment. */
 static __device__ __forceinline__ void step_latent(float4 *sum, float *s, float4 old, float4 v,
-                                                   float keep, float take, float share)
+                                                   float keep, float take, float share, bool there)
 {
     const float4 now = make_float4(fmaf(old.x, keep, take * v.x), fmaf(old.y, keep, take * v.y),
                                    fmaf(old.z, keep, take * v.z), fmaf(old.w, keep, take * v.w));
-    __stcg(reinterpret_cast<float4 *>(s), now);
+    if (there)
+        __stcg(reinterpret_cast<float4 *>(s), now);
+    share = there ? share : 0;
     *sum = make_float4(fmaf(share, now.x, sum->x), fmaf(share, now.y, sum->y),
                        fmaf(share, now.z, sum->z), fmaf(share, now.w, sum->w));
 }

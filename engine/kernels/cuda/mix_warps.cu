@@ -5,7 +5,9 @@
  * its quarter of the ring, which it copied, with a maximum and a total of its own, and on its
  * quarter of the latents. The block meets twice a row: when q, k, v and gates are there, and to
  * add the quarters up. Once a warp has read its keys, it asks for the next row's, and so it does
- * with values and its first latents: memory does not wait for sums.
+ * with values and its first latents: memory does not wait for sums. What it takes of the next
+ * row's q, k, v and gates it holds in registers while this row is computed. Nothing branches that
+ * lanes could select: a warp has few others to wait beside it.
  *
  * Products go through the tensor cores with the ring as the first factor, 16 keys or dimensions
  * at a time. The second has eight columns for one vector: three of them hold it as a sum of
@@ -89,21 +91,33 @@ static __device__ __forceinline__ bf16 split(float x, int index)
     return index == 0 ? high : index == 1 ? middle : from_float<bf16>(rest - to_float(middle));
 }
 
-static __device__ __forceinline__ uint32_t pair_bits(bf16 low, bf16 high)
+/* The index-th parts of two values; 0 from SPLITS on. Without branches, since each lane has an
+ * index of its own. */
+static __device__ __forceinline__ uint32_t split_pair(float x, float y, int index)
 {
-    return (uint32_t)__bfloat16_as_ushort(low) | (uint32_t)__bfloat16_as_ushort(high) << 16;
+    uint32_t parts[SPLITS];
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) {
+        const __nv_bfloat162 part = __floats2bfloat162_rn(x, y);
+        const float2 taken = __bfloat1622float2(part);
+        parts[s] = reinterpret_cast<const uint32_t &>(part);
+        x -= taken.x, y -= taken.y;
+    }
+    uint32_t bits = index == 0 ? parts[0] : 0;
+    bits = index == 1 ? parts[1] : bits;
+    return index == 2 ? parts[2] : bits;
 }
 
 /* One warp: the query, normed, turned, scaled and split. */
 template <class S>
 static __device__ __forceinline__ void
-put_split_query(const struct mix_call &c, const struct mix_block &b, unsigned char *shared,
+put_split_query(const struct mix_call &c, unsigned char *shared, const struct mix_head<S> &h,
                 const struct mix_angles<S> &a)
 {
     const int lane = threadIdx.x % WARP;
     bf16 *const query = reinterpret_cast<bf16 *>(shared + S::query);
     float low[S::pairs], high[S::pairs];
-    turn_head<S>(low, high, c, c.m.q + b.row * c.m.stride + (int64_t)b.head * S::d, c.m.q_norm, a);
+    turn_head<S>(low, high, c, h, c.m.q_norm, a);
 #pragma unroll
     for (int p = 0; p < S::pairs; p++) {
         const int i = lane + WARP * p;
@@ -156,14 +170,14 @@ static __device__ __forceinline__ void score_own(float score[OWN / 8], const str
         score[2 * tile] = sum_of_four(sum[0] + sum[1]);
         score[2 * tile + 1] = sum_of_four(sum[2] + sum[3]);
     }
-    const float cap = c.m.window.softcap;
+    if (c.m.window.softcap > 0) {
 #pragma unroll
-    for (int i = 0; i < OWN / 8; i++) {
-        if (cap > 0)
-            score[i] = cap * tanhf(score[i] / cap);
-        if (first + g + 8 * i >= b.n_keys)
-            score[i] = -INFINITY;
+        for (int i = 0; i < OWN / 8; i++)
+            score[i] = softcapped(score[i], c.m.window.softcap);
     }
+#pragma unroll
+    for (int i = 0; i < OWN / 8; i++)
+        score[i] = first + g + 8 * i < b.n_keys ? score[i] : -INFINITY;
 }
 
 /* Weights in place of scores; the warp's maximum and total. */
@@ -176,9 +190,10 @@ static __device__ __forceinline__ void weigh_own(float score[OWN / 8], float *to
 #pragma unroll
     for (int o = 4; o < WARP; o *= 2)
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
+    const float base = most == -INFINITY ? 0 : most; /* a warp may have no keys */
 #pragma unroll
     for (int i = 0; i < OWN / 8; i++) {
-        score[i] = score[i] == -INFINITY ? 0 : expf(score[i] - most);
+        score[i] = exp_below(score[i], base);
         sum += score[i];
     }
 #pragma unroll
@@ -205,7 +220,7 @@ static __device__ __forceinline__ void take_own(float *local, const float weight
             const float of_rows = weight[2 * tile + i];
             const float even = __shfl_sync(0xffffffffu, of_rows, 8 * t);
             const float odd = __shfl_sync(0xffffffffu, of_rows, 8 * t + 4);
-            w[i] = g < SPLITS ? pair_bits(split(even, g), split(odd, g)) : 0;
+            w[i] = split_pair(even, odd, g);
         }
         const int key = first + tile * 16 + lane % 8 + lane / 16 * 8;
         const bool is_new = key == b.newest;
@@ -236,26 +251,26 @@ static __device__ __forceinline__ void step_own(float4 held[MIX_BATCH], const st
                                                 const struct mix_block &b, unsigned char *shared,
                                                 int first, int n_latents)
 {
-    const int quad = (int)threadIdx.x % WARP % S::quads;
+    const int quad = (int)threadIdx.x % WARP % S::quads, n = c.m.latents.n_latents;
     const float *const keep = reinterpret_cast<const float *>(shared + c.at.keep);
     const float *const take = reinterpret_cast<const float *>(shared + c.at.take);
     const float *const share = reinterpret_cast<const float *>(shared + c.at.share);
     float *const s = latents_of<S>(c, b, 0, quad);
     const float4 v = reinterpret_cast<const float4 *>(shared + c.at.value)[quad];
     float4 rest = make_float4(0, 0, 0, 0);
-    for (int l = first; l < n_latents; l += MIX_BATCH * S::stride) {
+    for (int l = first; l - first < n; l += MIX_BATCH * S::stride) { /* alike for all lanes */
         if (l != first)
             fetch_latents<S>(held, c, s, l, S::stride, b.begins ? 0 : n_latents);
         float k[MIX_BATCH], t[MIX_BATCH], p[MIX_BATCH];
 #pragma unroll
         for (int j = 0; j < MIX_BATCH; j++) { /* all at once: shared memory takes its time */
-            const int own = min(l + j * S::stride, n_latents - 1);
+            const int own = min(l + j * S::stride, n - 1);
             k[j] = keep[own], t[j] = take[own], p[j] = share[own];
         }
 #pragma unroll
         for (int j = 0; j < MIX_BATCH; j++)
-            if (l + j * S::stride < n_latents)
-                step_latent(&rest, s + (l + j * S::stride) * S::d, held[j], v, k[j], t[j], p[j]);
+            step_latent(&rest, s + (l + j * S::stride) * S::d, held[j], v, k[j], t[j], p[j],
+                        l + j * S::stride < n_latents);
     }
     if (n_latents)
         reinterpret_cast<float4 *>(shared + S::rests)[first * S::quads + quad] = rest;
@@ -286,44 +301,65 @@ static __device__ __forceinline__ void put_sum(const struct mix_call &c, const s
 #pragma unroll
     for (int w = 0; w < WARPS * S::at_once; w++)
         rest += rests[w * S::d + i];
-    rest = fmaf(window, local / total, rest);
+    rest = fmaf(window * quick_reciprocal(total), local, rest);
     *out_of(c, b, i, S::d) = from_float<bf16>(rest);
+}
+
+/* What a lane takes of a row's products and gates: a head of q, k or v, or the gates. One set of
+ * registers for all, which are loaded a row ahead. */
+struct row_held {
+    uint32_t words[4];
+};
+
+template <class S>
+static __device__ __forceinline__ void hold_row(struct row_held *h, const struct mix_call &c,
+                                                int row, int head)
+{
+    const int warp = threadIdx.x / WARP;
+    static_assert(2 * S::pairs <= 4 && mix_gates<S>::parts == 1, "what a lane holds");
+    if (warp == GATES_WARP) {
+        struct mix_gates<S> gates;
+        hold_gates<S>(&gates, c, row, head);
+        h->words[0] = __float_as_uint(gates.window);
+        h->words[1] = __float_as_uint(gates.theta[0]);
+        h->words[2] = __float_as_uint(gates.g[0]);
+    } else {
+        struct mix_head<S> x;
+        const bf16 *const from = warp == 0 ? c.m.q : warp == 1 ? c.m.k : c.m.v;
+        hold_head<S>(&x, c, from + row * c.m.stride + head * S::d);
+#pragma unroll
+        for (int p = 0; p < S::pairs; p++) {
+            h->words[2 * p] = __bfloat16_as_ushort(x.low[p]);
+            h->words[2 * p + 1] = __bfloat16_as_ushort(x.high[p]);
+        }
+    }
 }
 
 /* What the row's products and gates give, each by a warp; m and alpha: as they were. */
 template <class S>
-static __device__ __forceinline__ void put_row(const struct mix_call &c, const struct mix_block &b,
-                                               unsigned char *shared, float m, float alpha,
-                                               const struct mix_angles<S> &angles)
+static __device__ __forceinline__ void
+put_row(const struct mix_call &c, const struct mix_block &b, unsigned char *shared,
+        const struct row_held &h, float m, float alpha, const struct mix_angles<S> &angles)
 {
     const int warp = threadIdx.x / WARP;
-    if (warp == 0)
-        put_split_query<S>(c, b, shared, angles);
-    else if (warp == 1)
-        put_key<S>(c, b, shared, angles);
-    else if (warp == 2)
-        put_value<S>(c, b, shared);
-    else if (warp == GATES_WARP)
-        put_gates<S>(c, b, shared, 0, m, alpha);
-}
-
-/* Each warp asks for what it will take of the row that comes: put_row waits for it otherwise. */
-template <class S>
-static __device__ __forceinline__ void ask_for_row(const struct mix_call &c, int row, int head)
-{
-    enum { LINE = 128 };
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = c.m.latents.n_latents;
-    const int n_queries = n + c.m.latents.gated_window, n_bytes = S::row_bytes;
-    if (warp == GATES_WARP) { /* both ends, which are in one line or in two */
-        const float *const g = c.m.g + row * c.m.gate_stride + head * n_queries;
-        const float *const theta = c.m.theta + row * c.m.gate_stride + head * n;
-        if (lane < 4)
-            prefetch_l1(lane < 2 ? g + lane * (n_queries - 1) : theta + (lane - 2) * (n - 1));
-    } else if (lane <= n_bytes / LINE + 1) { /* every line that it may begin or end in */
-        const bf16 *const from = warp == 0 ? c.m.q : warp == 1 ? c.m.k : c.m.v;
-        const int at = lane * LINE < n_bytes ? lane * LINE : n_bytes - 1;
-        prefetch_l1((const char *)(from + row * c.m.stride + head * S::d) + at);
+    struct mix_head<S> x;
+#pragma unroll
+    for (int p = 0; p < S::pairs; p++) {
+        x.low[p] = __ushort_as_bfloat16((unsigned short)h.words[2 * p]);
+        x.high[p] = __ushort_as_bfloat16((unsigned short)h.words[2 * p + 1]);
     }
+    if (warp == 0)
+        put_split_query<S>(c, shared, x, angles);
+    else if (warp == 1)
+        put_key<S>(c, b, shared, x, angles);
+    else if (warp == 2)
+        put_value<S>(c, b, shared, x);
+    else if (warp == GATES_WARP)
+        put_gates<S>(c, b, shared, 0,
+                     {__uint_as_float(h.words[0]),
+                      {__uint_as_float(h.words[1])},
+                      {__uint_as_float(h.words[2])}},
+                     m, alpha);
 }
 
 /* The head's rings of a slot. */
@@ -369,19 +405,21 @@ __global__ void __launch_bounds__(S::threads)
     }
 
     pdl_wait();
+    struct row_held row;
+    hold_row<S>(&row, c, b.row, b.head);
     for (;;) {
         const int next_row = b.row + (int)gridDim.y;
         const bool more = next_row < n_rows;
         const int64_t next_slot = c.step.seq_slot[more ? next_row : b.row];
         const int64_t next_position = c.step.positions[more ? next_row : b.row];
-        put_row<S>(c, b, shared, m, alpha, angles);
+        put_row<S>(c, b, shared, row, m, alpha, angles);
         if (more && warp < 2)
             find_angles<S>(&angles, frequencies, next_position);
         copy_async_wait<1>(); /* the keys */
         __syncthreads();
 
         if (more)
-            ask_for_row<S>(c, next_row, b.head);
+            hold_row<S>(&row, c, next_row, b.head);
         const float window = *reinterpret_cast<const float *>(shared + c.at.window_share);
         float score[OWN / 8], top, total;
         score_own<S>(score, c, b, shared);
