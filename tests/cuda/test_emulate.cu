@@ -353,6 +353,25 @@ static __global__ void odd_box(float *x)
     }
 }
 
+/* So many values from where tiles may begin. */
+template <int ON> static __global__ void odd_columns(float *x)
+{
+    DYNAMIC_SHARED(bf16, shared);
+    float sum[8] = {};
+    pdl_wait();
+    const size_t first = (1024 - (uintptr_t)shared % 1024) % 1024 / sizeof(bf16);
+    wgmma_rows<16>(sum, make_uint4(0, 0, 0, 0), shared + first + ON, 0);
+    x[threadIdx.x] = sum[0];
+}
+
+static __global__ void warps_missing(float *x)
+{
+    float sum[8] = {};
+    pdl_wait();
+    wgmma_finish(sum); /* two warps of four */
+    x[threadIdx.x] = sum[0];
+}
+
 static __global__ void early_write_of_one(float *x)
 {
     if (cluster_rank() == 1)
@@ -404,6 +423,9 @@ static const struct {
     {"phase_never_ends", phase_never_ends, 256, "for bytes or others", 2},
     {"box_never_waited_for", box_never_waited_for, 2064, "before what is copied to it", 0},
     {"odd_box", odd_box, 3072, "not 1,024-byte aligned", 0},
+    {"odd_columns", odd_columns<64>, 4096, "not 1,024-byte aligned tiles", 0},
+    {"columns_beyond", odd_columns<0>, 2032, "not 1,024-byte aligned tiles", 0},
+    {"warps_missing", warps_missing, 0, "for bytes or others", 0},
     {"early_write_of_one", early_write_of_one, 0, "written before pdl_wait", 2},
 };
 

@@ -189,6 +189,95 @@ static void test_load_four(void **)
     }
 }
 
+/* ---- products of warpgroups ---- */
+
+enum { GROUP_ROWS = 64, GROUP_DEPTH = 64, MOST_COLUMNS = 128 };
+
+/* d [64, COLUMNS] = 1 + a [64, 64] b^T [COLUMNS, 64]: a warp's 16 rows in its registers, b's pieces
+ * of 16 bytes where instructions.cuh says. */
+template <int COLUMNS>
+static __global__ void group_product(float *d, const float *a, const float *b)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    bf16 *const columns =
+        reinterpret_cast<bf16 *>(shared + (1024 - (uintptr_t)shared % 1024) % 1024);
+    const int lane = threadIdx.x % WARP, t = lane % 4, row = threadIdx.x / WARP * 16 + lane / 4;
+    pdl_trigger();
+    pdl_wait();
+    for (int i = threadIdx.x; i < COLUMNS * GROUP_DEPTH; i += blockDim.x) {
+        const int column = i / GROUP_DEPTH, k = i % GROUP_DEPTH;
+        columns[column * GROUP_DEPTH + (k / 8 ^ column % 8) * 8 + k % 8] = from_float<bf16>(b[i]);
+    }
+    uint4 rows[GROUP_DEPTH / 16];
+    for (int k = 0; k < GROUP_DEPTH / 16; k++) {
+        const float *const from = a + row * GROUP_DEPTH + 16 * k + 2 * t;
+        rows[k] = make_uint4(pair(from, 1), pair(from + 8 * GROUP_DEPTH, 1), pair(from + 8, 1),
+                             pair(from + 8 * GROUP_DEPTH + 8, 1));
+    }
+    float sum[COLUMNS / 2];
+    for (int i = 0; i < COLUMNS / 2; i++)
+        sum[i] = 1;
+    shared_for_products();
+    __syncthreads();
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < GROUP_DEPTH / 16; k++)
+        wgmma_rows<COLUMNS>(sum, rows[k], columns, 16 * k);
+    wgmma_commit();
+    wgmma_finish(sum);
+    for (int i = 0; i < COLUMNS / 2; i++)
+        d[(row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + 2 * t + i % 2] = sum[i];
+}
+
+static void test_products_of_warpgroups(void **)
+{
+    static const struct {
+        int columns;
+        void (*kernel)(float *, const float *, const float *);
+    } sizes[] = {{16, group_product<16>},
+                 {48, group_product<48>},
+                 {64, group_product<64>},
+                 {96, group_product<96>},
+                 {MOST_COLUMNS, group_product<MOST_COLUMNS>}};
+    static float a[GROUP_ROWS * GROUP_DEPTH], b[MOST_COLUMNS * GROUP_DEPTH];
+    static float d[GROUP_ROWS * MOST_COLUMNS];
+    float *in, *out;
+    uint32_t seed = 41;
+    need_device();
+    if (f.q.capability != 90 || !has_warpgroups((const void *)group_product<16>)) {
+        print_message("skipped: no warpgroups\n");
+        skip();
+    }
+    for (float &x : a) /* as put_random's: sums are exact */
+        x = (float)((int)(test_random(&seed) % 33) - 16) / 8;
+    for (float &x : b)
+        x = (float)((int)(test_random(&seed) % 33) - 16) / 8;
+    OK(cudaMalloc((void **)&in, sizeof(a) + sizeof(b)));
+    OK(cudaMalloc((void **)&out, sizeof(d)));
+    OK(cudaMemcpy(in, a, sizeof(a), cudaMemcpyHostToDevice));
+    OK(cudaMemcpy(in + COUNT_OF(a), b, sizeof(b), cudaMemcpyHostToDevice));
+    for (const auto &s : sizes) {
+        const size_t shared = 1024 + (size_t)s.columns * GROUP_DEPTH * sizeof(bf16);
+        launch(&f.q, "group_product", s.kernel, dim3(1), 4 * WARP, shared, out, (const float *)in,
+               (const float *)in + COUNT_OF(a));
+        OK(f.q.error);
+        OK(cudaMemcpyAsync(d, out, sizeof(d), cudaMemcpyDeviceToHost, f.q.stream));
+        OK(cudaStreamSynchronize(f.q.stream));
+        for (int r = 0; r < GROUP_ROWS; r++) {
+            for (int i = 0; i < s.columns; i++) {
+                float sum = 1;
+                for (int k = 0; k < GROUP_DEPTH; k++)
+                    sum += a[r * GROUP_DEPTH + k] * b[i * GROUP_DEPTH + k];
+                if (sum != d[r * s.columns + i])
+                    fail_msg("%d columns, %d %d: %g, expected %g", s.columns, r, i,
+                             d[r * s.columns + i], sum);
+            }
+        }
+    }
+    cudaFree(in);
+    cudaFree(out);
+}
+
 /* ---- warps and blocks ---- */
 
 static __global__ void shuffles(float *out, const float *in)
@@ -636,19 +725,13 @@ static void test_limits(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_matrices),
-        cmocka_unit_test(test_load_four),
-        cmocka_unit_test(test_shuffles),
-        cmocka_unit_test(test_barriers),
-        cmocka_unit_test(test_copies),
-        cmocka_unit_test(test_prefetch),
-        cmocka_unit_test(test_clusters),
-        cmocka_unit_test(test_cluster_rounds),
-        cmocka_unit_test(test_clusters_early),
-        cmocka_unit_test(test_bulk_copies),
-        cmocka_unit_test(test_sends),
-        cmocka_unit_test(test_graph),
-        cmocka_unit_test(test_graph_of_clusters),
+        cmocka_unit_test(test_matrices),       cmocka_unit_test(test_products_of_warpgroups),
+        cmocka_unit_test(test_load_four),      cmocka_unit_test(test_shuffles),
+        cmocka_unit_test(test_barriers),       cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_prefetch),       cmocka_unit_test(test_clusters),
+        cmocka_unit_test(test_cluster_rounds), cmocka_unit_test(test_clusters_early),
+        cmocka_unit_test(test_bulk_copies),    cmocka_unit_test(test_sends),
+        cmocka_unit_test(test_graph),          cmocka_unit_test(test_graph_of_clusters),
         cmocka_unit_test(test_limits),
     };
     return cmocka_run_group_tests(tests, open_device, NULL);

@@ -348,18 +348,17 @@ static void run_and_check(struct unit *u, int max_rows)
     free(z);
 }
 
-/* z as it is left with its squares: packed, or a row after the other. */
-static void check_weighted(const struct unit *u, int max_rows, bool packed, const float *state,
-                           const bf16 *values, const float *weight, const float *parts)
+/* z as it is left with its norm's weight and its squares. */
+static void check_weighted(const struct unit *u, int max_rows, const float *state,
+                           const bf16 *values, const float *parts)
 {
     const struct step *step = &u->batch.step;
     const int D = u->dim, n_parts = D / 8;
     for (int r = 0; r < max_rows; r++) {
         const float *z = r < step->n_rows ? state + (size_t)step->seq_slot[r] * D : NULL;
         for (int i = 0; i < D; i++) {
-            const int64_t at = packed ? packed_at(r, i, D) : (int64_t)r * D + i;
-            const float got = __bfloat162float(values[at]);
-            if (z ? got != to_bf16(z[i] * weight[i]) : !isnan(got))
+            const float got = __bfloat162float(values[(size_t)r * D + i]);
+            if (z ? got != to_bf16(z[i] * u->host[Z_NORM][i]) : !isnan(got))
                 fail_msg("weighted z of row %d of %d, channel %d: %g", r, step->n_rows, i, got);
         }
         for (int i = 0; z && i < n_parts; i++) {
@@ -396,64 +395,10 @@ static void run_weighted(struct unit *u, int max_rows)
     get(u->b, values, buffer[0], n * sizeof(*values));
     get(u->b, parts, buffer[1], n_parts * sizeof(float));
     check_sessions(u, state, NULL, NULL);
-    check_weighted(u, max_rows, false, state, values, u->host[Z_NORM], parts);
+    check_weighted(u, max_rows, state, values, parts);
     for (int i = 0; i < 2; i++)
         u->b->ops->buffer_close(u->b, buffer[i]);
     free(values);
-    free(parts);
-    free(state);
-}
-
-/* The same with rows that are packed (packed.cuh): bf16(x times the norm's weight), what norms them
- * in parts beside them; and z left that way. */
-static void run_packed(struct unit *u, int max_rows)
-{
-    const struct step *step = &u->batch.step;
-    const int D = u->dim, n_in = 12, n_out = D / 8;
-    const size_t n = (size_t)packed_values(max_rows, D), n_states = (size_t)u->n_slots * D;
-    bf16 *values = (bf16 *)malloc(n * sizeof(*values));
-    float *squares = take((size_t)max_rows * n_in, 0), *weight = take((size_t)D, 1.5f);
-    float *parts = take((size_t)max_rows * n_out, 0), *state = take(n_states, 0);
-    struct buffer *buffer[5] = {};
-    memset((void *)values, 0xff, n * sizeof(*values)); /* NaN */
-    for (int r = 0; r < max_rows; r++) {
-        const float *x = u->host[X] + (size_t)r * D;
-        double sum = 0;
-        for (int i = 0; i < D; i++)
-            sum += (double)x[i] * x[i];
-        for (int i = 0; i < n_in; i++)
-            squares[r * n_in + i] = r < step->n_rows ? (float)(sum * (i + 1) / 78) : NAN;
-        for (int i = 0; i < D && r < step->n_rows; i++) {
-            const float y = to_bf16(x[i] * u->host[NORM][i]);
-            values[packed_at(r, i, D)] = __float2bfloat16_rn(y);
-            u->host[H][(size_t)r * D + i] = (float)(y / sqrt(sum / D + 1e-6));
-        }
-    }
-    const size_t n_floats = n / 2;
-    struct rglru_front f = u->f;
-    f.x = NULL;
-    f.norm.weight = f.norm.bias = NULL;
-    f.packed = {(bf16 *)put(u->b, &buffer[0], (const float *)values, n_floats), D,
-                put(u->b, &buffer[1], squares, (size_t)max_rows * n_in), n_in, 1e-6f};
-    memset((void *)values, 0xff, n * sizeof(*values));
-    f.out = {(bf16 *)put(u->b, &buffer[2], (const float *)values, n_floats), D,
-             put(u->b, &buffer[3], parts, (size_t)max_rows * n_out), n_out, 0};
-    f.out_weight = put(u->b, &buffer[4], weight, (size_t)D);
-    f.z = NULL;
-    put_states(u);
-    begin(u->b, &u->batch);
-    assert_true(fused_rglru(cuda_of(u->b), &f));
-    finish(u->b);
-    get(u->b, state, u->buffer[STATE], n_states * sizeof(float));
-    get(u->b, values, buffer[2], n * sizeof(*values));
-    get(u->b, parts, buffer[3], (size_t)max_rows * n_out * sizeof(float));
-    check_sessions(u, state, NULL, NULL);
-    check_weighted(u, max_rows, true, state, values, weight, parts);
-    for (int i = 0; i < 5; i++)
-        u->b->ops->buffer_close(u->b, buffer[i]);
-    free(values);
-    free(squares);
-    free(weight);
     free(parts);
     free(state);
 }
@@ -490,25 +435,6 @@ static void test_decode(void **)
 }
 
 /* Lengths around a piece, short sequences that share tiles, single rows between prompts. */
-static void test_packed(void **)
-{
-    static const struct {
-        int dim, n_blocks, rows;
-    } shapes[] = {{768, 8, 19}, {768, 8, 130}, {256, 4, 5}, {128, 1, 33}};
-    for (size_t i = 0; i < COUNT_OF(shapes); i++) {
-        struct unit *u = unit_new();
-        const int most = 136;
-        unit_open(u, most, most, shapes[i].dim, shapes[i].n_blocks, false, i % 2);
-        for (int step = 0; step < 2; step++) {
-            batch_init(&u->batch);
-            for (int r = 0; r < shapes[i].rows; r++)
-                batch_add(&u->batch, most - r, r % 3 == 1 ? 0 : 1 + r, 1);
-            run_packed(u, most);
-        }
-        unit_close(u);
-    }
-}
-
 static void test_prompts(void **)
 {
     static const int lengths[][8] = {
@@ -731,9 +657,13 @@ static void test_norm_of_any_rows(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_norms),    TEST(test_decode),           TEST(test_packed),
-        TEST(test_prompts),  TEST(test_long_prompt),      TEST(test_same_bits),
-        TEST(test_refusals), TEST(test_norm_of_any_rows),
+        TEST(test_norms),
+        TEST(test_decode),
+        TEST(test_prompts),
+        TEST(test_long_prompt),
+        TEST(test_same_bits),
+        TEST(test_refusals),
+        TEST(test_norm_of_any_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,11 +1,18 @@
-/* test_warpgroup.cu - products by warpgroups (warpgroup.cuh) against loops in double precision:
- * each kind of output, rows that fill tiles and that do not, columns to spare, slices of n_in, two
- * products in one launch. Rows beyond the step's are NaN, and nothing is written there.
+/* test_warpgroup.cu - layers by warpgroups (warpgroup.cuh) against loops in double precision: the
+ * front, with the RG-LRU and the latents' logits, and each kind of product; rows that fill tiles
+ * and that do not, columns to spare, slices of n_in. Rows beyond the step's are NaN, and nothing is
+ * written there.
  *
  * Tolerances, as test_linear.cu's: products of bf16 factors are exact in f32, so what is left is
  * the rounding of f32 sums, 4e-7 of the sum of |x w|, and of the result: 2^-8 of it in bf16. A
- * row's norm is a factor of f32, good to 1e-6.
+ * row's norm is a factor of f32, good to 1e-6. States, as test_rglru.cu's: the oracle rounds what
+ * is multiplied, x times its norm's weight and the gates', to bf16 as the kernel does, so what is
+ * left are f32 sums and the quick exponentials, 1e-5. Logits are products of bf16(z times its
+ * norm's weight), which a z that differs in its last bits may round the other way, an error of up
+ * to 2^-7 of a term; so their z is the one that was found in the state, of which the rounded
+ * product is known to the bit, and they are held to what other products are.
  */
+#include "engine/kernels/cuda/cluster.cuh"
 #include "engine/kernels/cuda/warpgroup.cuh"
 #include "tests/cuda/products.cuh"
 
@@ -107,7 +114,7 @@ static void check_packed(const struct packed_rows *p, const float *x, const floa
     free(parts);
 }
 
-/* ---- products ---- */
+/* ---- steps ---- */
 
 struct rows_case {
     int rows, actual;
@@ -156,68 +163,243 @@ static struct warpgroup_product product_of(const struct packed_rows *in, const b
     return p;
 }
 
-/* bf16 results of normed rows and f32 ones of others, in one launch. */
-static void test_two_products(void **)
+/* ---- the front ---- */
+
+enum {
+    RECURRENCE,
+    INPUT,
+    RECURRENCE_BIAS, /* a gate's bias is so many after it */
+    INPUT_BIAS,
+    LAMBDA,
+    Z_NORM,
+    N_WEIGHTS,
+    WIDTH = 96, /* of a block of the gates */
+    N_VQK = 104,
+    VQK_STRIDE = 112,
+    N_SLOTS = MAX_ROWS + 7,  /* a prime: mixed order is a multiple of the row */
+    SLOT_VALUES = DEPTH + 8, /* more than there are */
+    LOGIT_STRIDE = WARPGROUP_LOGITS + 8,
+};
+
+struct front_weights {
+    float *host[N_WEIGHTS], *device[N_WEIGHTS];
+    void *prepared; /* device */
+    float *norm, *vqk, *logits;
+    bf16 *device_vqk, *device_logits;
+};
+
+static void weights_open(struct front_weights *w)
 {
-    enum { N_BF16 = 104, N_F32 = 56, STRIDE = 112 };
-    need_warpgroups();
-    for (const struct rows_case &k : all_rows) {
-        if (!is_tested(&k))
-            continue;
-        seed = 7;
-        put_n_rows(k.actual);
-        struct packed_rows in[2];
-        float *norm = random_values(DEPTH, false), *w = random_values(160 * DEPTH, true);
-        static float values[2][MAX_ROWS * DEPTH], found32[MAX_ROWS * N_F32];
-        static double scales[2][MAX_ROWS];
-        static bf16 found16[MAX_ROWS * STRIDE];
-        for (int i = 0; i < 2; i++) {
-            float *x = random_values((size_t)MAX_ROWS * DEPTH, false);
-            in[i] = packed_open(DEPTH, WARPGROUP_PARTS);
-            in[i].eps = EPS * (1 + i);
-            put_normed(&in[i], x, norm, values[i], scales[i], k.rows, k.actual);
-            free(x);
+    const size_t n_gate = (size_t)DEPTH * WIDTH;
+    const size_t sizes[] = {n_gate, n_gate, DEPTH, DEPTH, DEPTH, DEPTH};
+    const float scales[] = {0.3f, 0.3f, 2, 2, 4, 1.5f};
+    for (int i = 0; i < N_WEIGHTS; i++) {
+        w->host[i] = random_values(sizes[i], false);
+        for (size_t j = 0; j < sizes[i]; j++)
+            w->host[i][j] *= scales[i];
+        w->device[i] = on_device(w->host[i], sizes[i]);
+    }
+    const struct cluster_shape shape = {DEPTH, 8, WIDTH, MLP, DEPTH / WIDTH};
+    const struct cluster_gates gates = {w->device[RECURRENCE], w->device[RECURRENCE_BIAS],
+                                        w->device[INPUT],      w->device[INPUT_BIAS],
+                                        w->device[LAMBDA],     w->device[Z_NORM]};
+    OK(cudaMalloc(&w->prepared, cluster_prepared_bytes(&shape)));
+    cluster_prepare(&c, &shape, &gates, w->prepared);
+    OK(cudaStreamSynchronize(c.queue.stream));
+    w->norm = random_values(DEPTH, false);
+    w->vqk = random_values(N_VQK * DEPTH, true);
+    w->logits = random_values(WARPGROUP_LOGITS * DEPTH, true);
+    w->device_vqk = device_bf16(w->vqk, N_VQK * DEPTH);
+    w->device_logits = device_bf16(w->logits, WARPGROUP_LOGITS * DEPTH);
+}
+
+static void weights_close(struct front_weights *w)
+{
+    for (int i = 0; i < N_WEIGHTS; i++) {
+        free(w->host[i]);
+        cudaFree(w->device[i]);
+    }
+    cudaFree(w->prepared);
+    cudaFree(w->device_vqk);
+    cudaFree(w->device_logits);
+    free(w->norm);
+    free(w->vqk);
+    free(w->logits);
+}
+
+/* A step's rows, what they are multiplied as and what norms them; its states before and after, its
+ * results. */
+struct front_step {
+    int rows, actual, n_logits;
+    int32_t slot[MAX_ROWS];
+    int64_t position[MAX_ROWS];
+    float values[MAX_ROWS * DEPTH];
+    double scale[MAX_ROWS];
+    float before[N_SLOTS * SLOT_VALUES], after[N_SLOTS * SLOT_VALUES];
+    bf16 vqk[MAX_ROWS * VQK_STRIDE];
+    float logits[MAX_ROWS * LOGIT_STRIDE];
+};
+
+/* Rows of mixed slots, every third at its beginning: such a slot may hold anything. */
+static void put_step(struct front_step *s, const struct rows_case *k, int n_logits)
+{
+    s->rows = k->rows;
+    s->actual = k->actual;
+    s->n_logits = n_logits;
+    for (int i = 0; i < N_SLOTS * SLOT_VALUES; i++)
+        s->before[i] = random_value();
+    for (int r = 0; r < MAX_ROWS; r++) {
+        s->slot[r] = (37 * r + 5) % N_SLOTS;
+        s->position[r] = r % 3 == 1 ? 0 : 1 + r;
+        for (int i = 0; i < DEPTH && s->position[r] == 0 && r < s->actual; i++)
+            s->before[s->slot[r] * SLOT_VALUES + i] = NAN;
+    }
+    memset((void *)s->vqk, 0xff, sizeof(s->vqk)); /* NaN */
+    memset(s->logits, 0xff, sizeof(s->logits));
+}
+
+static void run_front(struct front_step *s, const struct front_weights *w)
+{
+    const struct device_step none = c.step;
+    struct step_sizes sizes = {};
+    sizes.n_rows = s->actual;
+    struct step_sizes *const device_sizes = on_device(&sizes, 1);
+    int64_t *const positions = on_device(s->position, (size_t)s->rows);
+    int32_t *const slots = on_device(s->slot, (size_t)s->rows);
+    float *const x = random_values((size_t)MAX_ROWS * DEPTH, false);
+    struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
+    put_n_rows(s->actual);
+    put_normed(&in, x, w->norm, s->values, s->scale, s->rows, s->actual);
+    c.step.sizes = device_sizes;
+    c.step.positions = positions;
+    c.step.seq_slot = slots;
+    c.step.rows = c.step.seqs = s->rows;
+    c.step.decode = true;
+
+    struct warpgroup_front f = {};
+    f.vqk = product_of(&in, w->device_vqk, N_VQK, OUTPUT_BF16, s->rows);
+    f.vqk.out = on_device(s->vqk, MAX_ROWS * VQK_STRIDE);
+    f.vqk.out_stride = VQK_STRIDE;
+    f.prepared = w->prepared;
+    f.state = {on_device(s->before, N_SLOTS * SLOT_VALUES), SLOT_VALUES};
+    f.z_eps = EPS / 2;
+    f.logit_weights = w->device_logits;
+    f.n_logits = s->n_logits;
+    f.logits = on_device(s->logits, MAX_ROWS * LOGIT_STRIDE);
+    f.logit_stride = LOGIT_STRIDE;
+    warpgroup_front(&c, &f);
+    from_device(s->after, f.state.data, N_SLOTS * SLOT_VALUES);
+    from_device(s->vqk, (bf16 *)f.vqk.out, MAX_ROWS * VQK_STRIDE);
+    from_device(s->logits, f.logits, MAX_ROWS * LOGIT_STRIDE);
+    c.step = none;
+    void *const taken[] = {device_sizes, positions, slots, f.vqk.out, f.state.data, f.logits};
+    for (void *p : taken)
+        cudaFree(p);
+    packed_close(&in);
+    free(x);
+}
+
+static double gate_of(const struct front_weights *w, int gate, const float *values, double scale,
+                      int channel)
+{
+    const float *const row = w->host[gate] + channel * WIDTH;
+    double sum = 0;
+    for (int k = 0; k < WIDTH; k++)
+        sum += (double)values[channel / WIDTH * WIDTH + k] * rounded(row[k]);
+    return 1 / (1 + exp(-(scale * sum + w->host[gate + RECURRENCE_BIAS][channel])));
+}
+
+static double z_of(const struct front_step *s, const struct front_weights *w, int r, int channel)
+{
+    const float *const values = s->values + r * DEPTH;
+    const double scale = s->scale[r], past = s->before[s->slot[r] * SLOT_VALUES + channel];
+    const double gated = gate_of(w, INPUT, values, scale, channel) * values[channel] * scale;
+    const double log_a = -8 * log1p(exp((double)w->host[LAMBDA][channel])) *
+                         gate_of(w, RECURRENCE, values, scale, channel);
+    return s->position[r] == 0 ? gated : exp(log_a) * past + sqrt(-expm1(2 * log_a)) * gated;
+}
+
+static void check_states(const struct front_step *s, const struct front_weights *w)
+{
+    int row[N_SLOTS];
+    for (int i = 0; i < N_SLOTS; i++)
+        row[i] = -1;
+    for (int r = 0; r < s->actual; r++)
+        row[s->slot[r]] = r;
+    for (int slot = 0; slot < N_SLOTS; slot++) {
+        const int here = row[slot] < 0 ? 0 : DEPTH, at = slot * SLOT_VALUES;
+        for (int i = 0; i < here; i++) {
+            const double z = z_of(s, w, row[slot], i);
+            check_value(s->after[at + i], z, 1e-5 * (1 + fabs(z)), "state", row[slot], i);
         }
-        bf16 *const weights = device_bf16(w, 160 * DEPTH);
-        struct warpgroup_product p[] = {
-            product_of(&in[0], weights, N_BF16, OUTPUT_BF16, k.rows),
-            product_of(&in[1], weights + N_BF16 * DEPTH, N_F32, OUTPUT_F32, k.rows)};
-        memset((void *)found16, 0xff, sizeof(found16));
-        memset(found32, 0xff, sizeof(found32));
-        p[0].out = on_device(found16, MAX_ROWS * STRIDE);
-        p[0].out_stride = STRIDE;
-        p[1].out = on_device(found32, MAX_ROWS * N_F32);
-        p[1].out_stride = N_F32;
-        warpgroup_products(&c, p, 2);
-        from_device(found16, (bf16 *)p[0].out, MAX_ROWS * STRIDE);
-        from_device(found32, (float *)p[1].out, MAX_ROWS * N_F32);
-        for (int r = 0; r < MAX_ROWS; r++) {
-            for (int i = 0; i < STRIDE + N_F32; i++) {
-                const bool first = i < STRIDE, there = r < k.actual && (!first || i < N_BF16);
-                const float y = first ? __bfloat162float(found16[r * STRIDE + i])
-                                      : found32[r * N_F32 + i - STRIDE];
-                const int row = first ? i : i - STRIDE + N_BF16;
-                double slack;
-                if (!there && isnan(y))
-                    continue;
-                if (!there)
-                    fail_msg("row %d of %d, column %d: %g was written", r, k.actual, i, y);
-                const double scale = scales[!first][r];
-                const double sum =
-                    scale * dot(values[!first] + r * DEPTH, w + row * DEPTH, DEPTH, &slack);
-                check_value(y, sum, slack * scale + (first ? 0x1p-8 * fabs(sum) : 0),
-                            first ? "bf16" : "f32", r, i);
-            }
-        }
-        cudaFree(weights);
-        cudaFree(p[0].out);
-        cudaFree(p[1].out);
-        packed_close(&in[0]);
-        packed_close(&in[1]);
-        free(norm);
-        free(w);
+        if (memcmp(s->after + at + here, s->before + at + here,
+                   (size_t)(SLOT_VALUES - here) * sizeof(float)))
+            fail_msg("slot %d, row %d: written where nothing was to be", slot, row[slot]);
     }
 }
+
+static void check_vqk(const struct front_step *s, const struct front_weights *w)
+{
+    for (int r = 0; r < MAX_ROWS; r++) {
+        for (int i = 0; i < VQK_STRIDE; i++) {
+            const float y = __bfloat162float(s->vqk[r * VQK_STRIDE + i]);
+            double slack;
+            if (r < s->actual && i < N_VQK) {
+                const double sum =
+                    s->scale[r] * dot(s->values + r * DEPTH, w->vqk + i * DEPTH, DEPTH, &slack);
+                check_value(y, sum, slack * s->scale[r] + 0x1p-8 * fabs(sum), "v, q, k", r, i);
+            } else if (!isnan(y)) {
+                fail_msg("row %d of %d, column %d: %g was written", r, s->actual, i, y);
+            }
+        }
+    }
+}
+
+/* z is what the kernel left in the state, after that was checked. */
+static void check_logits(const struct front_step *s, const struct front_weights *w)
+{
+    for (int r = 0; r < MAX_ROWS; r++) {
+        const float *const z = s->after + s->slot[r] * SLOT_VALUES;
+        const double scale = 1 / sqrt(row_square(z, DEPTH) / DEPTH + EPS / 2);
+        float values[DEPTH];
+        for (int i = 0; i < DEPTH; i++)
+            values[i] = rounded(z[i] * w->host[Z_NORM][i]);
+        for (int i = 0; i < LOGIT_STRIDE; i++) {
+            const float y = s->logits[r * LOGIT_STRIDE + i];
+            double slack;
+            if (r < s->actual && i < s->n_logits) {
+                const double sum = scale * dot(values, w->logits + i * DEPTH, DEPTH, &slack);
+                check_value(y, sum, slack * scale, "logits", r, i);
+            } else if (!isnan(y)) {
+                fail_msg("logits of row %d of %d, column %d: %g was written", r, s->actual, i, y);
+            }
+        }
+    }
+}
+
+/* v, q and k, the states and the logits; as many of these as there may be, and fewer than the
+ * cluster has blocks for. */
+static void test_front(void **)
+{
+    static const int n_logits[] = {WARPGROUP_LOGITS, 40, 136};
+    static struct front_step s;
+    need_warpgroups();
+    seed = 7;
+    struct front_weights w;
+    weights_open(&w);
+    for (size_t j = 0; j < COUNT_OF(all_rows); j++) {
+        if (!is_tested(&all_rows[j]))
+            continue;
+        put_step(&s, &all_rows[j], n_logits[j % COUNT_OF(n_logits)]);
+        run_front(&s, &w);
+        check_vqk(&s, &w);
+        check_states(&s, &w);
+        check_logits(&s, &w);
+    }
+    weights_close(&w);
+}
+
+/* ---- products ---- */
 
 static void test_activated(void **)
 {
@@ -242,7 +424,7 @@ static void test_activated(void **)
         struct warpgroup_product p = product_of(&in, weights, 2 * F0, OUTPUT_ACTIVATE, k.rows);
         p.act = act;
         p.next = out;
-        warpgroup_products(&c, &p, 1);
+        warpgroup_product(&c, &p);
         float *found = packed_get(&out);
         for (int r = 0; r < MAX_ROWS; r++) {
             for (int i = 0; i < FEATURES; i++) {
@@ -293,7 +475,7 @@ static void check_added(const struct rows_case *k, int n_in, bool has_next)
         p.next = next;
         p.next_weight = device_norm;
     }
-    warpgroup_products(&c, &p, 1);
+    warpgroup_product(&c, &p);
     from_device(found, (float *)p.out, (size_t)MAX_ROWS * DEPTH);
     for (int r = 0; r < MAX_ROWS; r++) {
         for (int i = 0; i < DEPTH; i++) {
@@ -340,20 +522,24 @@ static void test_added_slices(void **)
 static void test_shapes(void **)
 {
     assert_true(warpgroup_has(OUTPUT_BF16, 2304, DEPTH));
-    assert_true(warpgroup_has(OUTPUT_F32, 264, DEPTH));
     assert_true(warpgroup_has(OUTPUT_ACTIVATE, 2 * MLP, DEPTH));
     assert_true(warpgroup_has(OUTPUT_ADD, DEPTH, MLP));
     assert_false(warpgroup_has(OUTPUT_BF16, 2304, 512));
-    assert_false(warpgroup_has(OUTPUT_F32, 263, DEPTH));
+    assert_false(warpgroup_has(OUTPUT_BF16, 2300, DEPTH));
+    assert_false(warpgroup_has(OUTPUT_F32, 264, DEPTH));
     assert_false(warpgroup_has(OUTPUT_ACTIVATE, 100, DEPTH));
     assert_false(warpgroup_has(OUTPUT_ADD, DEPTH, 2 * DEPTH));
     assert_false(warpgroup_has(OUTPUT_ACTIVATE_PLAIN, 96, DEPTH));
+    assert_true(warpgroup_has_logits(264, DEPTH));
+    assert_false(warpgroup_has_logits(260, DEPTH));
+    assert_false(warpgroup_has_logits(272, DEPTH));
+    assert_false(warpgroup_has_logits(264, 2 * DEPTH));
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shapes),       cmocka_unit_test(test_two_products),
+        cmocka_unit_test(test_shapes),       cmocka_unit_test(test_front),
         cmocka_unit_test(test_activated),    cmocka_unit_test(test_added),
         cmocka_unit_test(test_added_slices),
     };

@@ -1104,10 +1104,15 @@ void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, 
     meet(0xffffffffu, &mine, multiply, file, line);
 }
 
-/* A row of 64 values whose 16-byte pieces have changed places. */
+/* Where a value of a row of 64 lies, whose 16-byte pieces have changed places. */
+static const __nv_bfloat16 *place_of(const __nv_bfloat16 *rows, int row, int column)
+{
+    return rows + row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8;
+}
+
 static float unpacked(const __nv_bfloat16 *rows, int row, int column)
 {
-    return __bfloat162float(rows[row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8]);
+    return __bfloat162float(*place_of(rows, row, column));
 }
 
 void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int column,
@@ -1128,6 +1133,23 @@ void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int 
                 sum = fmaf(unpacked(a, row, k), unpacked(b, out, k), sum);
             d[4 * tile + j] += sum;
         }
+}
+
+/* The warp's 16 rows are in its lanes' registers, as mma_bf16 has them. */
+void wgmma_rows(float *d, const uint32_t *a, const __nv_bfloat16 *b, int n, int column,
+                const char *file, int line)
+{
+    if ((uintptr_t)b % 1024 || !is_shared(b, (size_t)n * 128) || column % 16 || column < 0 ||
+        column >= 64)
+        mistake(file, line, "wgmma of %p, %d rows, column %d: not 1,024-byte aligned tiles",
+                (const void *)b, n, column);
+    const int g = self->lane / 4, t = self->lane % 4;
+    for (int tile = 0; tile < n / 8; tile++) {
+        uint32_t pair[2];
+        for (int i = 0; i < 2; i++)
+            memcpy(pair + i, place_of(b, 8 * tile + g, column + 8 * i + 2 * t), sizeof(*pair));
+        mma_bf16(d + 4 * tile, a, pair, file, line);
+    }
 }
 
 void meet_warpgroup(const char *file, int line)

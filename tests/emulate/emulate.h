@@ -235,6 +235,8 @@ static inline float bf16_value(uint32_t bits)
 void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line);
 void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int column,
            const char *file, int line);
+void wgmma_rows(float *d, const uint32_t *a, const __nv_bfloat16 *b, int n, int column,
+                const char *file, int line);
 void meet_warpgroup(const char *file, int line);
 void ldmatrix(uint32_t *out, const void *row, int n, bool transposed, const char *file, int line);
 
@@ -492,6 +494,12 @@ static inline void wgmma_bf16(float (&d)[N / 2], const __nv_bfloat16 *a, const _
         d[i] = 0;
     emulate::wgmma(d, a, b, N, column, file, line);
 }
+template <int N>
+static inline void wgmma_rows(float (&d)[N / 2], const uint4 &a, const __nv_bfloat16 *b, int column,
+                              EMULATE_PLACE)
+{
+    emulate::wgmma_rows(d, &a.x, b, N, column, file, line);
+}
 static inline bool has_warpgroups(const void *)
 {
     return true;
@@ -527,6 +535,13 @@ static inline uint4 load_streaming(const void *p, EMULATE_PLACE)
     return *(const uint4 *)p;
 }
 
+static inline uint4 load_once(const void *p, EMULATE_PLACE)
+{
+    if ((uintptr_t)p % 16)
+        emulate::mistake(file, line, "load_once from %p, not aligned to 16", p);
+    return *(const uint4 *)p;
+}
+
 template <class T> static inline T *kept_address(T *p)
 {
     return p;
@@ -537,11 +552,6 @@ static inline void prefetch_l2(const void *p, EMULATE_PLACE)
 {
     if (!p || emulate::is_shared(p, 1))
         emulate::mistake(file, line, "prefetch_l2 of %p, which is not global memory", p);
-}
-static inline void prefetch_l1(const void *p, EMULATE_PLACE)
-{
-    if (!p || emulate::is_shared(p, 1))
-        emulate::mistake(file, line, "prefetch_l1 of %p, which is not global memory", p);
 }
 
 static inline int cluster_rank(EMULATE_PLACE)

@@ -24,7 +24,7 @@ static __global__ void __launch_bounds__(SKINNY_THREADS, HALVES *TILES <= 16 ? 2
     pdl_trigger();
     const int block = (int)blockIdx.x - c.n_items;
     if (block < 0)
-        rglru_item<1, false>(c.d, blockIdx.x, shared);
+        rglru_item<1>(c.d, blockIdx.x, shared);
     else
         skinny_block<W, HALVES, TILES, true>(c.p, block, (int)gridDim.x - c.n_items, 0, shared);
 }

@@ -102,10 +102,8 @@ struct rglru_front {
     __half *products = nullptr;     /* [rows, D] scratch */
     const bf16 *h = nullptr; /* [rows, D] norm(x) as norm_to_bf16 gives it: x and norm are then
                               * not used; NULL: normed here */
-    struct packed_rows packed = {}; /* the same in another order, of decode steps: instead of h */
-    /* With packed: z * out_weight and squares in D / 8 parts go here, and not to z. */
-    struct packed_rows out = {};
-    /* With h: bf16(z * out_weight) [rows, D] and squares in D / 8 parts, and not z. */
+    /* Decode steps, with h: bf16(z * out_weight) [rows, D] and squares in D / 8 parts, and not z.
+     */
     bf16 *weighted = nullptr;
     struct row_factors factors = {};
     const float *out_weight = nullptr; /* [D] */

@@ -114,6 +114,16 @@ static __device__ __forceinline__ uint4 load_streaming(const void *p)
     return v;
 }
 
+/* 16 bytes that an earlier kernel wrote, for this thread alone; after what stands before it. */
+static __device__ __forceinline__ uint4 load_once(const void *p)
+{
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
 /* p, computed here and kept: without it the compiler may compute an address again for every load,
  * after a wait rather than before it. */
 template <class T> static __device__ __forceinline__ T *kept_address(T *p)
@@ -122,16 +132,10 @@ template <class T> static __device__ __forceinline__ T *kept_address(T *p)
     return p;
 }
 
-/* Ask for the line of global memory that p is in; a hint, for data soon to be read; L1: by this
- * block. */
+/* Ask for the line of global memory that p is in; a hint, for data soon to be read. */
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-static __device__ __forceinline__ void prefetch_l1(const void *p)
-{
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
 /* ---- clusters: the blocks of a launch_cluster() that run at the same time (9.0 and later) ---- */
@@ -341,8 +345,8 @@ struct tensor_map {
 };
 
 /* bf16 values at `base`, dims values of which strides bytes apart (the first: 2), in boxes whose
- * rows of 64 values have changed places as packed.cuh's. False: not such a matrix, or the driver
- * has no tensor maps. What lies beyond it is copied as zeros. */
+ * rows of 64 values have changed places as wgmma_bf16 wants them. False: not such a matrix, or the
+ * driver has no tensor maps. What lies beyond it is copied as zeros. */
 template <int N>
 static inline bool tensor_map_encode(struct tensor_map *m, const void *base,
                                      const uint64_t (&dims)[N], const uint64_t (&strides)[N - 1],
@@ -400,8 +404,9 @@ static __device__ __forceinline__ void tensor_send_5d(void *shared, const struct
 
 /* ---- products of warpgroups: four warps, 64 rows (machine code for 9.0 alone, sm_90a) ----
  *
- * Both factors lie in shared memory as packed.cuh has them: rows of 64 bf16 values whose 16-byte
- * pieces have changed places, beginning at multiples of 1,024 bytes. */
+ * What lies in shared memory is rows of 64 bf16 values, beginning at a multiple of 1,024 bytes: the
+ * 16-byte pieces of a row have changed places, piece p of row r lies at p ^ (r % 8). */
+
 /* All threads of a warpgroup: so many registers a thread from here on, what others gave. */
 template <int N> static __device__ __forceinline__ void registers_give(void)
 {
@@ -458,55 +463,84 @@ template <int N> static __device__ __forceinline__ void wgmma_wait(void)
 #define WGMMA_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_16(d, i) WGMMA_4(d, i), WGMMA_4(d, i + 4), WGMMA_4(d, i + 8), WGMMA_4(d, i + 12)
 
-/* d[N / 2] += a b^T (or, if !add, d = a b^T) in the background: 64 rows of a, N of b, 16 columns,
+/* d[N / 2] += a b^T (or, if !add, d = a b^T) in the background: 64 rows of a, 256 of b, 16 columns,
  * from `column` on of the 64.
  * Of tile n of 8 columns d[4 n ..] are as mma_bf16's d, in warp w's rows 16 w on. */
 template <int N>
 static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 *a, const bf16 *b,
                                                   int column, bool add = true)
 {
-    static_assert(N == 16 || N == 48 || N == 64 || N == 256, "instructions there are names for");
+    static_assert(N == 256, "instructions there are names for");
     const uint64_t left = wgmma_factor(a) + column / 8, right = wgmma_factor(b) + column / 8;
 #ifdef LATTE_WARPGROUPS
-    if constexpr (N == 16)
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
-                     : WGMMA_4(d, 0), WGMMA_4(d, 4)
-                     : "l"(left), "l"(right), "r"((int)add));
-    if constexpr (N == 48)
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
-                     "%21,%22,%23}, %24, %25, p, 1, 1, 0, 0;\n}"
-                     : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
-                       WGMMA_4(d, 20)
-                     : "l"(left), "l"(right), "r"((int)add));
-    if constexpr (N == 64)
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
-                     "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
-                     : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
-                       WGMMA_4(d, 20), WGMMA_4(d, 24), WGMMA_4(d, 28)
-                     : "l"(left), "l"(right), "r"((int)add));
-    if constexpr (N == 256)
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-                     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
-                     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%"
-                     "127}, %128, %129, p, 1, 1, 0, 0;\n}"
-                     : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32), WGMMA_16(d, 48),
-                       WGMMA_16(d, 64), WGMMA_16(d, 80), WGMMA_16(d, 96), WGMMA_16(d, 112)
-                     : "l"(left), "l"(right), "r"((int)add));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+                 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+                 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%"
+                 "127}, %128, %129, p, 1, 1, 0, 0;\n}"
+                 : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32), WGMMA_16(d, 48),
+                   WGMMA_16(d, 64), WGMMA_16(d, 80), WGMMA_16(d, 96), WGMMA_16(d, 112)
+                 : "l"(left), "l"(right), "r"((int)add));
 #else
     (void)left, (void)right, (void)add, (void)d;
+    __trap();
+#endif
+}
+
+/* d[N / 2] += a b^T with a in registers, each warp's 16 rows as mma_bf16 has them: they are not
+ * touched before a wgmma_wait that covers the product. */
+template <int N>
+static __device__ __forceinline__ void wgmma_rows(float (&d)[N / 2], const uint4 &a, const bf16 *b,
+                                                  int column)
+{
+    static_assert(N == 16 || N == 48 || N == 64 || N == 96 || N == 128,
+                  "instructions there are names for");
+    const uint64_t right = wgmma_factor(b) + column / 8;
+#ifdef LATTE_WARPGROUPS
+    if constexpr (N == 16)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+                     : WGMMA_4(d, 0), WGMMA_4(d, 4)
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
+    if constexpr (N == 48)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+                     "%21,%22,%23}, {%24,%25,%26,%27}, %28, 1, 1, 1, 0;"
+                     : WGMMA_4(d, 0), WGMMA_4(d, 4), WGMMA_4(d, 8), WGMMA_4(d, 12), WGMMA_4(d, 16),
+                       WGMMA_4(d, 20)
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
+    if constexpr (N == 64)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+                     "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, "
+                     "1, 0;"
+                     : WGMMA_16(d, 0), WGMMA_16(d, 16)
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
+    if constexpr (N == 96)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,"
+                     "%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,"
+                     "%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, {%48,%49,%50,%51},"
+                     " %52, 1, 1, 1, 0;"
+                     : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32)
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
+    if constexpr (N == 128)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,"
+                     "%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,"
+                     "%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"
+                     "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68,"
+                     " 1, 1, 1, 0;"
+                     : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32), WGMMA_16(d, 48)
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
+#else
+    (void)right, (void)a, (void)d;
     __trap();
 #endif
 }

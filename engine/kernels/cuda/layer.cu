@@ -135,7 +135,7 @@ static void products(const struct pass *p, struct product vqk, bool is_stacked)
     }
 }
 
-struct rglru_front layer_rglru(const struct pass *p)
+static struct rglru_front layer_rglru(const struct pass *p)
 {
     const struct layer_weights *w = p->w;
     struct rglru_front f = {};

@@ -37,11 +37,11 @@ struct layer_scratch {
     float *x_between; /* [rows, D] the residual stream within the layer */
     float *shares;    /* [MIX_CLUSTERS, rows, D] what each head adds to it */
     float *scales;    /* [rows] */
-    void *prepared;   /* [layers] cluster_prepare's */
+    void *prepared;   /* [layers] cluster_prepare's; for the rows below, too */
     int n_prepared;   /* layers that are */
-    /* Layers of up to WARPGROUP_ROWS rows: x, z, what is mixed and the mlp's features. */
-    bf16 *packed_x, *packed_z, *packed_mixed, *packed_up;
-    float *x_squares, *z_squares;
+    /* Layers of up to WARPGROUP_ROWS rows: x, what is mixed and the mlp's features. */
+    bf16 *packed_x, *packed_mixed, *packed_up;
+    float *x_squares;
     int packed_layer; /* whose norm1 the layer before left in packed_x; -1: nobody's */
     size_t n_bytes;
     int h_layer;          /* whose norm1(x) the layer before left in h; -1: nobody's */
@@ -69,8 +69,7 @@ struct pass {
  * where the configuration, the device or the number of rows is another. */
 const char *layer_plain(const struct pass *p);
 
-/* What the RG-LRU, and the mixing, are given of the layer, rows that are packed apart. */
-struct rglru_front layer_rglru(const struct pass *p);
+/* What the mixing is given of the layer, rows that are packed apart. */
 struct mix layer_mix(const struct pass *p);
 
 static inline struct device_norm norm_of(const struct norm *n)

@@ -150,8 +150,7 @@ static bool for_warpgroups(const struct pass *p)
     struct product_weight a, b, c;
     return p->c->step.rows <= WARPGROUP_ROWS && plain_layer(p) && warpgroups_are_there(p->c) &&
            stack(&a, vqk, 3) && stack(&b, logits, 2) && stack(&c, gate_up, 2) &&
-           warpgroup_has(OUTPUT_BF16, a.n_out, a.n_in) &&
-           warpgroup_has(OUTPUT_F32, b.n_out, b.n_in) &&
+           warpgroup_has(OUTPUT_BF16, a.n_out, a.n_in) && warpgroup_has_logits(b.n_out, b.n_in) &&
            warpgroup_has(OUTPUT_ACTIVATE, c.n_out, c.n_in) &&
            warpgroup_has(OUTPUT_ADD, w->o_proj.n_out, w->o_proj.n_in) &&
            warpgroup_has(OUTPUT_ADD, w->down_proj.n_out, w->down_proj.n_in);
@@ -184,31 +183,32 @@ static void group_add(const struct pass *p, const struct packed_rows *in, const 
         q.next = *x;
         q.next_weight = floats(next->weight);
     }
-    warpgroup_products(p->c, &q, 1);
+    warpgroup_product(p->c, &q);
 }
 
-/* From the packed rows x to what the output projection is given: RG-LRU, products, mixing. */
+/* From the packed rows x to what the output projection is given: the front, the mixing. */
 static void group_mix(const struct pass *p, const struct packed_rows *x,
                       const struct packed_rows *mixed)
 {
     const struct layer_weights *w = p->w;
     const struct layer_scratch *s = p->s;
-    const int D = p->config->hidden_size, columns = w->latent_q.n_out + w->latent_k.n_out;
-    const struct packed_rows z = {s->packed_z, D, s->z_squares, D / 8, w->rglru_norm.eps};
-    struct rglru_front f = layer_rglru(p);
-    f.packed = *x;
-    f.out = z;
-    f.out_weight = floats(w->rglru_norm.weight);
-    CHECK(fused_rglru(p->c, &f));
-
-    struct warpgroup_product front[] = {
-        group_product(p, x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16),
-        group_product(p, &z, &w->latent_q, columns, OUTPUT_F32)};
-    front[0].out = s->vqk;
-    front[0].out_stride = vqk_stride(p);
-    front[1].out = s->gates;
-    front[1].out_stride = columns;
-    warpgroup_products(p->c, front, 2);
+    const int columns = w->latent_q.n_out + w->latent_k.n_out;
+    const struct cluster_shape shape = cluster_shape_of(p->config);
+    const bool overlaps = p->c->queue.pdl; /* as in mix_by_clusters */
+    struct warpgroup_front f = {};
+    p->c->queue.pdl &= p->layer < s->n_prepared;
+    f.vqk = group_product(p, x, &w->v_proj, (int)vqk_stride(p), OUTPUT_BF16);
+    f.vqk.out = s->vqk;
+    f.vqk.out_stride = vqk_stride(p);
+    f.prepared = prepared_gates(p, &shape);
+    f.state = float_slab(&p->state->slabs[STATE_RGLRU]);
+    f.z_eps = w->rglru_norm.eps;
+    f.logit_weights = matrix(&w->latent_q);
+    f.n_logits = columns;
+    f.logits = s->gates;
+    f.logit_stride = columns;
+    warpgroup_front(p->c, &f);
+    p->c->queue.pdl = overlaps;
 
     struct mix m = layer_mix(p);
     m.g = s->gates;
@@ -241,7 +241,7 @@ static void layer_by_warpgroups(const struct pass *p)
     struct warpgroup_product features =
         group_product(p, &x2, &w->gate_proj, 2 * config->intermediate_size, OUTPUT_ACTIVATE);
     features.next = up;
-    warpgroup_products(p->c, &features, 1);
+    warpgroup_product(p->c, &features);
     group_add(p, &up, &w->down_proj, &x, next);
 }
 

@@ -7,9 +7,10 @@ struct scratch_item {
     void **out;
     size_t row_bytes;
     int rows;
+    bool is_cleared; /* products read whole tiles of packed rows, also what no step has written */
 };
 
-enum { N_ITEMS = 26 };
+enum { N_ITEMS = 24 };
 
 static bool has_full_attention(const struct model_config *c)
 {
@@ -55,12 +56,10 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
         {(void **)&s->shares, MIX_CLUSTERS * D * rglru, few},
         {(void **)&s->scales, rglru, few},
         {&s->prepared, prepared, c->n_layers},
-        {(void **)&s->packed_x, D * packed, WARPGROUP_ROWS},
-        {(void **)&s->packed_z, D * packed, WARPGROUP_ROWS},
-        {(void **)&s->packed_mixed, q * packed, WARPGROUP_ROWS},
-        {(void **)&s->packed_up, F * packed, WARPGROUP_ROWS},
+        {(void **)&s->packed_x, D * packed, WARPGROUP_ROWS, true},
+        {(void **)&s->packed_mixed, q * packed, WARPGROUP_ROWS, true},
+        {(void **)&s->packed_up, F * packed, WARPGROUP_ROWS, true},
         {(void **)&s->x_squares, packed ? WARPGROUP_PARTS * sizeof(float) : 0, WARPGROUP_ROWS},
-        {(void **)&s->z_squares, packed ? D / 8 * sizeof(float) : 0, WARPGROUP_ROWS},
     };
     for (int i = 0; i < N_ITEMS; i++)
         out[i] = items[i];
@@ -96,6 +95,8 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
             return fail(err, STATUS_NOMEM, "fused layers: %zu bytes for %d rows are not to be had",
                         layer_scratch_bytes_of(&c->options), c->options.max_rows);
         }
+        if (n_bytes && items[i].is_cleared && cudaMemset(*items[i].out, 0, n_bytes) != cudaSuccess)
+            return fail(err, STATUS_DEVICE, "fused layers: %zu bytes cannot be cleared", n_bytes);
         s->n_bytes += n_bytes;
     }
     return STATUS_OK;

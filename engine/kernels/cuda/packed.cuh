@@ -1,9 +1,10 @@
-/* packed.cuh - activations in the order in which warpgroups multiply them (warpgroup.cuh).
+/* packed.cuh - activations in the order in which the lanes of a warp hold them as factors of
+ * products on the tensor cores (mma_bf16's a; wgmma_rows's, warpgroup.cuh).
  *
- * [row tiles of 128][n / 64 chunks][128 rows][64 values] bf16: a block's part of a chunk, 64 or 128
- * rows, is one piece of memory that one bulk copy brings. The 16-byte pieces of a row of 64 values
- * have changed places by the row's number modulo 8, which is how the tensor cores read 128 bytes
- * a row without meeting in a bank (the PTX manual's 128-byte swizzle).
+ * [row tiles of 64][n / 16 steps][4 warps][32 lanes][8 values] bf16: what a lane multiplies in a
+ * step of 16 columns is 16 bytes, and a warp's 16 rows are 512 bytes that follow each other. So a
+ * product takes its rows straight to registers, with one load a step, and needs shared memory for
+ * its weights alone.
  *
  * A row may be unnormed: values are x * weight, and the row's squares are added up elsewhere, so
  * that what norms it, a factor of the row, is applied to results. Then nothing stands between the
@@ -15,14 +16,17 @@
 #include "engine/kernels/cuda/math.cuh"
 
 enum {
-    PACKED_ROWS = 128,   /* of a tile */
-    PACKED_COLUMNS = 64, /* of a chunk */
-    PACKED_PARTS = 96,   /* of a row's squares at most */
+    PACKED_ROWS = 64,                           /* of a tile */
+    PACKED_COLUMNS = 16,                        /* of a step */
+    PACKED_STEP = PACKED_ROWS * PACKED_COLUMNS, /* values of a tile's step */
+    PACKED_WARP = PACKED_STEP / 4,              /* of a warp's part of it: 16 rows */
+    PACKED_LANE = PACKED_WARP / WARP,           /* of a lane's */
+    PACKED_PARTS = 48,                          /* of a row's squares at most */
 };
 
 /* By value to a kernel. */
 struct packed_rows {
-    bf16 *values; /* of rows rounded up to PACKED_ROWS; those beyond the step's hold anything */
+    bf16 *values; /* packed_values; rows beyond the step's hold anything */
     int n;        /* values of a row, a multiple of PACKED_COLUMNS */
     /* Sums of squares of each row before its weight, in parts: [rows, n_parts]; NULL: the rows
      * are what is to be multiplied. */
@@ -31,24 +35,27 @@ struct packed_rows {
     float eps;   /* of the norm */
 };
 
+/* Of so many rows, those of a block that has twice PACKED_ROWS included. */
 static inline __host__ __device__ int64_t packed_values(int rows, int n)
 {
-    return (int64_t)((rows + PACKED_ROWS - 1) / PACKED_ROWS) * PACKED_ROWS * n;
+    return (int64_t)((rows + 2 * PACKED_ROWS - 1) / (2 * PACKED_ROWS)) * 2 * PACKED_ROWS * n;
 }
 
-/* Where the value of a row and column lies; 8 columns that begin at a multiple of 8 lie together.
- */
+/* Where the value of a row and column lies. Lane 4 g + t has, of a warp's 16 rows, row g's columns
+ * 2 t and 2 t + 1, row g + 8's, then both rows' columns 8 on. */
 static inline __host__ __device__ int64_t packed_at(int row, int column, int n)
 {
-    const int64_t chunk =
+    const int64_t step =
         (int64_t)(row / PACKED_ROWS) * (n / PACKED_COLUMNS) + column / PACKED_COLUMNS;
-    const int piece = (column % PACKED_COLUMNS / 8) ^ (row % 8);
-    return (chunk * PACKED_ROWS + row % PACKED_ROWS) * PACKED_COLUMNS + piece * 8 + column % 8;
+    const int warp = row % PACKED_ROWS / 16, lane = row % 8 * 4 + column % 8 / 2;
+    return step * PACKED_STEP + warp * PACKED_WARP + lane * PACKED_LANE + column % 16 / 8 * 4 +
+           row % 16 / 8 * 2 + column % 2;
 }
 
 /* The squares of a row that LANES lanes, which follow each other, hold until they are there. */
 template <int LANES> struct packed_squares {
-    float4 part[PACKED_PARTS / 4 / LANES];
+    static constexpr int n = (PACKED_PARTS / 4 + LANES - 1) / LANES; /* of a lane */
+    float4 part[n];
 };
 
 template <int LANES>
@@ -58,7 +65,7 @@ static __device__ __forceinline__ void hold_squares(struct packed_squares<LANES>
     const float4 *const parts =
         reinterpret_cast<const float4 *>(p.squares + (int64_t)row * p.n_parts);
 #pragma unroll
-    for (int k = 0; k < PACKED_PARTS / 4 / LANES; k++) {
+    for (int k = 0; k < packed_squares<LANES>::n; k++) {
         const int i = threadIdx.x % LANES + k * LANES;
         h->part[k] = make_float4(0, 0, 0, 0);
         if (here && i < p.n_parts / 4)
@@ -73,7 +80,7 @@ static __device__ __forceinline__ float scale_of_squares(const struct packed_squ
 {
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < PACKED_PARTS / 4 / LANES; k++)
+    for (int k = 0; k < packed_squares<LANES>::n; k++)
         sum += (h.part[k].x + h.part[k].y) + (h.part[k].z + h.part[k].w);
 #pragma unroll
     for (int o = LANES / 2; o; o >>= 1)
@@ -114,6 +121,19 @@ static __device__ __forceinline__ void packed_store(bf16 *values, int n, int row
 {
     *reinterpret_cast<__nv_bfloat162 *>(values + packed_at(row, column, n)) =
         __floats2bfloat162_rn(x, y);
+}
+
+/* The same of a row and, if `both`, of the row 8 on, as a product leaves them; row % 16 < 8. */
+static __device__ __forceinline__ void packed_store_rows(bf16 *values, int n, int row, int column,
+                                                         float2 first, float2 second, bool both)
+{
+    const __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(first.x, first.y),
+                                    __floats2bfloat162_rn(second.x, second.y)};
+    bf16 *const to = values + packed_at(row, column, n);
+    if (both)
+        *reinterpret_cast<uint2 *>(to) = reinterpret_cast<const uint2 &>(pair);
+    else
+        *reinterpret_cast<__nv_bfloat162 *>(to) = pair[0];
 }
 
 #endif

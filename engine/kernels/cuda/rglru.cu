@@ -26,13 +26,12 @@ enum {
     NORM_ROWS = 4, /* of a piece, that a block of z_norm_kernel has: a warp each */
 };
 
-template <bool PACKED>
 static __global__ void __launch_bounds__(ITEM_THREADS)
     rglru_item_kernel(const __grid_constant__ struct rglru_decode d)
 {
     DYNAMIC_SHARED(unsigned char, shared);
     pdl_trigger();
-    rglru_item<3, PACKED>(d, blockIdx.x, shared);
+    rglru_item<3>(d, blockIdx.x, shared);
 }
 
 /* ---- prompts ---- */
@@ -510,7 +509,6 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
 {
     const bool decode = c->step.decode;
     struct rglru_front f = *front;
-    CHECK(!f.out.values || (decode && f.packed.values));
     CHECK(!f.weighted || (decode && f.h && f.out_weight));
     CHECK(decode || (f.products && f.normed && f.z_norm.weight));
     if (!rglru_possible(&f))
@@ -518,7 +516,7 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
     const int n_tiles = gate_tiles(c, &f);
     if (!n_tiles)
         return false;
-    if (!f.h && !f.packed.values && (!decode || c->step.rows > NORMED_ROWS)) {
+    if (!f.h && (!decode || c->step.rows > NORMED_ROWS)) {
         norm_to_bf16(c, c->converted, f.x, f.norm, f.dim, nullptr, c->step.rows,
                      &c->step.sizes->n_rows);
         f.h = c->converted;
@@ -528,7 +526,7 @@ bool fused_rglru(struct cuda *c, const struct rglru_front *front)
         return true;
     }
     const struct rglru_decode d = rglru_decode_of(c, &f);
-    launch(&c->queue, "rglru", f.packed.values ? rglru_item_kernel<true> : rglru_item_kernel<false>,
-           dim3(rglru_items(&d)), ITEM_THREADS, rglru_shared_bytes(&d), d);
+    launch(&c->queue, "rglru", rglru_item_kernel, dim3(rglru_items(&d)), ITEM_THREADS,
+           rglru_shared_bytes(&d), d);
     return true;
 }

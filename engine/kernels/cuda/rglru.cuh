@@ -1,5 +1,6 @@
 /* rglru.cuh - the RG-LRU of one row per sequence, from the residual stream to the state, as a
- * piece of a kernel: rglru.cu launches it alone, front.cu beside a product.
+ * piece of a kernel: rglru.cu launches it alone, front.cu beside a product. Packed rows have a
+ * piece of their own, warpgroup_gates.cuh, which takes the terms of two channels from here.
  *
  * The work is cut into items: 16, 32 or 64 rows x n_tiles * 8 channels of one block of the gates.
  * An item belongs to one thread block; a warp has 16 of the rows and every so-manieth 8 channels.
@@ -51,22 +52,19 @@ static inline __host__ __device__ int rglru_items(const struct rglru_decode *d)
     return (d->rows + rows - 1) / rows * d->f.n_blocks * rglru_groups(d);
 }
 
-/* Shared memory that an item takes, 16-byte aligned: rows, weights, constants, the norm, its
- * factors of the rows. */
+/* Shared memory that an item takes, 16-byte aligned: rows, weights, constants, the norm. */
 static inline __host__ __device__ size_t rglru_shared_bytes(const struct rglru_decode *d)
 {
     const int stride = rglru_stride(d->f.dim / d->f.n_blocks);
     return (size_t)(RGLRU_ROWS * d->row_tiles + 2 * 8 * d->n_tiles) * stride * sizeof(bf16) +
-           (size_t)d->n_tiles * 8 * 3 * sizeof(float) + (size_t)stride * 2 * sizeof(float) +
-           (size_t)RGLRU_ROWS * d->row_tiles * sizeof(float);
+           (size_t)d->n_tiles * 8 * 3 * sizeof(float) + (size_t)stride * 2 * sizeof(float);
 }
 
 /* The shapes that rglru_item can do: widths D/B that are multiples of 8 up to 512. */
 static inline bool rglru_possible(const struct rglru_front *f)
 {
     const int width = f->dim / f->n_blocks;
-    return (f->h || f->packed.values || f->norm.weight) && f->dim % f->n_blocks == 0 &&
-           width % 8 == 0 && width <= 512;
+    return (f->h || f->norm.weight) && f->dim % f->n_blocks == 0 && width % 8 == 0 && width <= 512;
 }
 
 /* How the step's rows are cut: tall items, as rows are fewer bytes than weights, and of as few
@@ -159,38 +157,30 @@ static __device__ __forceinline__ void rglru_stage(bf16 *to, const float *recurr
     }
 }
 
-/* Both gates' products of 16 rows of h with TILES times 8 channels, in the layout of an mma's d;
- * recurrence and input are the channels' staged weights. */
-template <int TILES>
-static __device__ __forceinline__ void rglru_products(float (&r)[TILES][4], float (&i)[TILES][4],
-                                                      const bf16 *h, const bf16 *recurrence,
-                                                      const bf16 *input, int stride)
+/* Both gates' products of 16 rows of h with 8 channels, in the layout of an mma's d; recurrence and
+ * input are the channels' staged weights. */
+static __device__ __forceinline__ void rglru_products(float (&r)[4], float (&i)[4], const bf16 *h,
+                                                      const bf16 *recurrence, const bf16 *input,
+                                                      int stride)
 {
     const int lane = threadIdx.x % WARP, row = lane % 8;
     const bf16 *a_at = h + (row + lane / 8 % 2 * 8) * stride + lane / 16 * 8;
     const bf16 *b_at = (lane < 16 ? recurrence : input) + row * stride + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int n = 0; n < TILES; n++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            r[n][j] = i[n][j] = 0;
-    }
+    for (int j = 0; j < 4; j++)
+        r[j] = i[j] = 0;
 #pragma unroll 2
     for (int k = 0; k < stride - 8; k += 16) {
-        uint32_t a[4];
+        uint32_t a[4], b[4];
         ldmatrix_x4(a, a_at + k);
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            uint32_t b[4];
-            ldmatrix_x4(b, b_at + n * 8 * stride + k);
-            mma_bf16(r[n], a, b);
-            mma_bf16(i[n], a, b + 2);
-        }
+        ldmatrix_x4(b, b_at + k);
+        mma_bf16(r, a, b);
+        mma_bf16(i, a, b + 2);
     }
 }
 
 /* Two channels' terms of one row, from a lane's products (r, i at j and j + 1). scale: what norms
- * the row, where it is not normed. */
+ * the row, where it is not normed (warpgroup_gates.cuh). */
 static __device__ __forceinline__ float4 rglru_pair(const float *r, const float *i, const bf16 *h,
                                                     const struct rglru_channel (&c)[2], bool begins,
                                                     float scale = 1)
@@ -268,79 +258,62 @@ static __device__ __forceinline__ void rglru_take_rows(bf16 *h, const struct rgl
     for (unsigned at = threadIdx.x; at < n * chunks; at += blockDim.x) {
         const int r = at / chunks, i = at % chunks * 8;
         const bool here = row0 + r < d.rows && i < width;
-        const bf16 *from = d.f.h;
-        if (here && d.f.packed.values)
-            from = d.f.packed.values + packed_at(row0 + r, first + i, d.f.dim);
-        else if (here)
-            from += (int64_t)(row0 + r) * d.f.dim + first + i;
+        const bf16 *from = d.f.h + (here ? (int64_t)(row0 + r) * d.f.dim + first + i : 0);
         copy_async_16(h + r * stride + i, from, here);
     }
     copy_async_commit();
 }
 
-enum { RGLRU_LANES = 4 }; /* that add up the squares of a packed row: 64 rows for 256 threads */
-
-/* Two channels of z of a row, for the product that comes, packed where the rows were; all lanes of a
- * warp. */
-template <bool PACKED>
-static __device__ __forceinline__ void rglru_pack(const struct rglru_front &f, float2 z,
-                                                  const float *weight, int row, int channel,
-                                                  bool here)
+/* Two channels of z of a row, for the product that comes; all lanes of a warp. */
+static __device__ __forceinline__ void rglru_weigh(const struct rglru_front &f, float2 z,
+                                                   const float *weight, int row, int channel,
+                                                   bool here)
 {
     float square = fmaf(z.x, z.x, z.y * z.y);
     square += __shfl_xor_sync(0xffffffffu, square, 1);
     square += __shfl_xor_sync(0xffffffffu, square, 2);
     if (!here)
         return;
-    const float x = z.x * weight[0], y = z.y * weight[1];
-    if (PACKED)
-        packed_store(f.out.values, f.dim, row, channel, x, y);
-    else
-        *reinterpret_cast<__nv_bfloat162 *>(f.weighted + (int64_t)row * f.dim + channel) =
-            __floats2bfloat162_rn(x, y);
-    if (threadIdx.x % 4 == 0 && PACKED)
-        f.out.squares[row * f.out.n_parts + channel / 8] = square;
-    else if (threadIdx.x % 4 == 0)
+    *reinterpret_cast<__nv_bfloat162 *>(f.weighted + (int64_t)row * f.dim + channel) =
+        __floats2bfloat162_rn(z.x * weight[0], z.y * weight[1]);
+    if (threadIdx.x % 4 == 0)
         f.factors.squares[row * f.factors.n_parts + channel / 8] = square;
 }
 
 /* One lane's part of a tile: z of two rows and two channels, to the state and to z. h: the
- * warp's rows, and what norms them, or NULL; c: the channels' constants; weight: out's. */
-template <bool PACKED>
+ * warp's rows; constants and weight, out_weight's part: the channels'. */
 static __device__ __forceinline__ void
 rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const float2 past[2],
-           const bf16 *h, const float *scales, const bf16 *recurrence, const bf16 *input,
+           const bf16 *h, const bf16 *recurrence, const bf16 *input,
            const struct rglru_channel *constants, const float *weight, int row0, int first,
            int channel, int stride)
 {
     const struct rglru_front &f = d.f;
     const int lane = threadIdx.x % WARP;
-    const bool packs = PACKED ? f.out.values != nullptr : f.weighted != nullptr;
     const struct rglru_channel c[2] = {constants[0], constants[1]};
-    float r[1][4], i[1][4];
-    rglru_products<1>(r, i, h, recurrence, input, stride);
+    float r[4], i[4];
+    rglru_products(r, i, h, recurrence, input, stride);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int row = lane / 4 + 8 * j;
-        const float4 t = rglru_pair(r[0] + 2 * j, i[0] + 2 * j, h + row * stride + channel - first,
-                                    c, at.begins[j], scales ? scales[row] : 1);
+        const bf16 *const own = h + row * stride + channel - first;
+        const float4 t = rglru_pair(r + 2 * j, i + 2 * j, own, c, at.begins[j]);
         const float2 z = make_float2(fmaf(t.x, past[j].x, t.y), fmaf(t.z, past[j].y, t.w));
         if (at.here[j]) {
             *reinterpret_cast<float2 *>(f.state.data + at.state[j] + channel) = z;
-            if (!packs)
+            if (!f.weighted)
                 *reinterpret_cast<float2 *>(f.z + (int64_t)(row0 + row) * f.dim + channel) = z;
         }
-        if (packs)
-            rglru_pack<PACKED>(f, z, weight, row0 + row, channel, at.here[j]);
+        if (f.weighted)
+            rglru_weigh(f, z, weight, row0 + row, channel, at.here[j]);
     }
 }
 
 /* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
  * weights and the step's arrays, which are copied before the step's first kernel; no thread of the
  * block may have returned before. shared: rglru_shared_bytes. The block has a multiple of 4 warps;
- * AT_ONCE: tiles whose states a lane asks for at a time; PACKED: f.packed is given, and the block
- * has RGLRU_LANES threads for each row of the item. */
-template <int AT_ONCE, bool PACKED>
+ * AT_ONCE: tiles whose states a lane asks for at a time. */
+template <int AT_ONCE>
 static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
                                                   unsigned char *shared)
 {
@@ -356,9 +329,8 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         reinterpret_cast<struct rglru_channel *>(weights + 2 * 8 * d.n_tiles * stride);
     float *const norm_weight = reinterpret_cast<float *>(constants + 8 * d.n_tiles);
     float *const norm_bias = norm_weight + stride;
-    float *const scales = norm_bias + stride;
     float *const out_weight = norm_weight; /* of the item's channels: no norm here, then */
-    const bool normed = PACKED || f.h;
+    const bool normed = f.h;
 
     const size_t from = (size_t)(first + out0) * width;
     rglru_stage<4>(weights, f.recurrence_gate + from, f.input_gate + from, n_tiles * 8, width,
@@ -383,10 +355,6 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
     pdl_wait();
     if (normed)
         rglru_take_rows(h, d, row0, n, first, width, stride);
-    struct packed_squares<RGLRU_LANES> squares;
-    const int scaled = (int)threadIdx.x / RGLRU_LANES; /* the row it helps to norm */
-    if (PACKED)
-        hold_squares(&squares, f.packed, row0 + scaled, scaled < n && row0 + scaled < d.rows);
     bool ready = false;
     for (int tile0 = warp / d.row_tiles; !ready || tile0 < n_tiles; tile0 += AT_ONCE * step) {
         float2 past[AT_ONCE][2];
@@ -400,11 +368,6 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
                 copy_async_wait<0>();
             else
                 rglru_norm_rows(h, d, row0, n, first, width, stride, norm_weight, norm_bias);
-            if (PACKED) {
-                const float scale = scale_of_squares(squares, f.packed);
-                if (scaled < n && threadIdx.x % RGLRU_LANES == 0)
-                    scales[scaled] = scale;
-            }
             __syncthreads();
             ready = true;
         }
@@ -412,11 +375,10 @@ static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, 
         for (int k = 0; k < AT_ONCE; k++) {
             const int tile = tile0 + k * step, column = tile * 8 + lane % 4 * 2;
             if (tile < n_tiles)
-                rglru_tile<PACKED>(d, at, past[k], h + my_row * stride,
-                                   PACKED ? scales + my_row : nullptr, weights + tile * 8 * stride,
-                                   weights + (n_tiles + tile) * 8 * stride, constants + column,
-                                   out_weight + column, row0 + my_row, first,
-                                   first + out0 + column, stride);
+                rglru_tile(d, at, past[k], h + my_row * stride, weights + tile * 8 * stride,
+                           weights + (n_tiles + tile) * 8 * stride, constants + column,
+                           out_weight + column, row0 + my_row, first, first + out0 + column,
+                           stride);
         }
     }
 }

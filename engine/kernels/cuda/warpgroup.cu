@@ -1,47 +1,45 @@
-/* warpgroup.cu - products of up to 256 rows by warpgroups, see warpgroup.cuh.
+/* warpgroup.cu - products of up to 256 rows by warpgroups, and the RG-LRU beside those that a layer
+ * begins with, see warpgroup.cuh.
  *
- * Each warpgroup has 64 rows and all of the block's columns. Chunks of 64 columns of the rows have
- * a barrier each, which counts the bytes of one bulk copy; where not all chunks have a place, a
- * place is used again once the chunk in it has been multiplied. n_in above WARPGROUP_DEPTH is cut
- * into slices, a block of a cluster each; every block adds up a share of the columns, in the
- * slices' order.
+ * Each warpgroup has 64 rows and all of the block's columns. Its rows come straight to registers
+ * (packed.cuh), STAGES chunks of 64 columns ahead of the tensor cores; shared memory holds the
+ * block's weights alone, so that the next kernel's blocks find room for theirs beside it. n_in
+ * above WARPGROUP_DEPTH is cut into slices, a block of a cluster each; every block adds up a share
+ * of the columns, in the slices' order.
  */
 #include "engine/kernels/cuda/warpgroup.cuh"
+#include "engine/kernels/cuda/warpgroup_gates.cuh"
 
 enum {
     GROUP_THREADS = 4 * WARP,
     GROUP_ROWS = 64,
-    CHUNKS = WARPGROUP_DEPTH / PACKED_COLUMNS,
+    CHUNK = 64, /* columns of weights that lie together in shared memory */
+    STEPS = CHUNK / PACKED_COLUMNS,
     ATOM = 1024,                        /* bytes: what the tensor cores' factors are aligned to */
     LANES = GROUP_THREADS / GROUP_ROWS, /* that add up a row's squares */
     PACK_THREADS = WARPGROUP_DEPTH / 4,
 };
 
-/* One product, or two of the same rows and depth in one launch. */
-struct group_call {
-    struct warpgroup_product p[2];
-    int n_first; /* blocks along x of the first */
-};
-
-template <enum product_output OUTPUT, int COLUMNS, int GROUPS, int SLICES, int PLACES>
+template <enum product_output OUTPUT, int COLUMNS, int GROUPS, int SLICES, int STAGES,
+          int DEPTH = WARPGROUP_DEPTH>
 struct group_shape {
     static constexpr enum product_output output = OUTPUT;
     static constexpr int columns = COLUMNS, groups = GROUPS, slices = SLICES;
-    static constexpr int places = PLACES; /* of chunks of rows */
+    static constexpr int stages = STAGES; /* chunks of rows in registers */
     static constexpr int threads = GROUPS * GROUP_THREADS, rows = GROUPS * GROUP_ROWS;
     static constexpr int tiles = COLUMNS / 8, own = tiles / SLICES; /* of 8 columns */
-    static constexpr int in_depth = SLICES * WARPGROUP_DEPTH;
+    static constexpr int depth = DEPTH, in_depth = SLICES * DEPTH;  /* of a block; n_in */
+    static constexpr int chunks = DEPTH / CHUNK;
     static constexpr bool pairs = OUTPUT == OUTPUT_ACTIVATE;
     /* Byte offsets; beside ATOM bytes to begin at a multiple of it. */
-    static constexpr int weight_chunk = COLUMNS * PACKED_COLUMNS * 2;
-    static constexpr int row_chunk = rows * PACKED_COLUMNS * 2;
-    static constexpr int weights = 0, values = CHUNKS * weight_chunk;
-    static constexpr int received = values + PLACES * row_chunk; /* [slices][own][threads] float4 */
+    static constexpr int weight_chunk = COLUMNS * CHUNK * 2;
+    static constexpr int weights = 0;
+    static constexpr int received = chunks * weight_chunk; /* [slices][own][threads] float4 */
     static constexpr int scales = received + (SLICES > 1 ? SLICES * own * threads * 16 : 0);
-    static constexpr int fetched = scales + rows * 4;
-    static constexpr int bytes = fetched + CHUNKS * (int)sizeof(bulk_barrier) + ATOM;
+    static constexpr int came = scales + rows * 4; /* what counts the slices' sums */
+    static constexpr int bytes = came + (int)sizeof(bulk_barrier) + ATOM;
     static_assert(tiles % SLICES == 0 && (!pairs || tiles % 2 == 0) && bytes <= 227 * 1024 &&
-                      (SLICES == 1 || GROUPS == 1) && PLACES <= CHUNKS && CHUNKS % GROUPS == 0 &&
+                      (SLICES == 1 || GROUPS == 1) && STAGES <= chunks && chunks % GROUPS == 0 &&
                       COLUMNS % (GROUP_THREADS / 8) == 0,
                   "shapes of blocks");
 };
@@ -53,9 +51,10 @@ struct group_place {
     int column, row, slice;
 };
 
-template <class S> static __device__ __forceinline__ struct group_place find_place(int block)
+template <class S>
+static __device__ __forceinline__ struct group_place find_place(int block, int rows)
 {
-    struct group_place at = {block * S::columns, (int)blockIdx.y * S::rows, 0};
+    struct group_place at = {block * S::columns, rows * S::rows, 0};
     if (S::slices > 1) {
         at.slice = cluster_rank();
         at.column = block / S::slices * S::columns;
@@ -75,8 +74,8 @@ static __device__ __forceinline__ void fetch_weights(const struct warpgroup_prod
     constexpr int AT_ONCE = GROUP_THREADS / 8; /* rows */
     const int thread = threadIdx.x % GROUP_THREADS, row0 = thread / 8, piece = thread % 8;
     const int group = threadIdx.x / GROUP_THREADS;
-    bf16 *const to = reinterpret_cast<bf16 *>(shared + S::weights) + row0 * PACKED_COLUMNS +
-                     (piece ^ (row0 % 8)) * 8;
+    bf16 *const to =
+        reinterpret_cast<bf16 *>(shared + S::weights) + row0 * CHUNK + (piece ^ (row0 % 8)) * 8;
     const bf16 *from[S::columns / AT_ONCE];
 #pragma unroll
     for (int k = 0; k < S::columns / AT_ONCE; k++) {
@@ -86,55 +85,62 @@ static __device__ __forceinline__ void fetch_weights(const struct warpgroup_prod
             out += p.n_out / 2 - S::columns / 2;
         out = out < p.n_out ? out : p.n_out - 1; /* a last block with columns to spare */
         from[k] = p.weights + (int64_t)out * S::in_depth +
-                  (S::slices > 1 ? at.slice * (int)WARPGROUP_DEPTH : 0) + piece * 8;
+                  (S::slices > 1 ? at.slice * S::depth : 0) + piece * 8;
     }
 #pragma unroll
-    for (int i = 0; i < CHUNKS; i += S::groups) {
+    for (int i = 0; i < S::chunks; i += S::groups) {
         const int chunk = i + group;
 #pragma unroll
         for (int k = 0; k < S::columns / AT_ONCE; k++)
-            copy_async_16(to + (chunk * S::columns + AT_ONCE * k) * PACKED_COLUMNS,
-                          from[k] + chunk * PACKED_COLUMNS);
+            copy_async_16(to + (chunk * S::columns + AT_ONCE * k) * CHUNK, from[k] + chunk * CHUNK);
     }
     copy_async_commit();
 }
 
+/* The lane's part of the warpgroup's rows, some chunks of it. */
+template <class S> struct group_rows_held {
+    uint4 piece[S::stages][STEPS];
+};
+
+/* Where the lane's part of the warpgroup's rows begins. */
 template <class S>
-static __device__ __forceinline__ void fetch_rows(const struct warpgroup_product &p,
-                                                  const struct group_place &at, int chunk,
-                                                  bulk_barrier *fetched, unsigned char *shared)
+static __device__ __forceinline__ const bf16 *lane_rows(const struct warpgroup_product &p,
+                                                        const struct group_place &at)
 {
-    const int64_t tile =
-        at.row / PACKED_ROWS * (S::in_depth / PACKED_COLUMNS) + at.slice * CHUNKS + chunk;
-    bulk_copy(shared + S::values + chunk % S::places * S::row_chunk,
-              p.in.values + (tile * PACKED_ROWS + at.row % PACKED_ROWS) * PACKED_COLUMNS,
-              S::row_chunk, fetched + chunk);
+    const int tile = at.row / PACKED_ROWS + threadIdx.x / GROUP_THREADS;
+    const int64_t step =
+        (int64_t)tile * (S::in_depth / PACKED_COLUMNS) + at.slice * S::chunks * STEPS;
+    return p.in.values + step * PACKED_STEP + threadIdx.x % GROUP_THREADS * PACKED_LANE;
 }
 
-/* sum += the warpgroup's rows times the block's weights. */
 template <class S>
-static __device__ __forceinline__ void
-multiply(float (&sum)[4 * S::tiles], const struct warpgroup_product &p,
-         const struct group_place &at, bulk_barrier *fetched, unsigned char *shared)
+static __device__ __forceinline__ void take_rows(struct group_rows_held<S> *h, const bf16 *rows,
+                                                 int chunk)
+{
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+        h->piece[chunk % S::stages][k] = load_once(rows + (chunk * STEPS + k) * PACKED_STEP);
+}
+
+/* sum += the warpgroup's rows, of which the first chunks are on their way, times the block's
+ * weights. */
+template <class S>
+static __device__ __forceinline__ void multiply(float (&sum)[4 * S::tiles],
+                                                struct group_rows_held<S> *h, const bf16 *rows,
+                                                const unsigned char *shared)
 {
     const bf16 *const weights = reinterpret_cast<const bf16 *>(shared + S::weights);
-    const bf16 *const values = reinterpret_cast<const bf16 *>(shared + S::values) +
-                               threadIdx.x / GROUP_THREADS * GROUP_ROWS * PACKED_COLUMNS;
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        bulk_wait(fetched + chunk);
-        const bf16 *const a = values + chunk % S::places * (S::row_chunk / 2);
-        const bf16 *const b = weights + chunk * (S::weight_chunk / 2);
+    for (int chunk = 0; chunk < S::chunks; chunk++) {
         wgmma_begin();
 #pragma unroll
-        for (int k = 0; k < PACKED_COLUMNS; k += 16)
-            wgmma_bf16<S::columns>(sum, a, b, k);
+        for (int k = 0; k < STEPS; k++)
+            wgmma_rows<S::columns>(sum, h->piece[chunk % S::stages][k],
+                                   weights + chunk * (S::weight_chunk / 2), k * PACKED_COLUMNS);
         wgmma_commit();
-        if (chunk > 0 && chunk - 1 + S::places < CHUNKS) { /* to the place of the one before */
+        if (chunk > 0 && chunk - 1 + S::stages < S::chunks) { /* in place of the one before */
             wgmma_wait<1>();
-            __syncthreads();
-            if (threadIdx.x == 0)
-                fetch_rows<S>(p, at, chunk - 1 + S::places, fetched, shared);
+            take_rows<S>(h, rows, chunk - 1 + S::stages);
         }
     }
     wgmma_finish(sum);
@@ -165,11 +171,8 @@ static __device__ __forceinline__ void put_results(const struct warpgroup_produc
                         y = sum[4 * n + 2 * j + 1] * l.scale[j];
             if (l.column + 8 * n >= p.n_out)
                 break;
-            if (p.output == OUTPUT_BF16)
-                *reinterpret_cast<__nv_bfloat162 *>((bf16 *)p.out + at + 8 * n) =
-                    __floats2bfloat162_rn(x, y);
-            else
-                *reinterpret_cast<float2 *>((float *)p.out + at + 8 * n) = make_float2(x, y);
+            *reinterpret_cast<__nv_bfloat162 *>((bf16 *)p.out + at + 8 * n) =
+                __floats2bfloat162_rn(x, y);
         }
     }
 }
@@ -179,18 +182,20 @@ static __device__ __forceinline__ void put_activated(const struct warpgroup_prod
                                                      const float (&sum)[4 * S::tiles],
                                                      const struct group_lane &l)
 {
+    if (!l.here[0])
+        return;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        if (!l.here[j])
-            continue;
+    for (int n = 0; n < S::tiles / 2; n++) {
+        float2 y[2];
 #pragma unroll
-        for (int n = 0; n < S::tiles / 2; n++) {
+        for (int j = 0; j < 2; j++) {
             const float *const gate = sum + 4 * n + 2 * j, *const up = gate + 2 * S::tiles;
             const float2 act =
                 quick_activate(make_float2(gate[0] * l.scale[j], gate[1] * l.scale[j]), p.act);
-            packed_store(p.next.values, p.next.n, l.row[j], l.column + 8 * n,
-                         act.x * (up[0] * l.scale[j]), act.y * (up[1] * l.scale[j]));
+            y[j] = make_float2(act.x * (up[0] * l.scale[j]), act.y * (up[1] * l.scale[j]));
         }
+        packed_store_rows(p.next.values, p.next.n, l.row[0], l.column + 8 * n, y[0], y[1],
+                          l.here[1]);
     }
 }
 
@@ -220,27 +225,35 @@ static __device__ __forceinline__ void put_sums(const struct warpgroup_product &
                                                 struct held_sums<N> *h, const float *sum,
                                                 const struct group_lane &l)
 {
-    static_assert(N == 2, "a part of the squares is of 16 columns");
+    static_assert(N % 2 == 0, "a part of the squares is of 16 columns");
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        float square = 0;
+        float square[N / 2] = {};
 #pragma unroll
         for (int n = 0; n < N; n++) {
             float2 *const x = &h->x[j][n];
             x->x += sum[4 * n + 2 * j], x->y += sum[4 * n + 2 * j + 1];
-            square = fmaf(x->x, x->x, fmaf(x->y, x->y, square));
-            if (!l.here[j])
-                continue;
-            *reinterpret_cast<float2 *>((float *)p.out + l.row[j] * p.out_stride + l.column +
-                                        8 * n) = *x;
-            if (p.next.values)
-                packed_store(p.next.values, p.next.n, l.row[j], l.column + 8 * n,
-                             x->x * h->weight[n].x, x->y * h->weight[n].y);
+            square[n / 2] = fmaf(x->x, x->x, fmaf(x->y, x->y, square[n / 2]));
+            if (l.here[j])
+                *reinterpret_cast<float2 *>((float *)p.out + l.row[j] * p.out_stride + l.column +
+                                            8 * n) = *x;
         }
-        square += __shfl_xor_sync(0xffffffffu, square, 1);
-        square += __shfl_xor_sync(0xffffffffu, square, 2);
-        if (p.next.values && l.here[j] && threadIdx.x % 4 == 0)
-            p.next.squares[l.row[j] * p.next.n_parts + l.column / (8 * N)] = square;
+#pragma unroll
+        for (int n = 0; n < N / 2; n++) {
+            square[n] += __shfl_xor_sync(0xffffffffu, square[n], 1);
+            square[n] += __shfl_xor_sync(0xffffffffu, square[n], 2);
+            if (p.next.values && l.here[j] && threadIdx.x % 4 == 0)
+                p.next.squares[l.row[j] * p.next.n_parts + l.column / 16 + n] = square[n];
+        }
+    }
+    if (!p.next.values || !l.here[0])
+        return;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float2 w = h->weight[n], x = h->x[0][n], y = h->x[1][n];
+        packed_store_rows(p.next.values, p.next.n, l.row[0], l.column + 8 * n,
+                          make_float2(x.x * w.x, x.y * w.y), make_float2(y.x * w.x, y.y * w.y),
+                          l.here[1]);
     }
 }
 
@@ -250,17 +263,17 @@ static __device__ __forceinline__ void exchange(float (&sum)[4 * S::tiles], int 
                                                 unsigned char *shared)
 {
     float4 *const received = reinterpret_cast<float4 *>(shared + S::received) + threadIdx.x;
-    cluster_wait(); /* the others have begun */
+    bulk_barrier *const came = reinterpret_cast<bulk_barrier *>(shared + S::came);
 #pragma unroll
     for (int s = 0; s < S::slices; s++) {
 #pragma unroll
         for (int n = 0; n < S::own; n++) {
             const float *const from = sum + 4 * (s * S::own + n);
-            *cluster_peer(received + (slice * S::own + n) * S::threads, s) =
-                make_float4(from[0], from[1], from[2], from[3]);
+            cluster_send(received + (slice * S::own + n) * S::threads,
+                         make_float4(from[0], from[1], from[2], from[3]), s, came);
         }
     }
-    cluster_sync();
+    cluster_receive(came);
 #pragma unroll
     for (int n = 0; n < S::own; n++) {
         float4 x = received[n * S::threads];
@@ -273,23 +286,21 @@ static __device__ __forceinline__ void exchange(float (&sum)[4 * S::tiles], int 
     }
 }
 
+/* All threads of a block. */
 template <class S>
-static __global__ void __launch_bounds__(S::threads, 1)
-    warpgroup_kernel(const __grid_constant__ struct group_call c)
+static __device__ __forceinline__ void product_block(const struct warpgroup_product &p,
+                                                     const struct group_place &at,
+                                                     unsigned char *shared)
 {
-    DYNAMIC_SHARED(unsigned char, unaligned);
-    unsigned char *const shared = unaligned + (ATOM - (uintptr_t)unaligned % ATOM) % ATOM;
-    const bool second = (int)blockIdx.x >= c.n_first;
-    const struct warpgroup_product &p = c.p[second];
-    const struct group_place at = find_place<S>((int)blockIdx.x - (second ? c.n_first : 0));
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
     float *const scales = reinterpret_cast<float *>(shared + S::scales);
     pdl_trigger();
-    if (S::slices > 1)
+    if (S::slices > 1) {
+        if (warp == 0)
+            bulk_begin(reinterpret_cast<bulk_barrier *>(shared + S::came),
+                       S::slices * S::own * S::threads * (int)sizeof(float4));
         cluster_arrive_relaxed();
-    if (warp == 0)
-        bulk_begin(fetched, S::row_chunk, CHUNKS);
+    }
     fetch_weights<S>(p, at, shared);
     const int n_rows = *p.n_rows;
     struct group_lane l;
@@ -309,15 +320,21 @@ static __global__ void __launch_bounds__(S::threads, 1)
                 __ldg(reinterpret_cast<const float2 *>(p.next_weight + l.column + 8 * n));
     }
 
+    const bf16 *const rows = lane_rows<S>(p, at);
+    if (S::slices > 1)
+        cluster_wait(); /* the others have begun to count */
+
     pdl_wait();
-    if (warp == 0 && lane < S::places)
-        fetch_rows<S>(p, at, lane, fetched, shared);
-    if (S::output == OUTPUT_ADD)
-        hold_sums<HELD>(&held, p, l);
     struct packed_squares<LANES> squares;
     const int scaled = (int)threadIdx.x / LANES; /* the row it helps to norm */
     if (S::output != OUTPUT_ADD)
         hold_squares(&squares, p.in, at.row + scaled, at.row + scaled < n_rows);
+    struct group_rows_held<S> taken;
+#pragma unroll
+    for (int chunk = 0; chunk < S::stages; chunk++)
+        take_rows<S>(&taken, rows, chunk);
+    if (S::output == OUTPUT_ADD)
+        hold_sums<HELD>(&held, p, l);
     copy_async_wait<0>();
     if (S::output != OUTPUT_ADD) {
         const float scale = scale_of_squares(squares, p.in);
@@ -327,7 +344,7 @@ static __global__ void __launch_bounds__(S::threads, 1)
     shared_for_products();
     __syncthreads();
     float sum[4 * S::tiles] = {};
-    multiply<S>(sum, p, at, fetched, shared);
+    multiply<S>(sum, &taken, rows, shared);
     if (S::output != OUTPUT_ADD) {
         l.scale[0] = scales[l.row[0] - at.row];
         l.scale[1] = scales[l.row[1] - at.row];
@@ -340,6 +357,41 @@ static __global__ void __launch_bounds__(S::threads, 1)
         put_activated<S>(p, sum, l);
     else
         put_results<S>(p, sum, l);
+}
+
+static __device__ __forceinline__ unsigned char *aligned(unsigned char *shared)
+{
+    return shared + (ATOM - (uintptr_t)shared % ATOM) % ATOM;
+}
+
+template <class S>
+static __global__ void __launch_bounds__(S::threads, 1)
+    warpgroup_kernel(const __grid_constant__ struct warpgroup_product p)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    product_block<S>(p, find_place<S>((int)blockIdx.x, (int)blockIdx.y), aligned(shared));
+}
+
+struct front_call {
+    struct warpgroup_front f;
+    struct device_step step;
+    int n_gates;    /* blocks of the RG-LRU's clusters, which are the first */
+    int n_products; /* of v, q, k; what is left to fill a cluster has nothing to do */
+    int wide;       /* of these, that have the same rows */
+};
+
+template <class S>
+static __global__ void __launch_bounds__(S::threads, 1)
+    front_kernel(const __grid_constant__ struct front_call c)
+{
+    DYNAMIC_SHARED(unsigned char, shared);
+    const int block = (int)blockIdx.x - c.n_gates;
+    if (block < 0)
+        gates_block(c.f, c.step, (int)blockIdx.x / GATES_BLOCKS * GATES_ROWS, shared);
+    else if (block < c.n_products)
+        product_block<S>(c.f.vqk, find_place<S>(block % c.wide, block / c.wide), aligned(shared));
+    else
+        pdl_wait();
 }
 
 /* ---- rows to begin with ---- */
@@ -370,38 +422,46 @@ static __global__ void __launch_bounds__(PACK_THREADS)
 
 /* ---- launching ---- */
 
-/* Blocks of 128 rows and 24 features where there are so many rows; else of 64. Every shape is for
- * an SM of its own: what lets blocks of successive kernels, or two of one kernel, share an SM
- * (fewer places) made each of them slower by more than it saved. */
-typedef group_shape<OUTPUT_BF16, 48, 1, 1, CHUNKS> group_rows; /* and OUTPUT_F32 */
-typedef group_shape<OUTPUT_ADD, 16, 1, 1, CHUNKS> group_add;
-typedef group_shape<OUTPUT_ADD, 64, 1, 4, CHUNKS> group_add_slices;
-typedef group_shape<OUTPUT_ACTIVATE, 48, 1, 1, CHUNKS> group_activate;
+/* What was fastest, with how many chunks in registers (NOTES.md). Blocks of 128 rows and 24
+ * features where there are so many rows; else of 64. Registers are what keeps the next kernel's
+ * blocks away: mlp in and mlp out of 128 rows are made to fit beside each other. */
+typedef group_shape<OUTPUT_BF16, 96, 1, 1, 8> group_rows; /* of the front */
+typedef group_shape<OUTPUT_ADD, 16, 1, 1, 10> group_add;
+typedef group_shape<OUTPUT_ADD, 64, 1, 4, 6> group_add_slices;
+typedef group_shape<OUTPUT_ADD, 128, 1, 8, 6, WARPGROUP_DEPTH / 2>
+    group_add_few; /* up to 64 rows */
+typedef group_shape<OUTPUT_ACTIVATE, 48, 1, 1, 10> group_activate;
 typedef group_shape<OUTPUT_ACTIVATE, 48, 2, 1, 8> group_activate_wide;
 
 template <class S>
-static void run(struct cuda *c, const char *name, const struct warpgroup_product *p, int n)
+static void run(struct cuda *c, const char *name, const struct warpgroup_product *p)
 {
-    struct group_call call = {};
-    int wide = 0;
-    for (int i = 0; i < n; i++) {
-        call.p[i] = p[i];
-        wide += ceil_div(p[i].n_out, S::columns) * S::slices;
-        call.n_first = i ? call.n_first : wide;
-    }
-    const dim3 grid((unsigned)wide, (unsigned)ceil_div(p->rows, S::rows));
+    const dim3 grid((unsigned)(ceil_div(p->n_out, S::columns) * S::slices),
+                    (unsigned)ceil_div(p->rows, S::rows));
     if (S::slices > 1)
         launch_cluster(&c->queue, name, warpgroup_kernel<S>, grid, S::slices, S::threads,
-                       (size_t)S::bytes, call);
+                       (size_t)S::bytes, *p);
     else
-        launch(&c->queue, name, warpgroup_kernel<S>, grid, S::threads, (size_t)S::bytes, call);
+        launch(&c->queue, name, warpgroup_kernel<S>, grid, S::threads, (size_t)S::bytes, *p);
+}
+
+/* Of shared memory, as both of the front's kinds of blocks need. */
+static int front_bytes(void)
+{
+    return group_rows::bytes > gates_places::bytes ? group_rows::bytes : gates_places::bytes;
 }
 
 bool warpgroups_are_there(const struct cuda *c)
 {
     typedef group_add_slices S;
+    typedef group_add_few F;
     return c->queue.capability == 90 && has_warpgroups((const void *)warpgroup_kernel<S>) &&
-           cluster_fits((const void *)warpgroup_kernel<S>, S::slices, S::threads, (size_t)S::bytes);
+           cluster_fits((const void *)warpgroup_kernel<S>, S::slices, S::threads,
+                        (size_t)S::bytes) &&
+           cluster_fits((const void *)warpgroup_kernel<F>, F::slices, F::threads,
+                        (size_t)F::bytes) &&
+           cluster_fits((const void *)front_kernel<group_rows>, GATES_BLOCKS, group_rows::threads,
+                        (size_t)front_bytes());
 }
 
 bool warpgroup_has(enum product_output output, int n_out, int n_in)
@@ -412,29 +472,48 @@ bool warpgroup_has(enum product_output output, int n_out, int n_in)
     case OUTPUT_ACTIVATE:
         return n_in == WARPGROUP_DEPTH && n_out % group_activate::columns == 0;
     case OUTPUT_BF16:
-    case OUTPUT_F32:
         return n_in == WARPGROUP_DEPTH && n_out % 8 == 0;
     default:
         return false;
     }
 }
 
-void warpgroup_products(struct cuda *c, const struct warpgroup_product *p, int n)
+bool warpgroup_has_logits(int n_logits, int n_in)
 {
-    for (int i = 0; i < n; i++)
-        CHECK(warpgroup_has(p[i].output, p[i].n_out, p[i].in.n) && p[i].rows == p->rows &&
-              (p[i].output == OUTPUT_ADD) == !p[i].in.squares);
-    CHECK(n == 1 || (n == 2 && p[0].output <= OUTPUT_F32 && p[1].output <= OUTPUT_F32));
-    if (p->output == OUTPUT_ADD && p->in.n > WARPGROUP_DEPTH)
-        run<group_add_slices>(c, "warpgroup_add", p, n);
+    return n_in == WARPGROUP_DEPTH && n_logits % 8 == 0 && n_logits <= WARPGROUP_LOGITS;
+}
+
+void warpgroup_product(struct cuda *c, const struct warpgroup_product *p)
+{
+    CHECK(p->output != OUTPUT_BF16 && warpgroup_has(p->output, p->n_out, p->in.n) &&
+          (p->output == OUTPUT_ADD) == !p->in.squares);
+    if (p->output == OUTPUT_ADD && p->in.n > WARPGROUP_DEPTH && p->rows <= GROUP_ROWS)
+        run<group_add_few>(c, "warpgroup_add", p);
+    else if (p->output == OUTPUT_ADD && p->in.n > WARPGROUP_DEPTH)
+        run<group_add_slices>(c, "warpgroup_add", p);
     else if (p->output == OUTPUT_ADD)
-        run<group_add>(c, "warpgroup_add", p, n);
+        run<group_add>(c, "warpgroup_add", p);
     else if (p->output == OUTPUT_ACTIVATE && p->rows > GROUP_ROWS)
-        run<group_activate_wide>(c, "warpgroup_activate", p, n);
-    else if (p->output == OUTPUT_ACTIVATE)
-        run<group_activate>(c, "warpgroup_activate", p, n);
+        run<group_activate_wide>(c, "warpgroup_activate", p);
     else
-        run<group_rows>(c, "warpgroup_rows", p, n);
+        run<group_activate>(c, "warpgroup_activate", p);
+}
+
+void warpgroup_front(struct cuda *c, const struct warpgroup_front *f)
+{
+    typedef group_rows S;
+    struct front_call call = {*f, c->step};
+    CHECK(c->step.decode && c->step.rows == f->vqk.rows &&
+          warpgroup_has_logits(f->n_logits, f->vqk.in.n));
+    CHECK(f->vqk.output == OUTPUT_BF16 && f->vqk.in.squares &&
+          warpgroup_has(OUTPUT_BF16, f->vqk.n_out, f->vqk.in.n));
+    call.n_gates = ceil_div(f->vqk.rows, GATES_ROWS) * GATES_BLOCKS;
+    call.wide = ceil_div(f->vqk.n_out, S::columns);
+    call.n_products = call.wide * ceil_div(f->vqk.rows, S::rows);
+    const int blocks = call.n_gates + call.n_products;
+    launch_cluster(&c->queue, "warpgroup_front", front_kernel<S>,
+                   dim3((unsigned)ceil_div(blocks, GATES_BLOCKS) * GATES_BLOCKS), GATES_BLOCKS,
+                   S::threads, (size_t)front_bytes(), call);
 }
 
 void pack_rows(struct cuda *c, const struct packed_rows *out, const float *x, const float *weight,
