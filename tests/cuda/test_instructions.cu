@@ -659,6 +659,8 @@ static void test_sends(void **)
     need_clusters();
     for (int n : cluster_sizes) {
         static float out[N * 16];
+        if (n == 1) /* memcheck has sends need clusters of two blocks at least */
+            continue;
         for (int i = 0; i < N * 16; i++)
             f.host[i] = (float)(i % 1013);
         OK(cudaMemcpy(f.in, f.host, sizeof(f.host), cudaMemcpyHostToDevice));

@@ -7,7 +7,9 @@ struct scratch_item {
     void **out;
     size_t row_bytes;
     int rows;
-    bool is_cleared; /* products read whole tiles of packed rows, also what no step has written */
+    /* Products read whole tiles of packed rows, also what no step has written; and initcheck does
+     * not see what the library stores by tensor maps. */
+    bool is_cleared;
 };
 
 enum { N_ITEMS = 24 };
@@ -36,13 +38,14 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
     const int few = rows < CLUSTER_ROWS ? rows : CLUSTER_ROWS;
     const size_t packed = rglru && cluster_has(&shape) ? sizeof(bf16) : 0;
     const struct scratch_item items[N_ITEMS] = {
-        {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows},
+        {(void **)&s->vqk, (q + 2 * kv) * sizeof(bf16), rows, true},
         {(void **)&s->h, rglru || c->post_norms ? D * sizeof(bf16) : 0, rows},
         {(void **)&s->z, D * rglru, rows},
-        {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float), rows},
+        {(void **)&s->gates, (2 * (size_t)c->n_latents + (size_t)c->n_heads) * sizeof(float), rows,
+         true},
         {(void **)&s->mixed, q * sizeof(bf16), rows},
         {(void **)&s->up, F * sizeof(bf16), rows},
-        {(void **)&s->wide, 2 * F * sizeof(bf16), rows},
+        {(void **)&s->wide, 2 * F * sizeof(bf16), rows, true},
         {(void **)&s->y, c->post_norms ? D * sizeof(float) : 0, rows},
         {(void **)&s->v32, kv * full, rows},
         {(void **)&s->q32, q * full, rows},
