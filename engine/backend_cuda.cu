@@ -1,6 +1,6 @@
 /* backend_cuda.cu - the GPU behind backend.h: memory, steps, recorded graphs, errors.
  *
- * A step's arrays go to the device in one copy from pinned memory, laid out for the step's
+ * A step's arrays are taken from pinned memory by its first kernel, laid out for the step's
  * bucket: sizes rounded up, so that few forms of a step exist. The first step of a form is
  * launched kernel by kernel (the library may try algorithms), the second is captured into a
  * CUDA graph, all others replay it; slots, positions and tokens are data, not part of the form.
@@ -114,6 +114,8 @@ static enum status open_places(struct gpu *g, struct error *err)
     g->block_bytes = gpu_block_bytes(&g->cuda.options);
     enum status st = gpu_take_zeroed(g, (void **)&g->block, g->block_bytes, err);
     g->workspace_bytes += g->block_bytes;
+    if (!st)
+        st = gpu_take_zeroed(g, (void **)&g->turn, sizeof(*g->turn), err);
     for (int i = 0; !st && i < DEPTH; i++) {
         gpu_note(g, cudaMallocHost((void **)&g->places[i].staging, g->block_bytes),
                  "cudaMallocHost");
@@ -169,7 +171,7 @@ static void gpu_close(struct backend *b)
     if (c->library)
         library_close(c->library);
     layer_scratch_close(c);
-    void *const owned[] = {c->converted, c->piece_states, c->partials, g->block};
+    void *const owned[] = {c->converted, c->piece_states, c->partials, g->block, g->turn};
     for (size_t i = 0; i < sizeof(owned) / sizeof(*owned); i++)
         (void)cudaFree(owned[i]);
     for (int i = 0; i < DEPTH; i++) {

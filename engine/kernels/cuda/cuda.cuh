@@ -32,8 +32,19 @@ extern "C" {
 #include "engine/backend.h"
 }
 
-/* Rows of a matrix in memory of its own, and columns of padded logits, come in multiples of it. */
-enum { PADDED_ROWS = 8 };
+enum {
+    STEP_PLACES = 2, /* on the host, of steps in flight */
+    /* Rows of a matrix in memory of its own, and columns of padded logits, come in multiples of
+     * it. */
+    PADDED_ROWS = 8,
+};
+
+/* What a step brings with it, from pinned memory of its place to the device. */
+struct step_arrays {
+    uint4 *to;
+    const uint4 *from[STEP_PLACES];
+    int n; /* of 16 bytes; 0: nothing */
+};
 
 struct buffer {
     void *data; /* device memory */
@@ -155,12 +166,12 @@ void drawing_close(struct drawing *d);
 size_t drawing_bytes(const struct drawing *d);
 size_t drawing_bytes_of(const struct backend_options *options);
 const int32_t *drawing_tokens(const struct drawing *d); /* device [n_slots], the last drawn */
-/* Host side of a step: fill the pinned arrays of ring place `place` (0 or 1) from the step's
- * draws and scores and queue their copy to the device, before the step's kernels. */
+/* Host side of a step: fill the pinned arrays of place `place` from the step's draws and scores,
+ * and queue what counts its prompts' tokens. */
 void drawing_begin(struct cuda *c, int place, const struct step *step);
-/* Queue the copy of the results to the host, after the step's kernels; then, once that is done,
- * give them as backend.h's wait does. */
-void drawing_submit(struct cuda *c, int place);
+/* What of them steps with up to n_logit_rows rows of logits bring to the device. */
+struct step_arrays drawing_arrays(const struct drawing *d, int n_logit_rows);
+/* Once a step is done, what the kernels left in its place; as backend.h's wait gives it. */
 const struct sampled *drawing_results(struct cuda *c, int place);
 
 /* layer.cu, layer_scratch.cu */

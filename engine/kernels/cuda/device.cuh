@@ -48,6 +48,7 @@ struct queue {
     int n_sms;
     int capability;    /* 10 * major + minor: 80, 90, ... */
     bool pdl;          /* programmatic dependent launch is possible and wanted */
+    bool alone;        /* the next launch begins when all before it has ended */
     bool deterministic; /* every result the same whatever the batch */
 };
 
@@ -95,30 +96,43 @@ template <class T> struct device_slab {
 #include "engine/kernels/cuda/instructions.cuh"
 #endif
 
-/* Launch kernel<<<grid, block, shared_bytes>>>(args...), with programmatic dependent launch
- * where the queue wants it. Does nothing once the queue has failed. */
-template <class... P, class... A>
-static inline void launch(struct queue *q, const char *where, void (*kernel)(P...), dim3 grid,
-                          int block, size_t shared_bytes, A... args)
-{
-    if (q->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
-        return;
-    q->error = launch_kernel(q, kernel, grid, 0, block, shared_bytes, static_cast<P>(args)...);
-    if (q->error != cudaSuccess)
-        q->where = where;
-}
 
-/* The same in clusters of `cluster` blocks along x, at most 16; grid.x is a multiple. */
+/* Launch kernel<<<grid, block, shared_bytes>>>(args...) in clusters of `cluster` blocks along x, at
+ * most 16, of which grid.x is a multiple; with programmatic dependent launch where the queue wants
+ * it. Does nothing once the queue has failed. */
 template <class... P, class... A>
 static inline void launch_cluster(struct queue *q, const char *where, void (*kernel)(P...),
                                   dim3 grid, int cluster, int block, size_t shared_bytes, A... args)
 {
     if (q->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
         return;
+    const bool overlaps = q->pdl;
+    q->pdl &= !q->alone;
+    q->alone = false;
     q->error =
         launch_kernel(q, kernel, grid, cluster, block, shared_bytes, static_cast<P>(args)...);
+    q->pdl = overlaps;
     if (q->error != cudaSuccess)
         q->where = where;
+}
+
+/* The same, for kernels whose blocks are made to find room beside others': an SM's shared memory is
+ * otherwise no larger than the first kernel's own blocks need. */
+template <class... P, class... A>
+static inline void launch_beside(struct queue *q, const char *where, void (*kernel)(P...),
+                                 dim3 grid, int cluster, int block, size_t shared_bytes, A... args)
+{
+    if (q->error == cudaSuccess && (q->error = prefer_shared(kernel)) != cudaSuccess)
+        q->where = where;
+    launch_cluster(q, where, kernel, grid, cluster, block, shared_bytes, args...);
+}
+
+/* launch_cluster without clusters. */
+template <class... P, class... A>
+static inline void launch(struct queue *q, const char *where, void (*kernel)(P...), dim3 grid,
+                          int block, size_t shared_bytes, A... args)
+{
+    launch_cluster(q, where, kernel, grid, 0, block, shared_bytes, args...);
 }
 
 /* Shared memory that one block may have. */

@@ -14,10 +14,10 @@
  * Penalties, biases and a softcap are applied to values as they are read; the logits stay as they
  * are. Weights are integers, so that any order of adding gives the host's sums and its token.
  *
- * The host's side: a step's draws go up in one copy, results are written by the kernels into
- * pinned memory of the step's place. An admission is a copy from a ring of pinned places. A
- * step that brings tokens of the host to slots with penalties launches draw_note before its
- * graph; so prompts are counted without a node in every graph.
+ * The host's side: a step's draws are among its arrays (steps.cu), results are written by the
+ * kernels into pinned memory of the step's place. An admission is a copy from a ring of pinned
+ * places. A step that brings tokens of the host to slots with penalties launches draw_note_prompt
+ * before its graph; so prompts are counted without a node in every graph.
  */
 #include <algorithm>
 #include <type_traits>
@@ -32,11 +32,10 @@
 #include "engine/kernels/cuda/draw_scan.cuh"
 
 enum {
-    PLACES = 2,    /* steps in flight */
     STAGING = 512, /* admissions whose copies may be unfinished */
 };
 
-/* Tokens of the host count as prompt. */
+/* Tokens of the host count as prompt. notes: in the host's memory. */
 static __global__ void draw_note_prompt(struct draw_memory m, const struct draw_note *notes, int n)
 {
     pdl_trigger();
@@ -55,7 +54,8 @@ struct wanted {
 };
 
 struct draw_place {
-    unsigned char *upload;         /* pinned: header, jobs, notes */
+    unsigned char *upload;         /* pinned: header, jobs */
+    struct draw_note *notes;       /* pinned [max_rows] */
     struct token_logprob *results; /* pinned [2 * R] */
     struct token_logprob *tops;    /* pinned [R, TOPS] */
     struct wanted *wanted;         /* [2 * R] */
@@ -74,7 +74,7 @@ struct drawing {
     size_t n_bytes, upload_bytes;
     int n_slots, max_logit_rows, max_rows;
     int32_t n_eos, eos[MODEL_MAX_EOS];
-    struct draw_place places[PLACES];
+    struct draw_place places[STEP_PLACES];
     struct slot_mirror *slots;   /* [n_slots] */
     struct slot_params *staging; /* pinned [STAGING] */
     cudaEvent_t staged[STAGING]; /* the copy from it is done */
@@ -90,8 +90,9 @@ static int n_parts_of(const struct model_config *config)
 
 static size_t upload_bytes_of(const struct backend_options *o)
 {
-    return sizeof(struct draw_header) + (size_t)o->max_logit_rows * sizeof(struct draw_job) +
-           (size_t)o->max_rows * sizeof(struct draw_note);
+    const size_t n =
+        sizeof(struct draw_header) + (size_t)o->max_logit_rows * sizeof(struct draw_job);
+    return (n + sizeof(uint4) - 1) / sizeof(uint4) * sizeof(uint4);
 }
 
 /* Lay the arrays out in a block; returns its size. With base NULL only that. */
@@ -150,9 +151,14 @@ static bool succeeds(struct cuda *c, cudaError_t error, const char *where)
     return c->queue.error == cudaSuccess;
 }
 
-static cudaError_t open_place(struct draw_place *p, size_t upload_bytes, size_t max_logit_rows)
+static cudaError_t open_place(struct draw_place *p, size_t upload_bytes, size_t max_rows,
+                              size_t max_logit_rows)
 {
     cudaError_t error = cudaMallocHost((void **)&p->upload, upload_bytes);
+    if (error == cudaSuccess) {
+        memset(p->upload, 0, upload_bytes);
+        error = cudaMallocHost((void **)&p->notes, max_rows * sizeof(*p->notes));
+    }
     if (error == cudaSuccess)
         error = cudaMallocHost((void **)&p->results, 2 * max_logit_rows * sizeof(*p->results));
     if (error == cudaSuccess)
@@ -173,8 +179,9 @@ static cudaError_t open_memory(struct drawing *d, struct cuda *c)
         lay_out(&d->memory, d->block, o);
         error = cudaMemsetAsync(d->block, 0, d->n_bytes, c->queue.stream);
     }
-    for (int i = 0; error == cudaSuccess && i < PLACES; i++)
-        error = open_place(&d->places[i], d->upload_bytes, (size_t)d->max_logit_rows);
+    for (int i = 0; error == cudaSuccess && i < STEP_PLACES; i++)
+        error = open_place(&d->places[i], d->upload_bytes, (size_t)d->max_rows,
+                           (size_t)d->max_logit_rows);
     if (error == cudaSuccess)
         error = cudaMallocHost((void **)&d->staging, STAGING * sizeof(*d->staging));
     for (int i = 0; error == cudaSuccess && i < STAGING; i++)
@@ -228,9 +235,10 @@ void drawing_close(struct drawing *d)
     for (int i = 0; i < STAGING; i++)
         if (d->staged[i])
             (void)cudaEventDestroy(d->staged[i]);
-    for (int i = 0; i < PLACES; i++) {
+    for (int i = 0; i < STEP_PLACES; i++) {
         struct draw_place *p = &d->places[i];
         (void)cudaFreeHost(p->upload);
+        (void)cudaFreeHost(p->notes);
         (void)cudaFreeHost(p->results);
         (void)cudaFreeHost(p->tops);
         free(p->wanted);
@@ -408,25 +416,25 @@ void drawing_begin(struct cuda *c, int place, const struct step *step)
     struct draw_job *jobs = (struct draw_job *)(header + 1);
     const bool draws = step->n_draws || step->n_scores;
     const int n_jobs = draws ? step->n_logit_rows : 0;
-    struct draw_note *notes = (struct draw_note *)(jobs + n_jobs);
     p->n_results = step->n_draws + step->n_scores;
     for (int i = 0; i < n_jobs; i++)
         jobs[i] = {-1, 0, -1, 0, 0, i, 0, 0};
     want_draws(jobs, p, d, step);
     want_scores(jobs, p, d, step);
-    const int n_notes = fill_notes(notes, d, step);
-    if (!draws && !n_notes)
-        return;
+    const int n_notes = fill_notes(p->notes, d, step);
     *header = {p->results, p->tops, 0, {0, 0, 0}};
-    const size_t n_bytes = (size_t)((unsigned char *)(notes + n_notes) - p->upload);
-    if (!succeeds(c,
-                  cudaMemcpyAsync(d->memory.header, p->upload, n_bytes, cudaMemcpyHostToDevice,
-                                  c->queue.stream),
-                  "copying draws to the device"))
-        return;
     if (n_notes)
         launch(&c->queue, "draw_note_prompt", draw_note_prompt, dim3(ceil_div(n_notes, 256)), 256,
-               0, d->memory, (const struct draw_note *)(d->memory.jobs + n_jobs), n_notes);
+               0, d->memory, (const struct draw_note *)p->notes, n_notes);
+}
+
+struct step_arrays drawing_arrays(const struct drawing *d, int n_logit_rows)
+{
+    const int n_bytes = (int)(sizeof(struct draw_header) + n_logit_rows * sizeof(struct draw_job));
+    struct step_arrays a = {(uint4 *)d->memory.header, {}, ceil_div(n_bytes, sizeof(uint4))};
+    for (int i = 0; i < STEP_PLACES; i++)
+        a.from[i] = (const uint4 *)d->places[i].upload;
+    return a;
 }
 
 void cuda_draw(struct backend *b, const struct buffer *logits)
@@ -444,13 +452,6 @@ void cuda_draw(struct backend *b, const struct buffer *logits)
     const int most = c->step.logits * d->memory.n_parts, blocks = REST_BLOCKS * c->queue.n_sms;
     launch(&c->queue, "draw_rest", draw_rest, dim3(most < blocks ? most : blocks), REST_THREADS, 0,
            d->memory, rows, sizes);
-}
-
-/* The kernels have written the results to the host themselves. */
-void drawing_submit(struct cuda *c, int place)
-{
-    (void)c;
-    (void)place;
 }
 
 const struct sampled *drawing_results(struct cuda *c, int place)

@@ -51,7 +51,7 @@ struct row_state {
 /* Everything on the device. P parts, G = P * PART_GROUPS groups, R most rows of logits. */
 struct draw_memory {
     struct draw_header *header;
-    struct draw_job *jobs;         /* [R], then the notes */
+    struct draw_job *jobs;         /* [R], behind the header */
     struct slot_params *params;    /* [n_slots] */
     uint32_t *counts;              /* [n_slots, V] times output, and IN_PROMPT */
     int32_t *drawn;                /* [n_slots] */

@@ -10,10 +10,10 @@
 #include "engine/kernels/cuda/cuda.cuh"
 
 enum {
-    DEPTH = 2,
-    MAX_GRAPHS = 256,   /* recorded forms; later ones are launched kernel by kernel */
-    ALIGNMENT = 256,    /* of buffers and of arrays in the step's block */
-    ROW_ALIGNMENT = 16, /* of matrices in a group: stacked when their bytes allow */
+    DEPTH = STEP_PLACES, /* steps in flight */
+    MAX_GRAPHS = 256,    /* recorded forms; later ones are launched kernel by kernel */
+    ALIGNMENT = 256,     /* of buffers and of arrays in the step's block */
+    ROW_ALIGNMENT = 16,  /* of matrices in a group: stacked when their bytes allow */
 };
 
 /* What one graph is good for. Compared as bytes: no padding, unused fields zero. */
@@ -38,7 +38,7 @@ struct layout {
 /* Where one of the steps in flight lives on the host. */
 struct place {
     unsigned char *staging; /* pinned, [block_bytes] */
-    cudaEvent_t done;       /* the step and the copy of its results */
+    cudaEvent_t done;       /* the step, whose results are with the host then */
 };
 
 struct linear_block {
@@ -54,8 +54,9 @@ struct gpu {
     unsigned char *block; /* device, [block_bytes] the step's arrays */
     size_t block_bytes;
     struct place places[DEPTH];
-    int64_t n_submitted, n_waited; /* steps; place = count % DEPTH */
-    struct recorded *recorded;     /* [MAX_GRAPHS] */
+    int32_t *turn;                          /* device: the place of the step that begins next */
+    int64_t n_begun, n_submitted, n_waited; /* steps; place = count % DEPTH */
+    struct recorded *recorded;              /* [MAX_GRAPHS] */
     int n_recorded;
     struct recorded *current; /* of the step being queued */
     bool capturing, replaying;

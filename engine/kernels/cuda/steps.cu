@@ -1,7 +1,51 @@
-/* steps.cu - see gpu.cuh: the forms of steps, and how they are queued, recorded and replayed. */
+/* steps.cu - see gpu.cuh: the forms of steps, and how they are queued, recorded and replayed.
+ *
+ * A step begins with a kernel that takes its arrays out of pinned memory. Copies of the stream's
+ * own would stand between two graphs: an H200 took 14 us from the end of one step to the beginning
+ * of the next for two of them.
+ */
 #include <string.h>
 
 #include "engine/kernels/cuda/gpu.cuh"
+
+enum {
+    TAKE_THREADS = 1024,
+    TAKE_AT_ONCE = 4, /* of 16 bytes, a thread's reads on their way together */
+};
+
+/* ---- a step's arrays ---- */
+
+static __device__ __forceinline__ void take_arrays(const struct step_arrays &a, int place)
+{
+    const uint4 *const from = place ? a.from[1] : a.from[0];
+    for (int first = threadIdx.x; first < a.n; first += TAKE_THREADS * TAKE_AT_ONCE) {
+        uint4 held[TAKE_AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < TAKE_AT_ONCE; i++)
+            if (first + i * TAKE_THREADS < a.n)
+                held[i] = __ldcv(from + first + i * TAKE_THREADS);
+#pragma unroll
+        for (int i = 0; i < TAKE_AT_ONCE; i++)
+            if (first + i * TAKE_THREADS < a.n)
+                a.to[first + i * TAKE_THREADS] = held[i];
+    }
+}
+
+/* One block. Steps take turns with the places; a recorded one does not know which it has. Kernels
+ * read the arrays before pdl_wait: it does not overlap with its successor. */
+static __global__ void __launch_bounds__(TAKE_THREADS)
+    take_step_kernel(const __grid_constant__ struct step_arrays step,
+                     const __grid_constant__ struct step_arrays draws, int32_t *turn)
+{
+    static_assert(DEPTH == 2, "the other place's turn");
+    pdl_wait();
+    const int place = *turn;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *turn = 1 - place;
+    take_arrays(step, place);
+    take_arrays(draws, place);
+}
 
 /* ---- forms of steps ---- */
 
@@ -181,12 +225,26 @@ static void begin_capture(struct gpu *g)
              "cudaStreamBeginCapture");
 }
 
+static void take_step(struct gpu *g, const struct form *f, const struct layout *l)
+{
+    struct queue *q = &g->cuda.queue;
+    struct step_arrays step = {(uint4 *)g->block, {}, (int)(l->n_bytes / sizeof(uint4))};
+    struct step_arrays draws = {};
+    for (int i = 0; i < DEPTH; i++)
+        step.from[i] = (const uint4 *)g->places[i].staging;
+    if (g->cuda.drawing && (f->draws || f->scores))
+        draws = drawing_arrays(g->cuda.drawing, f->logits);
+    q->alone = true;
+    launch(q, "take_step", take_step_kernel, dim3(1), TAKE_THREADS, 0, step, draws, g->turn);
+    q->alone = true; /* the next one, too */
+}
+
 bool gpu_begin(struct backend *b, const struct step *step)
 {
     struct gpu *g = gpu_of(b);
     step_check(step, &g->cuda.options);
     CHECK(step->n_logit_rows <= g->cuda.options.max_logit_rows);
-    CHECK(g->n_submitted - g->n_waited < DEPTH);
+    CHECK(g->n_submitted - g->n_waited < DEPTH && g->n_begun == g->n_submitted);
     const struct form form = form_of(g, step);
     const struct layout layout = layout_of(&form);
     CHECK(layout.n_bytes <= g->block_bytes);
@@ -197,12 +255,9 @@ bool gpu_begin(struct backend *b, const struct step *step)
 
     gpu_slots_step(g, step);
     fill_block(g->places[place].staging, &form, &layout, step);
-    gpu_note(g,
-             cudaMemcpyAsync(g->block, g->places[place].staging, layout.n_bytes,
-                             cudaMemcpyHostToDevice, g->cuda.queue.stream),
-             "copying a step to the device");
     if (g->cuda.drawing)
         drawing_begin(&g->cuda, place, step);
+    g->n_begun++;
     g->current = find_form(g, &form);
     g->replaying = g->current && g->current->graph;
     g->cuda.layers = g->replaying ? g->current->layers : NULL;
@@ -210,6 +265,7 @@ bool gpu_begin(struct backend *b, const struct step *step)
         return true;
     if (g->current && g->current->n_seen++ > 0)
         begin_capture(g);
+    take_step(g, &form, &layout);
     return false;
 }
 
@@ -236,8 +292,6 @@ enum status gpu_submit(struct backend *b, struct error *err)
     }
     if (gpu_ready(g) && g->replaying)
         gpu_note(g, cudaGraphLaunch(g->current->graph, g->cuda.queue.stream), "cudaGraphLaunch");
-    if (gpu_ready(g) && g->cuda.drawing)
-        drawing_submit(&g->cuda, place);
     if (gpu_ready(g))
         gpu_note(g, cudaEventRecord(g->places[place].done, g->cuda.queue.stream),
                  "cudaEventRecord");
