@@ -580,6 +580,11 @@ template <class T> static inline T *cluster_peer(T *shared, int rank, EMULATE_PL
     return (T *)emulate::peer(shared, rank, file, line);
 }
 
+template <class... P> static inline cudaError_t prefer_shared(void (*)(P...))
+{
+    return cudaSuccess;
+}
+
 template <class... P>
 static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid,
                                         int cluster, int block, size_t shared_bytes, P... args)

@@ -212,9 +212,9 @@ void cluster_prepare(struct cuda *c, const struct cluster_shape *s, const struct
 template <int D, int HEAD, int WIDTH, int ROWS>
 static void run_mix(struct cuda *c, const struct mix_call *call)
 {
-    launch_cluster(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH, ROWS>,
-                   dim3(MIX_CLUSTERS * CLUSTER_BLOCKS), CLUSTER_BLOCKS, CLUSTER_THREADS,
-                   (size_t)mix_shape<D, HEAD, WIDTH, ROWS>::bytes, *call);
+    launch_beside(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH, ROWS>,
+                  dim3(MIX_CLUSTERS * CLUSTER_BLOCKS), CLUSTER_BLOCKS, CLUSTER_THREADS,
+                  (size_t)mix_shape<D, HEAD, WIDTH, ROWS>::bytes, *call);
 }
 
 void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,

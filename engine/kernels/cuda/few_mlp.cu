@@ -18,10 +18,12 @@ enum {
     IN_BLOCKS = 64,
     SETTLE_BLOCKS = 4,                          /* at most: few SMs are without one of the others */
     SETTLE_ROWS = CLUSTER_ROWS / SETTLE_BLOCKS, /* of a block at most */
-    OUT_ALONE = 10,                             /* rows up to which few_mlp_out has no clusters */
-    OUT_BLOCKS = 4,                             /* of one of its clusters */
-    OUT_SLICES = 16,                            /* of F, each with sums of its own */
-    OUT_SUMS = CLUSTER_ROWS * 8,                /* of a slice and 8 columns */
+    OUT_AT_ONCE = 8, /* rows up to which few_mlp_out's weights may come beside few_mlp_in's: of
+                      * more, the mixing has not read its second rows' state by then */
+    OUT_ALONE = 10,  /* rows up to which few_mlp_out has no clusters */
+    OUT_BLOCKS = 4,  /* of one of its clusters */
+    OUT_SLICES = 16, /* of F, each with sums of its own */
+    OUT_SUMS = CLUSTER_ROWS * 8, /* of a slice and 8 columns */
 };
 
 struct mlp_call {
@@ -263,7 +265,9 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     bulk_barrier *const fetched = reinterpret_cast<bulk_barrier *>(shared + S::fetched);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int group = warp / 2, half = warp % 2, feature = blockIdx.x * S::FEATURES;
-    pdl_trigger();
+    const bool in_turn = c.step.rows > OUT_AT_ONCE;
+    if (!in_turn)
+        pdl_trigger();
     if (warp == 0) {
         bulk_begin(fetched, S::SUM * D * (int)sizeof(bf16));
         few_fetch<D>(weights, S::ROW, c.m.gate + (int64_t)feature * D, D, S::FEATURES, fetched);
@@ -277,6 +281,11 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         early_weight(c.m.norm, sixteenth * S::COLUMNS + quad * 4, alone && quad < S::COLUMNS / 4);
     struct held_state state;
     find_state<D>(&state, c, n_rows);
+    if (in_turn) {
+        __syncthreads(); /* bulk_wait: the barrier has begun */
+        bulk_wait(fetched);
+        pdl_trigger();
+    }
 
     pdl_wait();
     if (state.from >= 0)
@@ -517,11 +526,11 @@ template <int D, int F> static void run_out(struct cuda *c, const struct mlp_cal
     constexpr int THREADS = S::WARPS * WARP;
     if (c->step.rows > OUT_ALONE && cluster_fits((const void *)few_mlp_out_clusters_kernel<D, F>,
                                                  OUT_BLOCKS, THREADS, (size_t)S::bytes))
-        launch_cluster(&c->queue, "few_mlp_out", few_mlp_out_clusters_kernel<D, F>, dim3(D / 8),
-                       OUT_BLOCKS, THREADS, (size_t)S::bytes, *call);
+        launch_beside(&c->queue, "few_mlp_out", few_mlp_out_clusters_kernel<D, F>, dim3(D / 8),
+                      OUT_BLOCKS, THREADS, (size_t)S::bytes, *call);
     else
-        launch(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), CLUSTER_THREADS,
-               (size_t)out_shape<D, F>::bytes, *call);
+        launch_beside(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), 0,
+                      CLUSTER_THREADS, (size_t)out_shape<D, F>::bytes, *call);
 }
 
 template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_call *call)
@@ -531,8 +540,8 @@ template <int D, int F> static void run_mlp(struct cuda *c, const struct mlp_cal
     if (n_rows > FEW_ALONE)
         launch(&c->queue, "few_settle", few_settle_kernel<D>, dim3((unsigned)blocks),
                ceil_div(n_rows, blocks) * CLUSTER_THREADS, 0, *call);
-    launch(&c->queue, "few_mlp_in", few_mlp_in_kernel<D, F>, dim3(IN_BLOCKS), CLUSTER_THREADS,
-           (size_t)in_shape<D, F>::bytes, *call);
+    launch_beside(&c->queue, "few_mlp_in", few_mlp_in_kernel<D, F>, dim3(IN_BLOCKS), 0,
+                  CLUSTER_THREADS, (size_t)in_shape<D, F>::bytes, *call);
     run_out<D, F>(c, call);
 }
 
