@@ -13,7 +13,8 @@
  * The receiver counts the bytes, all of a launch's, so that nobody waits for more than it needs,
  * and nobody ends while something is on its way to it.
  *
- * Before pdl_wait: weights to shared memory; of one row the state, the ring's values to shared
+ * Before pdl_wait: weights to shared memory (where the step's arrays are late, in the first layer,
+ * these alone: they take longest); of one row the state, the ring's values to shared
  * memory, the rest to registers. Of two rows the keys and values of one are there, the rest in L2:
  * values come to the place of weights that have been used, keys and latents between sending and
  * receiving. There state is written, too, outside of the chain.
@@ -38,6 +39,8 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     const int head = blockIdx.x / CLUSTER_BLOCKS, rank = cluster_rank();
     const bool has_second = warp + CLUSTER_WARPS < S::TILES; /* tile of channels */
     fetch_weights<S, D, HEAD>(c, head, rank, shared);
+    if (c.step.late)
+        pdl_wait();
     const int n_rows = c.step.sizes->n_rows;
     struct mix_row rows[ROWS];
 #pragma unroll

@@ -60,6 +60,7 @@ struct cuda {
     struct backend_options options; /* config only while opening: copy what is needed later */
     struct queue queue;
     struct device_step step; /* the one being queued; its pointers never change */
+    bool may_be_late;        /* its kernels would have been right with late arrays */
     /* Where the fused head left the step's logits, a row every logits_stride values, if that is
      * not the model's buffer [n, V]; NULL otherwise. */
     const float *logits;

@@ -12,11 +12,12 @@
  * Programmatic dependent launch: on compute capability 9.0 and later a kernel may start while
  * its predecessor still runs. Every kernel therefore calls pdl_wait() before it reads what
  * another kernel of the step wrote and before its first write to global memory. Before that it
- * may read weights and constants, the step's arrays (a copy that is over before the step's first
- * kernel), and state that no other kernel of the step touches: that is what the overlap is for.
- * pdl_trigger() lets the successor start; kernels call it first thing. Blocks with nothing to do may
- * return without waiting as long as some block of each grid waits: the kernel after it counts on
- * all kernels before it.
+ * may read weights and constants, the step's arrays (which are there before the step's first
+ * kernel, unless it is told that they are late), and state that no other kernel of the step
+ * touches: that is what the overlap is for.
+ * pdl_trigger() lets the successor start; kernels call it first thing. Blocks with nothing to do
+ * may return without waiting as long as some block of each grid waits: the kernel after it counts
+ * on all kernels before it.
  *
  * Threads: launchers are called by the engine thread alone.
  * Memory:  launchers allocate nothing. Kernels get raw device pointers.
@@ -46,9 +47,9 @@ struct queue {
     cudaError_t error; /* the first failure, cudaSuccess if none */
     const char *where; /* the launcher it happened in */
     int n_sms;
-    int capability;    /* 10 * major + minor: 80, 90, ... */
-    bool pdl;          /* programmatic dependent launch is possible and wanted */
-    bool alone;        /* the next launch begins when all before it has ended */
+    int capability;     /* 10 * major + minor: 80, 90, ... */
+    bool pdl;           /* programmatic dependent launch is possible and wanted */
+    bool alone;         /* the next launch begins when all before it has ended */
     bool deterministic; /* every result the same whatever the batch */
 };
 
@@ -68,20 +69,21 @@ struct piece {
 /* A step in device memory. Arrays as in struct step of backend.h. */
 struct device_step {
     const struct step_sizes *sizes;
-    const int32_t *tokens;    /* [n_rows] as the host gave them, TOKEN_DRAWN among them */
-    const int32_t *drawn;     /* [n_slots] what TOKEN_DRAWN stands for; NULL: it never occurs */
-    const int64_t *positions; /* [n_rows] */
-    const int32_t *row_slot;  /* [n_rows] slot of the row's sequence */
-    const int32_t *seq_slot;  /* [n_seqs] */
-    const int32_t *seq_start; /* [n_seqs + 1] */
+    const int32_t *tokens;      /* [n_rows] as the host gave them, TOKEN_DRAWN among them */
+    const int32_t *drawn;       /* [n_slots] what TOKEN_DRAWN stands for; NULL: it never occurs */
+    const int64_t *positions;   /* [n_rows] */
+    const int32_t *row_slot;    /* [n_rows] slot of the row's sequence */
+    const int32_t *seq_slot;    /* [n_seqs] */
+    const int32_t *seq_start;   /* [n_seqs + 1] */
     const struct piece *pieces; /* [n_pieces] */
     const int32_t *logit_rows;  /* [n_logit_rows] */
 
     /* Sizes of the bucket, known when launching: grids are made from these, kernels look at
      * *sizes and return early. */
     int rows, seqs, n_pieces, logits;
-    bool decode; /* every sequence has exactly one row: row r is sequence r */
+    bool decode;     /* every sequence has exactly one row: row r is sequence r */
     bool drawn_from; /* the step draws or scores: the host sees no logits of it */
+    bool late;       /* the kernels that now come see these arrays only after pdl_wait */
 };
 
 /* A slot's state tensor: row `slot` of [n_slots, row_values]. */
@@ -95,7 +97,6 @@ template <class T> struct device_slab {
 #else
 #include "engine/kernels/cuda/instructions.cuh"
 #endif
-
 
 /* Launch kernel<<<grid, block, shared_bytes>>>(args...) in clusters of `cluster` blocks along x, at
  * most 16, of which grid.x is a multiple; with programmatic dependent launch where the queue wants

@@ -26,6 +26,7 @@ struct recorded {
     struct form form;
     int n_seen;
     const char *layers;    /* as cuda.layers; NULL until submitted */
+    bool may_be_late;      /* as cuda.may_be_late; false until submitted */
     cudaGraphExec_t graph; /* NULL until captured */
 };
 

@@ -108,13 +108,15 @@ static void mix_by_clusters(const struct pass *p, const struct cluster_shape *sh
     m.partials = s->shares;
     m.partial_stride = share_stride(p);
     cluster_mix_launch(p->c, shape, &m);
+    p->c->may_be_late |= p->layer == 0;
+    p->c->step.late = false;
     p->c->queue.pdl = overlaps;
 }
 
 static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
 {
     const struct layer_weights *w = p->w;
-    const struct layer_scratch *s = p->s;
+    struct layer_scratch *s = p->s;
     struct few_mlp m = {};
     m.x = floats(p->x);
     m.partials = s->shares;

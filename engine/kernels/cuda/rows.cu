@@ -35,15 +35,18 @@ template <class T, int N> struct alignas(sizeof(T) * N) pack {
 /* What a row's token is and where it stands: arrays of the step. */
 struct step_tokens {
     const int32_t *given, *drawn, *row_slot, *n_rows;
+    bool late; /* there after pdl_wait only */
 };
 
-/* A block has a row, a thread N adjacent columns at a time. The step's arrays were copied before
- * its first kernel; only what is drawn comes from another one. */
+/* A block has a row, a thread N adjacent columns at a time. What is drawn comes from another kernel;
+ * the step's arrays only when they are late. */
 template <class T, int N>
 static __global__ void embed_kernel(float *out, const T *table, const float *scales, float scale,
                                     int dim, const struct step_tokens tokens)
 {
     pdl_trigger();
+    if (tokens.late)
+        pdl_wait();
     const int r = blockIdx.x;
     const bool idle = r >= *tokens.n_rows;
     const int32_t given = tokens.given[r], slot = tokens.row_slot[r];
@@ -77,7 +80,8 @@ static void embed(struct cuda *c, struct buffer *out, const struct linear *table
     const int dim = table->n_in;
     const bool wide = dim % 4 == 0;
     const struct device_step *s = &c->step;
-    const struct step_tokens tokens = {s->tokens, s->drawn, s->row_slot, &s->sizes->n_rows};
+    const struct step_tokens tokens = {s->tokens, s->drawn, s->row_slot, &s->sizes->n_rows,
+                                       s->late};
     launch(&c->queue, "embed", wide ? embed_kernel<T, 4> : embed_kernel<T, 1>, dim3(c->step.rows),
            row_threads(wide ? dim / 4 : dim), 0, floats(out), (const T *)table->weight->data,
            floats(table->scales), scale, dim, tokens);

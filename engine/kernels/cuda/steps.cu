@@ -15,36 +15,44 @@ enum {
 
 /* ---- a step's arrays ---- */
 
-static __device__ __forceinline__ void take_arrays(const struct step_arrays &a, int place)
+/* Both arrays' as one: what is read comes all at once. */
+static __device__ __forceinline__ void take_arrays(const struct step_arrays &a,
+                                                   const struct step_arrays &b, int place)
 {
-    const uint4 *const from = place ? a.from[1] : a.from[0];
-    for (int first = threadIdx.x; first < a.n; first += TAKE_THREADS * TAKE_AT_ONCE) {
+    const uint4 *const from_a = place ? a.from[1] : a.from[0];
+    const uint4 *const from_b = (place ? b.from[1] : b.from[0]) - a.n;
+    for (int first = threadIdx.x; first < a.n + b.n; first += TAKE_THREADS * TAKE_AT_ONCE) {
         uint4 held[TAKE_AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < TAKE_AT_ONCE; i++)
-            if (first + i * TAKE_THREADS < a.n)
-                held[i] = __ldcv(from + first + i * TAKE_THREADS);
+        for (int i = 0; i < TAKE_AT_ONCE; i++) {
+            const int at = first + i * TAKE_THREADS;
+            if (at < a.n + b.n)
+                held[i] = __ldcv((at < a.n ? from_a : from_b) + at);
+        }
 #pragma unroll
-        for (int i = 0; i < TAKE_AT_ONCE; i++)
-            if (first + i * TAKE_THREADS < a.n)
-                a.to[first + i * TAKE_THREADS] = held[i];
+        for (int i = 0; i < TAKE_AT_ONCE; i++) {
+            const int at = first + i * TAKE_THREADS;
+            if (at < a.n + b.n)
+                (at < a.n ? a.to : b.to - a.n)[at] = held[i];
+        }
     }
 }
 
-/* One block. Steps take turns with the places; a recorded one does not know which it has. Kernels
- * read the arrays before pdl_wait: it does not overlap with its successor. */
+/* One block. Steps take turns with the places; a recorded one does not know which it has. Most
+ * kernels read the arrays before pdl_wait: what follows does not overlap with this one, but for
+ * those that know them to be late. */
 static __global__ void __launch_bounds__(TAKE_THREADS)
     take_step_kernel(const __grid_constant__ struct step_arrays step,
                      const __grid_constant__ struct step_arrays draws, int32_t *turn)
 {
     static_assert(DEPTH == 2, "the other place's turn");
+    pdl_trigger();
     pdl_wait();
     const int place = *turn;
     __syncthreads();
     if (threadIdx.x == 0)
         *turn = 1 - place;
-    take_arrays(step, place);
-    take_arrays(draws, place);
+    take_arrays(step, draws, place);
 }
 
 /* ---- forms of steps ---- */
@@ -200,6 +208,7 @@ static void point_step(struct gpu *g, const struct form *f, const struct layout 
     g->cuda.logits = NULL;
     g->cuda.logits_stride = 0;
     g->cuda.logits_cap = 0;
+    g->cuda.may_be_late = false;
 }
 
 /* ---- steps ---- */
@@ -214,7 +223,7 @@ static struct recorded *find_form(struct gpu *g, const struct form *f)
     if (g->n_recorded == MAX_GRAPHS)
         return NULL; /* launched kernel by kernel */
     struct recorded *r = &g->recorded[g->n_recorded++];
-    *r = (struct recorded){*f, 0, NULL, NULL};
+    *r = (struct recorded){*f, 0, NULL, false, NULL};
     return r;
 }
 
@@ -236,7 +245,8 @@ static void take_step(struct gpu *g, const struct form *f, const struct layout *
         draws = drawing_arrays(g->cuda.drawing, f->logits);
     q->alone = true;
     launch(q, "take_step", take_step_kernel, dim3(1), TAKE_THREADS, 0, step, draws, g->turn);
-    q->alone = true; /* the next one, too */
+    g->cuda.step.late = g->current && g->current->may_be_late;
+    q->alone = !g->cuda.step.late; /* the next one, too */
 }
 
 bool gpu_begin(struct backend *b, const struct step *step)
@@ -285,7 +295,7 @@ enum status gpu_submit(struct backend *b, struct error *err)
     struct gpu *g = gpu_of(b);
     const int place = (int)(g->n_submitted % DEPTH);
     if (g->current)
-        g->current->layers = g->cuda.layers;
+        g->current->layers = g->cuda.layers, g->current->may_be_late = g->cuda.may_be_late;
     if (g->capturing) {
         end_capture(g);
         g->replaying = true;
