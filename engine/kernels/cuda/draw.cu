@@ -2,7 +2,7 @@
  *
  * Two launches. draw_scan reads each row once, a block to a PART of it, and keeps the largest
  * value of each GROUP; the block that finishes a row last draws from it when that takes few
- * values: greedy rows, and top_k up to SHORT, where the k-th largest group bounds what can be
+ * values: greedy rows, and top_k up to SHORT, where what k groups have at least bounds what can be
  * among the k best. draw_rest takes the others: the sums of weights, block by block, for
  * temperature, top_p and min_p; and for typical_p without top_k, for large top_k and for rows
  * full of equal values radix selections over the row by one block. It leaves at once when

@@ -1,5 +1,5 @@
 /* draw_block.cuh - what the threads of a block do together when drawing: best keys, sums of
- * weights and where they reach a target, the k-th largest, sorting.
+ * weights and where they reach a target, sorting.
  *
  * All functions are called by every thread of the block, and end with a barrier unless they
  * say otherwise; scratch is in shared memory.
@@ -14,7 +14,6 @@ struct block_scratch {
     uint64_t rest, mass;  /* what find_chunk found */
     int32_t index;
     int32_t count;
-    uint32_t digits[256];
 };
 
 /* The largest key of a warp, in all lanes. */
@@ -111,28 +110,6 @@ static __device__ __forceinline__ void find_chunk(struct chunk c, int n, Get get
         s->mass = get(i);
     }
     __syncthreads();
-}
-
-/* The k-th largest of v [n] in shared memory, 1 <= k <= n: four passes of eight bits. */
-static __device__ uint32_t kth_largest(const uint32_t *v, int n, int k, struct block_scratch *s)
-{
-    uint32_t prefix = 0;
-    uint64_t left = (uint64_t)k;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = threadIdx.x; i < 256; i += blockDim.x)
-            s->digits[i] = 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < n; i += blockDim.x)
-            if ((uint64_t)v[i] >> (shift + 8) == prefix)
-                atomicAdd(&s->digits[255 - (v[i] >> shift & 255)], 1u);
-        __syncthreads();
-        const auto get = [s](int i) { return (uint64_t)s->digits[i]; };
-        find_chunk(chunk_sums(256, get, s), 256, get, left - 1, s);
-        left = s->rest + 1;
-        prefix = prefix << 8 | (uint32_t)(255 - s->index);
-        __syncthreads();
-    }
-    return prefix;
 }
 
 /* Sort keys [n] in shared memory, largest first; there is room up to the next power of two. */

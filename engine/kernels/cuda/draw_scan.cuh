@@ -32,7 +32,6 @@ struct scan_shared {
     uint64_t raw[SCAN_WARPS], best[SCAN_WARPS]; /* best keys of the warps, as part_raw, part_best */
     union {
         struct pick_lists lists;
-        uint32_t heights[MAX_PICKS];
         float4 values[PART / LANE_VALUES];
     };
     uint64_t rank[SHORT], weight[SHORT];
@@ -318,7 +317,40 @@ static __device__ void draw_short(const struct draw_memory &m, const struct draw
     }
 }
 
-/* The top_k best, when few values come into question. False: too many do. */
+/* What k of the threads have at least, in its highest BOUND_BITS bits: sign, exponent and 9 of the
+ * mantissa of a height. Rounds of the block's barrier that counts: a short chain, and little code,
+ * which is cold when a step comes to it. */
+static __device__ __forceinline__ uint32_t bound_of(uint32_t mine, int k)
+{
+    enum { BOUND_BITS = 18 };
+    uint32_t bound = 0;
+#pragma unroll 1
+    for (uint32_t bit = 1u << 31; bit >= 1u << (32 - BOUND_BITS); bit >>= 1)
+        if (__syncthreads_count(mine >= (bound | bit)) >= k)
+            bound |= bit;
+    return bound;
+}
+
+/* Keys, no two of which are equal, largest first; up to one a thread by their ranks. */
+static __device__ __forceinline__ void order_keys(uint64_t *keys, int n)
+{
+    if (n > SCAN_THREADS) {
+        sort_keys(keys, n);
+        return;
+    }
+    const bool mine = (int)threadIdx.x < n;
+    const uint64_t key = mine ? keys[threadIdx.x] : 0;
+    int rank = 0;
+    for (int i = 0; i < n; i++)
+        rank += keys[i] > key;
+    __syncthreads();
+    if (mine)
+        keys[rank] = key;
+    __syncthreads();
+}
+
+/* The top_k best, when few values come into question: those of groups that are as high as what k
+ * threads have among their groups. False: too many do. */
 static __device__ bool draw_top_k(const struct draw_memory &m, const struct drawn_row &d,
                                   float raw_top, double log_sum, struct scan_shared *s)
 {
@@ -326,18 +358,23 @@ static __device__ bool draw_top_k(const struct draw_memory &m, const struct draw
     if (n_groups > MAX_PICKS)
         return false;
     const uint32_t *best = m.group_best + (size_t)d.index * n_groups;
-    uint32_t bound = 0;
-    if (k <= n_groups) {
-        for (int i = threadIdx.x; i < n_groups; i += blockDim.x)
-            s->heights[i] = __ldcg(best + i);
-        __syncthreads();
-        bound = kth_largest(s->heights, n_groups, k, &s->block);
-    }
-    /* What is out for good need not be among the k. */
-    const uint32_t least = max(bound, height(-FLT_MAX));
     struct pick_lists *l = &s->lists;
-    pick_groups(
-        l, best, n_groups, [least](uint32_t h) { return h >= least; }, &s->block);
+    uint32_t held[MAX_PICKS / SCAN_THREADS], most = 0;
+#pragma unroll
+    for (int i = 0; i < MAX_PICKS / SCAN_THREADS; i++) {
+        const int group = threadIdx.x + i * SCAN_THREADS;
+        held[i] = group < n_groups ? __ldcg(best + group) : 0;
+        most = max(most, held[i]);
+    }
+    if (threadIdx.x == 0)
+        l->n_picks = l->n_keys = 0;
+    /* What is out for good need not be among the k. */
+    const uint32_t least = max(bound_of(most, k), height(-FLT_MAX));
+#pragma unroll
+    for (int i = 0; i < MAX_PICKS / SCAN_THREADS; i++)
+        if (held[i] >= least)
+            l->picks[atomicAdd(&l->n_picks, 1)] = (uint16_t)(threadIdx.x + i * SCAN_THREADS);
+    __syncthreads();
     see_picks(
         l, d.row,
         [l, least](int, float x, int32_t id) {
@@ -347,7 +384,7 @@ static __device__ bool draw_top_k(const struct draw_memory &m, const struct draw
         [](int) {});
     if (l->n_keys > LIST)
         return false;
-    sort_keys(l->keys, l->n_keys);
+    order_keys(l->keys, l->n_keys);
     draw_short(m, d, l->n_keys < k ? l->n_keys : k, raw_top, log_sum, s);
     return true;
 }
