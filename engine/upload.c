@@ -279,7 +279,7 @@ enum status weights_open(struct model_weights **out, const struct checkpoint *ch
                        err};
     w->backend = backend;
     w->n_layers = checkpoint->config.n_layers;
-    w->layers = calloc((size_t)w->n_layers, sizeof(*w->layers));
+    w->layers = calloc((size_t)w->n_layers + 1, sizeof(*w->layers));
 
     enum status st = STATUS_OK;
     if (!w->layers)
@@ -294,6 +294,7 @@ enum status weights_open(struct model_weights **out, const struct checkpoint *ch
         weights_close(w);
         return st;
     }
+    w->layers[w->n_layers].norm1 = w->norm;
     *out = w;
     return STATUS_OK;
 }

@@ -39,7 +39,8 @@ struct model_weights {
     struct linear embed;          /* [V, D] */
     struct linear lm_head;        /* [V, D]; shares embed's matrix when tied */
     struct norm norm;             /* [D] */
-    struct layer_weights *layers; /* [n_layers], owned */
+    struct layer_weights *layers; /* [n_layers + 1], owned; of the last, which is none, norm1 is
+                                   * norm: what the layer before it is followed by */
     int n_layers;
     size_t n_bytes; /* on the device */
 };

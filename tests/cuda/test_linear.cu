@@ -378,6 +378,52 @@ static void test_stream(void **)
     }
 }
 
+/* What a norm before it left to the product: each row's factor, from sums of squares in parts; of
+ * gathered rows those of the rows they come from. */
+static void test_stream_factors(void **)
+{
+    static const struct shape shapes[] = {
+        {"factors", 3, 16, 15, 301, 768, OUTPUT_F32, -1, true, false, true, 0, ACTIVATION_SILU},
+        {"factors, a row", 2, 1, 1, 50, 96, OUTPUT_F32, -1, false, false, false, 0,
+         ACTIVATION_SILU},
+    };
+    const int parts[] = {96, 12};
+    need_device();
+    for (size_t i = 0; i < COUNT_OF(shapes); i++) {
+        const struct shape *s = &shapes[i];
+        struct operands o;
+        make(&o, s);
+        c.queue.n_sms = s->n_sms;
+        assert_true(stream_product(&c, &o.p));
+        float *plain = (float *)from_device(o.p.out, o.out_bytes);
+        float *squares = random_values((size_t)MAX_ROWS * parts[i], false);
+        for (int k = 0; k < MAX_ROWS * parts[i]; k++)
+            squares[k] *= squares[k];
+        float *device = on_device(squares, (size_t)MAX_ROWS * parts[i]);
+        o.p.factors = {device, parts[i], s->n_in, 1e-5f};
+        assert_true(stream_product(&c, &o.p));
+        float *found = (float *)from_device(o.p.out, o.out_bytes);
+        for (int r = 0; r < s->actual; r++) {
+            double sum = 0;
+            for (int k = 0; k < parts[i]; k++)
+                sum += squares[o.in_rows[r] * parts[i] + k];
+            const double factor = 1 / sqrt(sum / s->n_in + 1e-5);
+            for (int k = 0; k < s->n_out; k++) {
+                const double bias = s->bias ? o.bias[k] : 0, y = plain[r * o.p.out_stride + k];
+                const double expected = (y - bias) * factor + bias;
+                const double x = found[r * o.p.out_stride + k];
+                if (!(fabs(x - expected) <= 1e-5 * (1 + fabs(y) * factor)))
+                    fail_msg("%s: row %d, column %d: %g, expected %g", s->name, r, k, x, expected);
+            }
+        }
+        OK(cudaFree(device));
+        free(squares);
+        free(plain);
+        free(found);
+        release(&o);
+    }
+}
+
 /* A row alone and in a batch has the same bits. */
 static void test_stream_batches(void **)
 {
@@ -778,11 +824,17 @@ static void test_upload(void **)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_skinny),         cmocka_unit_test(test_batches),
-        cmocka_unit_test(test_small_devices),  cmocka_unit_test(test_stream),
-        cmocka_unit_test(test_stream_batches), cmocka_unit_test(test_residual),
-        cmocka_unit_test(test_library),        cmocka_unit_test(test_op),
-        cmocka_unit_test(test_softcap),        cmocka_unit_test(test_upload),
+        cmocka_unit_test(test_skinny),
+        cmocka_unit_test(test_batches),
+        cmocka_unit_test(test_small_devices),
+        cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_stream_factors),
+        cmocka_unit_test(test_stream_batches),
+        cmocka_unit_test(test_residual),
+        cmocka_unit_test(test_library),
+        cmocka_unit_test(test_op),
+        cmocka_unit_test(test_softcap),
+        cmocka_unit_test(test_upload),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

@@ -27,13 +27,15 @@ enum {
     MAX_ROWS = 512,
     N_STEPS = 3,
     VOCAB = 509,
+    WIDE_VOCAB = 22016, /* as test_wide_vocabulary has it: 33 MB of weights */
 };
 
 /* The reference model of weights/README.md but for its depth, window and what is said. */
-#define SHAPE(layers, more)                                                                        \
+#define SHAPE(layers, more) SHAPE_OF("509", layers, more)
+#define SHAPE_OF(vocab, layers, more)                                                              \
     "{\"model_type\":\"latte\",\"architectures\":[\"LatteForCausalLM\"],"                          \
     "\"num_hidden_layers\":" layers ",\"num_attention_heads\":8,\"eos_token_id\":0,"               \
-    "\"tie_word_embeddings\":true,\"vocab_size\":509,\"hidden_size\":768,"                         \
+    "\"tie_word_embeddings\":true,\"vocab_size\":" vocab ",\"hidden_size\":768,"                   \
     "\"intermediate_size\":3072,\"norm\":\"rmsnorm\",\"mlp\":\"gated\",\"layer_type\":"            \
     "\"macchiato\","                                                                               \
     "\"sliding_window\":64,\"latent_input\":\"rglru\",\"rglru_blocks\":8," more "}"
@@ -42,17 +44,18 @@ static const struct test_model reference = {"reference", SHAPE("2", "\"num_laten
 static const struct test_model fewer_latents = {
     "fewer latents, softcap, gelu",
     SHAPE("1", "\"num_latents\":64,\"attn_logit_softcapping\":2.0,\"hidden_act\":\"gelu_tanh\"")};
+static const struct test_model wide = {"wide", SHAPE_OF("22016", "1", "\"num_latents\":128")};
 static const struct test_model vapor = {
     "vapor", SHAPE("1", "\"num_latents\":128,\"position_embedding\":\"vapor\"")};
 
-static void open_model(struct run *r, const char *dir, bool composed)
+static void open_model(struct run *r, const char *dir, bool composed, int vocab_size)
 {
     const struct run_form form = {.window_dtype = DTYPE_BF16,
                                   .max_rows = MAX_ROWS,
                                   .max_logit_rows = MAX_BATCH,
                                   .composed = composed};
     run_open_as(r, dir, &(struct run_options){"cuda", 1, DTYPE_BF16, MAX_BATCH + 1}, &form);
-    assert_int_equal(r->vocab_size, VOCAB);
+    assert_int_equal(r->vocab_size, vocab_size);
 }
 
 /* Steps of another session, one for each of a backend's places for steps, after which the place of
@@ -163,8 +166,9 @@ static void open_two(struct run *fused, struct run *composed, const struct test_
 {
     char dir[200];
     cuda_model_make(model, 94, dir, sizeof(dir));
-    open_model(fused, dir, false);
-    open_model(composed, dir, true);
+    const int vocab_size = model == &wide ? WIDE_VOCAB : VOCAB;
+    open_model(fused, dir, false, vocab_size);
+    open_model(composed, dir, true, vocab_size);
     test_dir_remove(dir);
 }
 
@@ -213,6 +217,38 @@ static void test_vapor(void **state)
     run_close(&composed);
 }
 
+/* A head that streams its weights (stream.cuh) and takes its norm from the last layer. */
+static void test_wide_vocabulary(void **state)
+{
+    static const int batches[] = {2, 11};
+    struct run both[2];
+    struct error err;
+    (void)state;
+    open_two(&both[0], &both[1], &wide);
+    for (size_t i = 0; i < COUNT_OF(batches); i++) {
+        struct model_seq seqs[16];
+        int32_t tokens[16];
+        for (int s = 0; s < N_STEPS; s++) {
+            const float *logits[2];
+            for (int q = 0; q < batches[i]; q++) {
+                seqs[q] = (struct model_seq){q, 1, LOGITS_LAST};
+                tokens[q] = (q * 1013 + s * 57 + 3) % WIDE_VOCAB;
+            }
+            for (int k = 0; k < 2; k++)
+                if (model_step(both[k].model, tokens, seqs, batches[i], &logits[k], &err))
+                    fail_msg("%s: %s", both[k].label, err.text);
+            check_layers(&both[0], "clusters");
+            const double worst =
+                run_difference(logits[0], logits[1], (size_t)batches[i] * WIDE_VOCAB);
+            print_message("%d rows, step %d: logits differ by %g\n", batches[i], s, worst);
+            if (!(worst > 0 && worst <= LOGIT_TOLERANCE))
+                fail_msg("%d rows, step %d: logits differ by %g", batches[i], s, worst);
+        }
+    }
+    run_close(&both[0]);
+    run_close(&both[1]);
+}
+
 /* A prompt of so many rows that the mlp's first product is glu.cuh's. */
 static void test_long_prompt(void **state)
 {
@@ -245,9 +281,8 @@ static void test_long_prompt(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference),
-        cmocka_unit_test(test_fewer_latents),
-        cmocka_unit_test(test_vapor),
+        cmocka_unit_test(test_reference),   cmocka_unit_test(test_fewer_latents),
+        cmocka_unit_test(test_vapor),       cmocka_unit_test(test_wide_vocabulary),
         cmocka_unit_test(test_long_prompt),
     };
     RUN_CUDA_TESTS(tests);

@@ -36,6 +36,7 @@
 enum {
     MIX_CLUSTERS = 8,        /* of the mixing: one a head */
     FEW_ALONE = 2,           /* rows that every block of few_mlp_in sums for itself */
+    FEW_PART = 8,            /* columns that few_mlp_out has sums of squares of */
     CLUSTER_BLOCKS = 8,      /* of a cluster */
     CLUSTER_ROWS = 16,       /* of a step at most: a tensor core's tile */
     ROW_PIECES = 16,         /* of a row, each with a sum of squares of its own */
@@ -86,13 +87,15 @@ struct few_mlp {
     int64_t partial_stride;
     struct cluster_norm norm;
     float *between;        /* [rows, D] x with the heads' shares */
-    bf16 *h;               /* [rows, D] between * norm's weight */
-    float *scales;         /* [rows] of the rows of h */
+    bf16 *h;               /* [rows, D] between * norm's weight; in the end x * next_weight */
+    float *squares;        /* [ROW_PIECES, CLUSTER_ROWS] of the rows of between */
     const bf16 *gate, *up; /* [F, D] */
     const bf16 *down;      /* [D, F] */
     enum activation act;
-    bf16 *middle;   /* [rows, F] */
-    const float *z; /* cluster_mix's, to be put into the state */
+    bf16 *middle;             /* [rows, F] */
+    const float *next_weight; /* [D] of the norm that follows; NULL: h is not written for it */
+    struct row_factors next;  /* with it, parts of FEW_PART values */
+    const float *z;           /* cluster_mix's, to be put into the state */
     struct device_slab<float> rglru;
 };
 

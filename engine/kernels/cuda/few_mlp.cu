@@ -119,7 +119,7 @@ static __device__ __forceinline__ void sum_heads(float4 *x, const struct few_mlp
     }
 }
 
-/* A row by CLUSTER_THREADS threads: between, h and its scale. The bits of what few_mlp_in does by
+/* A row by CLUSTER_THREADS threads: between, h and its squares. The bits of what few_mlp_in does by
  * itself. Rows are spread over all of the blocks: an SM loads 27 KB for each. Bounds say one block
  * an SM, or the compiler makes three waits of the 9 loads to save registers. */
 template <int D>
@@ -127,7 +127,6 @@ static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS, 1)
     few_settle_kernel(const __grid_constant__ struct mlp_call c)
 {
     constexpr int COLUMNS = D / 16;
-    __shared__ float squares[SETTLE_ROWS][16];
     const int part = threadIdx.x / CLUSTER_THREADS, thread = threadIdx.x % CLUSTER_THREADS;
     const int group = thread / 16, quad = thread % 16, row = SETTLE_BLOCKS * part + blockIdx.x;
     const int column = group * COLUMNS + quad * 4;
@@ -141,27 +140,18 @@ static __global__ void __launch_bounds__(SETTLE_ROWS *CLUSTER_THREADS, 1)
     if (mine)
         sum_heads<D, 1>(&x, c.m, at);
     const float square = few_square(x);
-    if (quad == 0)
-        squares[part][group] = square;
     if (mine) {
         *reinterpret_cast<float4 *>(c.m.between + at) = x;
         *reinterpret_cast<uint2 *>(c.m.h + at) = few_weighed(x, weight);
-    }
-    __syncthreads();
-    if (thread == 0 && mine) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            sum += squares[part][i];
-        c.m.scales[row] = norm_scale(sum, D, c.m.norm.eps);
+        if (quad == 0)
+            c.m.squares[group * CLUSTER_ROWS + row] = square;
     }
 }
 
 /* ---- gate and up ---- */
 
-/* The rows times the norm's weight: few of them from x and the heads' shares, and squares [16, 16
- * rows]; or with their scales as few_settle left them. weight: the thread's of the norm, if alone.
- */
+/* The rows times the norm's weight, and squares [16, 16 rows]: few of them from x and the heads'
+ * shares, or as few_settle left them. weight: the thread's of the norm, if alone. */
 template <class S, int D>
 static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n_rows, bool alone,
                                                  float4 weight, unsigned char *shared)
@@ -169,9 +159,10 @@ static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n
     static_assert(FEW_ALONE == 2, "one row or both");
     bf16 *const rows = reinterpret_cast<bf16 *>(shared + S::rows);
     float *const squares = reinterpret_cast<float *>(shared + S::squares);
-    float *const scales = reinterpret_cast<float *>(shared + S::scales);
     if (!alone) {
-        static_assert(CLUSTER_THREADS == 16 * CLUSTER_ROWS && D % 128 == 0, "16 threads a row");
+        static_assert(CLUSTER_THREADS == 16 * CLUSTER_ROWS && D % 128 == 0 &&
+                          SQUARES == (int)CLUSTER_THREADS,
+                      "16 threads a row, a square a thread");
         const int row = threadIdx.x / 16, first = threadIdx.x % 16 * 8;
         if (row < n_rows) {
 #pragma unroll
@@ -179,8 +170,8 @@ static __device__ __forceinline__ void take_rows(const struct mlp_call &c, int n
                 copy_async_16(rows + row * S::ROW + first + i, c.m.h + row * D + first + i);
         }
         copy_async_commit();
-        if ((int)threadIdx.x < n_rows)
-            scales[threadIdx.x] = __ldcg(c.m.scales + threadIdx.x);
+        squares[threadIdx.x] =
+            (int)threadIdx.x % CLUSTER_ROWS < n_rows ? __ldcg(c.m.squares + threadIdx.x) : 0;
         copy_async_wait<0>();
         __syncthreads();
         return;
@@ -305,7 +296,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         *reinterpret_cast<float2 *>(to) = make_float2(sum[n][0], sum[n][1]);
         *reinterpret_cast<float2 *>(to + 8 * S::SUM) = make_float2(sum[n][2], sum[n][3]);
     }
-    if (alone && threadIdx.x < FEW_ALONE)
+    if (threadIdx.x < CLUSTER_ROWS)
         scales[threadIdx.x] = scale;
     __syncthreads();
     for (int i = threadIdx.x; i < n_rows * S::FEATURES / 2; i += CLUSTER_THREADS) {
@@ -405,6 +396,34 @@ static __device__ __forceinline__ float add_slices(float residual, const float *
     return y[0] + y[1];
 }
 
+/* Of the norm that follows, before pdl_wait. */
+static __device__ __forceinline__ float next_weight(const struct mlp_call &c, int column)
+{
+    return c.m.next_weight ? c.m.next_weight[column] : 0;
+}
+
+/* By all threads: x in its place, and what the norm that follows makes of it, if that is known; 8
+ * threads have the columns of a row. */
+template <int D>
+static __device__ __forceinline__ void put_x(const struct mlp_call &c, float x, int row, int column,
+                                             bool mine, float weight)
+{
+    const int64_t at = (int64_t)row * D + column;
+    if (mine)
+        c.m.x[at] = x;
+    if (!c.m.next_weight)
+        return;
+    float square = x * x;
+#pragma unroll
+    for (int o = 1; o < FEW_PART; o *= 2)
+        square += __shfl_xor_sync(0xffffffffu, square, o);
+    if (!mine)
+        return;
+    c.m.h[at] = from_float<bf16>(x * weight);
+    if (column % FEW_PART == 0)
+        c.m.next.squares[row * (D / FEW_PART) + column / FEW_PART] = square;
+}
+
 template <int D, int F>
 static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     few_mlp_out_kernel(const __grid_constant__ struct mlp_call c)
@@ -425,6 +444,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     const int n_rows = c.step.sizes->n_rows;
     __syncthreads(); /* bulk_wait: the barrier has begun */
     const bf16 *const middle = kept_address(c.m.middle + (int64_t)g * F + first * S::SLICE + t * 8);
+    const float weight = next_weight(c, column);
 
     pdl_wait();
     struct held_slice<S::SLICE> held[S::SLICES];
@@ -450,8 +470,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
         *reinterpret_cast<float2 *>(to + 64) = make_float2(sum[s][2], sum[s][3]);
     }
     __syncthreads();
-    if (mine)
-        c.m.x[(int64_t)row * D + column] = add_slices(residual, sums, 0);
+    put_x<D>(c, mine ? add_slices(residual, sums, 0) : 0, row, column, mine, weight);
 }
 
 /* The same bits, of a cluster's 32 columns: block r of it has quarter r of the slices, and adds up
@@ -489,6 +508,7 @@ static __global__ void __launch_bounds__(out_cluster_shape<D, F>::WARPS *WARP, 2
     cluster_arrive(); /* when all blocks have: their sums may be written */
     const bf16 *const middle =
         kept_address(c.m.middle + (int64_t)g * F + rank * S::K + slice * S::SLICE + t * 8);
+    const float weight = next_weight(c, column);
     cluster_wait();
 
     pdl_wait();
@@ -514,8 +534,7 @@ static __global__ void __launch_bounds__(out_cluster_shape<D, F>::WARPS *WARP, 2
     }
     __syncthreads(); /* the block's own */
     cluster_receive(came);
-    if (mine)
-        c.m.x[(int64_t)row * D + column] = add_slices(residual, sums, rank + 1);
+    put_x<D>(c, mine ? add_slices(residual, sums, rank + 1) : 0, row, column, mine, weight);
 }
 
 /* ---- launching ---- */

@@ -58,8 +58,9 @@ enum product_output {
 struct product {
     const void *in; /* bf16 [rows, n_in], or f32 when it is to be normed */
     int64_t in_stride;
-    struct device_norm norm; /* given: in is f32, the product's input is bf16(norm(in)) */
-    const int32_t *in_rows;  /* gather: row r reads in[in_rows[r]]; or NULL */
+    struct device_norm norm;    /* given: in is f32, the product's input is bf16(norm(in)) */
+    const int32_t *in_rows;     /* gather: row r reads in[in_rows[r]]; or NULL */
+    struct row_factors factors; /* of in's rows, as norm would have them: where stream_factors */
     struct product_weight w;
     void *out;
     int64_t out_stride;

@@ -424,6 +424,7 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     p.layer = layer;
     p.packed = p.s->packed_layer == layer;
     p.s->packed_layer = -1;
+    p.s->h_is_heads = false;
     c->layers = layer_plain(&p);
     if (c->layers)
         return true;
@@ -495,6 +496,11 @@ bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
     q.rows = c->step.logits;
     q.n_rows = &c->step.sizes->n_logit_rows;
     const bool padded = pad_logits(c, &q, lm_head);
+    if (c->layer->h_is_heads && stream_factors(c, &q)) {
+        q.in = c->layer->h;
+        q.norm = {};
+        q.factors = c->layer->heads;
+    }
     fused_product(c, &q, c->layer->wide);
     if (padded && c->step.drawn_from) {
         c->logits = c->layer->logits;

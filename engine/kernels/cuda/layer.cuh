@@ -36,7 +36,7 @@ struct layer_scratch {
     /* Layers of few rows, CLUSTER_ROWS at most. */
     float *x_between; /* [rows, D] the residual stream within the layer */
     float *shares;    /* [MIX_CLUSTERS, rows, D] what each head adds to it */
-    float *scales;    /* [rows] */
+    float *squares;   /* [ROW_PIECES, CLUSTER_ROWS] of x_between */
     void *prepared;   /* [layers] cluster_prepare's; for the rows below, too */
     int n_prepared;   /* layers that are */
     /* Layers of up to WARPGROUP_ROWS rows: x, what is mixed and the mlp's features. */
@@ -44,7 +44,10 @@ struct layer_scratch {
     float *x_squares;
     int packed_layer; /* whose norm1 the layer before left in packed_x; -1: nobody's */
     size_t n_bytes;
-    int h_layer;          /* whose norm1(x) the layer before left in h; -1: nobody's */
+    int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */
+    /* The last layer left x times the weight of the norm before the head in h, and its squares. */
+    bool h_is_heads;
+    struct row_factors heads;
     struct beside beside; /* v, q and k, while the queue has the RG-LRU */
 };
 

@@ -124,7 +124,7 @@ static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
     m.norm = {floats(w->norm2.weight), w->norm2.eps};
     m.between = s->x_between;
     m.h = s->h;
-    m.scales = s->scales;
+    m.squares = s->squares;
     m.gate = matrix(&w->gate_proj);
     m.up = matrix(&w->up_proj);
     m.down = matrix(&w->down_proj);
@@ -132,6 +132,13 @@ static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
     m.middle = s->up;
     m.z = s->z;
     m.rglru = float_slab(&p->state->slabs[STATE_RGLRU]);
+    if (p->layer + 1 == p->config->n_layers && plain_norm(&w[1].norm1)) {
+        const int D = p->config->hidden_size;
+        m.next_weight = floats(w[1].norm1.weight);
+        m.next = {s->x_squares, D / FEW_PART, D, w[1].norm1.eps};
+        s->h_is_heads = true;
+        s->heads = m.next;
+    }
     few_mlp_launch(p->c, shape, &m);
 }
 

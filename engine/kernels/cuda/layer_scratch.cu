@@ -57,7 +57,7 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
         {(void **)&s->logits, (size_t)padded_columns(c->vocab_size) * logits, o->max_logit_rows},
         {(void **)&s->x_between, D * rglru, few},
         {(void **)&s->shares, MIX_CLUSTERS * D * rglru, few},
-        {(void **)&s->scales, rglru, few},
+        {(void **)&s->squares, ROW_PIECES * rglru, CLUSTER_ROWS},
         {&s->prepared, prepared, c->n_layers},
         {(void **)&s->packed_x, D * packed, WARPGROUP_ROWS, true},
         {(void **)&s->packed_mixed, q * packed, WARPGROUP_ROWS, true},

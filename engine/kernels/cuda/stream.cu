@@ -76,18 +76,39 @@ static __device__ __forceinline__ float stream_sum(const float *sums, int row, i
     return y;
 }
 
+/* Of the row whose results the thread has, 16 threads a row; 1 without factors. */
+static __device__ __forceinline__ float stream_factor(const struct product &p, int rows)
+{
+    enum { AT_ONCE = 6 }; /* 768 values in parts of 8 */
+    const struct row_factors &f = p.factors;
+    if (!f.squares)
+        return 1;
+    const int any = min((int)threadIdx.x / STREAM_TILE, rows - 1);
+    const float *const from = f.squares + (int64_t)(p.in_rows ? p.in_rows[any] : any) * f.n_parts;
+    float sum = 0;
+    for (int first = threadIdx.x % STREAM_TILE; first < f.n_parts; first += AT_ONCE * STREAM_TILE) {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            sum += first + k * STREAM_TILE < f.n_parts ? __ldcg(from + first + k * STREAM_TILE) : 0;
+    }
+#pragma unroll
+    for (int o = STREAM_TILE / 2; o; o >>= 1)
+        sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    return norm_scale(sum, f.n, f.eps);
+}
+
 /* Results of a tile: partial sums where there is room for them given. */
 template <int HALVES>
 static __device__ __forceinline__ void
 stream_results(const struct product &p, const struct stream_job &j, bool pairs, float *partials,
-               const float *sums, int tile, int rows)
+               const float *sums, int tile, int rows, float factor)
 {
     const int columns = j.tile_rows, n = j.n - tile * columns;
     const int row = threadIdx.x / columns, i = threadIdx.x % columns;
     const int column = j.first + tile * columns + i;
     if (row >= rows || i >= n)
         return;
-    float y = stream_sum<HALVES>(sums, row, i);
+    float y = stream_sum<HALVES>(sums, row, i) * factor;
     if (partials) {
         partials[((int64_t)blockIdx.y * p.rows + row) * p.w.n_out + column] = y;
         return;
@@ -179,6 +200,7 @@ static __global__ void __launch_bounds__(STREAM_THREADS, STREAM_BLOCKS + (STEPS 
     }
 
     float *const all_sums = (float *)(shared + STREAM_WARPS * STREAM_STAGES * STREAM_STAGE);
+    const float factor = stream_factor(p, rows);
     int slot = 0;
     for (int tile = 0; tile < job.n_tiles; tile++) {
         float sum[2][HALVES][4] = {}; /* two chains */
@@ -214,7 +236,7 @@ static __global__ void __launch_bounds__(STREAM_THREADS, STREAM_BLOCKS + (STEPS 
             for (int k = 0; k < 4; k++)
                 mine[(8 * h + k % 2) * STREAM_STRIDE + k / 2 * 8] = sum[0][h][k] + sum[1][h][k];
         __syncthreads();
-        stream_results<HALVES>(p, job, pairs, partials, sums, tile, rows);
+        stream_results<HALVES>(p, job, pairs, partials, sums, tile, rows, factor);
     }
 }
 
@@ -300,6 +322,14 @@ static bool is_large(const struct cuda *c, const struct product *p)
     const int64_t n_bytes = (int64_t)p->w.n_out * p->w.n_in * (int)sizeof(bf16);
     return !c->queue.deterministic && c->queue.capability >= 90 && p->w.n_in >= 512 &&
            n_bytes >= (p->norm.weight ? LARGE_NORMED_BYTES : LARGE_BYTES);
+}
+
+bool stream_factors(const struct cuda *c, const struct product *p)
+{
+    struct product bare = *p;
+    bare.norm = {};
+    return p->output == OUTPUT_F32 && slices_of(p->w.n_in) == 1 && is_large(c, p) &&
+           possible(&bare);
 }
 
 bool stream_large(struct cuda *c, const struct product *p)

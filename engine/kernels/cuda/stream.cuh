@@ -13,6 +13,9 @@ bool stream_product(struct cuda *c, const struct product *p);
 /* The same for p with or without a norm, but only where it is the faster way. */
 bool stream_large(struct cuda *c, const struct product *p);
 
+/* Whether stream_large is the way for p without its norm, and takes factors. */
+bool stream_factors(const struct cuda *c, const struct product *p);
+
 /* Partial sums of p's results, [n][p.rows][n_out] f32 in c->partials, which are to be added in
  * order, then the bias; p->out is not written. 0: not for this shape, nothing was done. */
 int stream_partial_sums(struct cuda *c, const struct product *p);
