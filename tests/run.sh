@@ -8,6 +8,7 @@
 #   TEST_ONLY      run only programs whose path contains one of these words
 #   TEST_EXCEPT    leave out those whose path contains one of these
 #   TEST_UNDER     a command to run each program under
+#   TEST_JOBS      programs at a time
 #
 # gpu says first what it runs on; without a GPU it skips all, aloud.
 set -u
@@ -116,6 +117,7 @@ for kind in "$@"; do
     emulated) jobs=$(nproc) ;;
     unit | http) jobs=2 ;;
     esac
+    jobs=${TEST_JOBS:-$jobs}
     if [ "$kind" = gpu ]; then
         if ! gpus=$(gpu_names); then
             echo "GPU tests SKIPPED: nvidia-smi finds no GPU on this machine"

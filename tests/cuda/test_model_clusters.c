@@ -175,21 +175,24 @@ static void open_two(struct run *fused, struct run *composed, const struct test_
 static void check_batches(const struct test_model *model, const int *batches, size_t n)
 {
     struct run fused, composed;
+    const bool bits = model == &reference && !run_least();
     int most = 0;
     open_two(&fused, &composed, model);
     for (size_t i = 0; i < n; i++)
-        check_batch(&fused, &composed, batches[i], model == &reference ? &most : NULL);
+        check_batch(&fused, &composed, batches[i], bits ? &most : NULL);
     run_close(&fused);
     run_close(&composed);
 }
 
 static void test_reference(void **state)
 {
-    static const int few[] = {2, 11, 18}, quick[] = {2, 9, 17};
+    static const int few[] = {2, 11, 18}, quick[] = {2, 9, 17}, least[] = {2, 11, 17};
     static const int all[] = {1, 2, 3, 5, 8, 9, 13, 16, 17, 33, 64, 65, 128, 200};
     (void)state;
     if (run_emulated())
         check_batches(&reference, few, COUNT_OF(few));
+    else if (run_least())
+        check_batches(&reference, least, COUNT_OF(least));
     else if (run_quick())
         check_batches(&reference, quick, COUNT_OF(quick));
     else
@@ -280,10 +283,13 @@ static void test_long_prompt(void **state)
 
 int main(void)
 {
+    const struct CMUnitTest least[] = {cmocka_unit_test(test_reference)};
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reference),   cmocka_unit_test(test_fewer_latents),
         cmocka_unit_test(test_vapor),       cmocka_unit_test(test_wide_vocabulary),
         cmocka_unit_test(test_long_prompt),
     };
+    if (run_least())
+        RUN_CUDA_TESTS(least);
     RUN_CUDA_TESTS(tests);
 }

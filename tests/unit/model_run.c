@@ -43,7 +43,13 @@ bool run_emulated(void)
 bool run_quick(void)
 {
     const char *quick = getenv("LATTE_TEST_QUICK");
-    return (quick && !strcmp(quick, "1")) || run_emulated();
+    return (quick && !strcmp(quick, "1")) || run_least() || run_emulated();
+}
+
+bool run_least(void)
+{
+    const char *quick = getenv("LATTE_TEST_QUICK");
+    return quick && !strcmp(quick, "2");
 }
 
 bool run_skips(const char *backend, const char *dir)

@@ -42,9 +42,12 @@ const char *const *run_backends(void);
 /* Whether the CUDA devices here are emulated on the host. */
 bool run_emulated(void);
 
-/* Whether tests on the device are to be small: LATTE_TEST_QUICK=1 (as under compute-sanitizer),
+/* Whether tests on the device are to be small: LATTE_TEST_QUICK=1 or 2 (under compute-sanitizer),
  * or it is an emulated one. */
 bool run_quick(void);
+/* LATTE_TEST_QUICK=2: only so much that every kernel runs, under tools that take minutes for a step
+ * of a model. */
+bool run_least(void);
 
 /* Whether to leave out a golden model on this backend, because the device is slow: the first of
  * each kind of layer, latent input and position stays. */
