@@ -162,6 +162,7 @@ endif
 
 # Under racecheck and initcheck, where a model's tests take many minutes each. racecheck is not to
 # judge the library's kernels (nvjet).
+SANITIZE_EXCEPT := stress schedule
 KERNEL_TESTS := draw glu instructions linear mix model_clusters prompt rglru rows warpgroup
 
 test-gpu-sanitize: ## a quick selection of them under compute-sanitizer's tools
@@ -173,8 +174,8 @@ endif
 	  quick=2 only="$(KERNEL_TESTS)" options=; case $$tool in \
 	  memcheck) quick=1 only= options="--report-api-errors no" ;; \
 	  racecheck) options="--kernel-regex-exclude kns=nvjet" ;; esac; \
-	  LATTE_TEST_QUICK=$$quick TEST_EXCEPT="stress schedule" TEST_ONLY=$$only TEST_TIMEOUT=900 \
-	  TEST_JOBS=5 TEST_UNDER="compute-sanitizer --tool $$tool $$options --error-exitcode 1" \
+	  LATTE_TEST_QUICK=$$quick TEST_EXCEPT="$(SANITIZE_EXCEPT)" TEST_ONLY=$$only TEST_TIMEOUT=900 \
+	  TEST_JOBS=8 TEST_UNDER="compute-sanitizer --tool $$tool $$options --error-exitcode 1" \
 	  sh tests/run.sh $(BUILD) gpu || touch $(BUILD)/sanitize-failed; } | sed "s/^/$$tool: /" & \
 	done; wait; [ ! -e $(BUILD)/sanitize-failed ]
 

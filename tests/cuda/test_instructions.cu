@@ -261,7 +261,8 @@ static void test_products_of_warpgroups(void **)
         launch(&f.q, "group_product", s.kernel, dim3(1), 4 * WARP, shared, out, (const float *)in,
                (const float *)in + COUNT_OF(a));
         OK(f.q.error);
-        OK(cudaMemcpyAsync(d, out, sizeof(d), cudaMemcpyDeviceToHost, f.q.stream));
+        OK(cudaMemcpyAsync(d, out, (size_t)GROUP_ROWS * s.columns * sizeof(*d),
+                           cudaMemcpyDeviceToHost, f.q.stream));
         OK(cudaStreamSynchronize(f.q.stream));
         for (int r = 0; r < GROUP_ROWS; r++) {
             for (int i = 0; i < s.columns; i++) {
