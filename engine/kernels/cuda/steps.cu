@@ -20,20 +20,20 @@ static __device__ __forceinline__ void take_arrays(const struct step_arrays &a,
                                                    const struct step_arrays &b, int place)
 {
     const uint4 *const from_a = place ? a.from[1] : a.from[0];
-    const uint4 *const from_b = (place ? b.from[1] : b.from[0]) - a.n;
+    const uint4 *const from_b = place ? b.from[1] : b.from[0];
     for (int first = threadIdx.x; first < a.n + b.n; first += TAKE_THREADS * TAKE_AT_ONCE) {
         uint4 held[TAKE_AT_ONCE];
 #pragma unroll
         for (int i = 0; i < TAKE_AT_ONCE; i++) {
             const int at = first + i * TAKE_THREADS;
             if (at < a.n + b.n)
-                held[i] = __ldcv((at < a.n ? from_a : from_b) + at);
+                held[i] = __ldcv(at < a.n ? from_a + at : from_b + (at - a.n));
         }
 #pragma unroll
         for (int i = 0; i < TAKE_AT_ONCE; i++) {
             const int at = first + i * TAKE_THREADS;
             if (at < a.n + b.n)
-                (at < a.n ? a.to : b.to - a.n)[at] = held[i];
+                *(at < a.n ? a.to + at : b.to + (at - a.n)) = held[i];
         }
     }
 }
@@ -254,7 +254,7 @@ bool gpu_begin(struct backend *b, const struct step *step)
     struct gpu *g = gpu_of(b);
     step_check(step, &g->cuda.options);
     CHECK(step->n_logit_rows <= g->cuda.options.max_logit_rows);
-    CHECK(g->n_submitted - g->n_waited < DEPTH && g->n_begun == g->n_submitted);
+    CHECK(g->n_submitted - g->n_waited < DEPTH);
     const struct form form = form_of(g, step);
     const struct layout layout = layout_of(&form);
     CHECK(layout.n_bytes <= g->block_bytes);
@@ -263,6 +263,7 @@ bool gpu_begin(struct backend *b, const struct step *step)
     if (!gpu_ready(g))
         return true;
 
+    CHECK(g->n_begun == g->n_submitted); /* or take_step would take the other place */
     gpu_slots_step(g, step);
     fill_block(g->places[place].staging, &form, &layout, step);
     if (g->cuda.drawing)
@@ -294,8 +295,10 @@ enum status gpu_submit(struct backend *b, struct error *err)
 {
     struct gpu *g = gpu_of(b);
     const int place = (int)(g->n_submitted % DEPTH);
-    if (g->current)
-        g->current->layers = g->cuda.layers, g->current->may_be_late = g->cuda.may_be_late;
+    if (g->current) {
+        g->current->layers = g->cuda.layers;
+        g->current->may_be_late = g->cuda.may_be_late;
+    }
     if (g->capturing) {
         end_capture(g);
         g->replaying = true;
