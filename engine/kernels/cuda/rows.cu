@@ -38,8 +38,8 @@ struct step_tokens {
     bool late; /* there after pdl_wait only */
 };
 
-/* A block has a row, a thread N adjacent columns at a time. What is drawn comes from another kernel;
- * the step's arrays only when they are late. */
+/* A block has a row, a thread N adjacent columns at a time. What is drawn comes from another
+ * kernel; the step's arrays only when they are late. */
 template <class T, int N>
 static __global__ void embed_kernel(float *out, const T *table, const float *scales, float scale,
                                     int dim, const struct step_tokens tokens)
