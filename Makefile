@@ -161,7 +161,7 @@ endif
 	@sh tests/run.sh $(BUILD) gpu
 
 # Under racecheck and initcheck, where a model's tests take many minutes each. racecheck is not to
-# judge the library's kernels (nvjet).
+# judge the library's kernels (nvjet). test_schedule_cuda takes minutes, test_stress longer.
 SANITIZE_EXCEPT := stress schedule
 KERNEL_TESTS := draw glu instructions linear mix model_clusters prompt rglru rows warpgroup
 

@@ -220,8 +220,9 @@ struct backend_ops {
 
     /* A whole layer, or the head, in a few fused passes. False: not for this configuration; the
      * model composes it from the ops above, which is also what tests compare it with. w is the
-     * element `layer` of an array of all config->n_layers: a layer may end with what the next
-     * begins with. Layers are called in order. */
+     * element `layer` of an array of all config->n_layers and one more, which has only the norm
+     * before the head, as its norm1: a layer may end with what comes next begins with. Layers are
+     * called in order. */
     bool (*layer)(struct backend *b, struct buffer *x, const struct layer_weights *w,
                   const struct layer_state *state, const struct model_config *config, int layer);
     /* logits[n_logit_rows, V] = softcap(lm_head(norm(x[logit_rows]))); norm->weight may be NULL. */

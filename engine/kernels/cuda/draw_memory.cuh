@@ -85,7 +85,7 @@ struct drawn_row {
 /* Lists in shared memory. */
 struct pick_lists {
     uint64_t keys[LIST];
-    uint16_t picks[MAX_PICKS]; /* groups, ascending */
+    uint16_t picks[MAX_PICKS]; /* groups; pick_groups' are ascending */
     int n_keys, n_picks;
 };
 

@@ -464,7 +464,7 @@ static __device__ __forceinline__ void scan_part(const struct draw_memory &m, st
 }
 
 /* One block a part of a row, grid (parts, rows). The step's arrays and the slots' parameters are
- * copied before its first kernel: they are there before the wait. */
+ * there before the wait. */
 static __global__ __launch_bounds__(SCAN_THREADS, SCAN_BLOCKS) void draw_scan(
     const __grid_constant__ struct draw_memory m, const struct logit_rows logits,
     const struct step_sizes *sizes)

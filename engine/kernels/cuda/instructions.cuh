@@ -642,7 +642,6 @@ static inline bool cluster_fits(const void *kernel, int cluster, int block, size
     return error == cudaSuccess && n > 0;
 }
 
-/* cluster: blocks of a cluster, along x; 0: none. */
 /* Of what an SM has for both, the most for shared memory. */
 template <class... P> static inline cudaError_t prefer_shared(void (*kernel)(P...))
 {
@@ -651,6 +650,7 @@ template <class... P> static inline cudaError_t prefer_shared(void (*kernel)(P..
                                 cudaSharedmemCarveoutMaxShared);
 }
 
+/* cluster: blocks of a cluster, along x; 0: none. */
 template <class... P>
 static inline cudaError_t launch_kernel(struct queue *q, void (*kernel)(P...), dim3 grid,
                                         int cluster, int block, size_t shared_bytes, P... args)

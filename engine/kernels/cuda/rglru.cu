@@ -319,7 +319,7 @@ static __global__ void __launch_bounds__(GATE_THREADS, GATE_BLOCKS)
     for (int i = threadIdx.x; i < n_tiles * 8; i += blockDim.x)
         constants[i] = rglru_channel_of(f, first + tile0 * 8 + i);
 
-    /* The step's arrays are copied before its first kernel. */
+    /* The step's arrays are there before the wait. */
     const int n_pieces = c.step.sizes->n_pieces, share = (n_pieces + gridDim.y - 1) / gridDim.y;
     const int p0 = blockIdx.y * share, end = p0 + share < n_pieces ? p0 + share : n_pieces;
     int p = p0;

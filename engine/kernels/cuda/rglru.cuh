@@ -310,9 +310,9 @@ rglru_tile(const struct rglru_decode &d, const struct rglru_lane &at, const floa
 }
 
 /* Item `item` of rglru_items. Decode steps only. Calls pdl_wait itself, after it has fetched its
- * weights and the step's arrays, which are copied before the step's first kernel; no thread of the
- * block may have returned before. shared: rglru_shared_bytes. The block has a multiple of 4 warps;
- * AT_ONCE: tiles whose states a lane asks for at a time. */
+ * weights and read the step's arrays, which are there before; no thread of the block may have
+ * returned before. shared: rglru_shared_bytes. The block has a multiple of 4 warps; AT_ONCE: tiles
+ * whose states a lane asks for at a time. */
 template <int AT_ONCE>
 static __device__ __forceinline__ void rglru_item(const struct rglru_decode &d, int item,
                                                   unsigned char *shared)

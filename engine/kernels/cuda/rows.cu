@@ -221,7 +221,7 @@ static __global__ void __launch_bounds__(ROW_WARPS *WARP)
         w[p] = weight && lane + p * WARP < quads ? quad_at(weight, lane + p * WARP) : zero;
 
     const int64_t row = (int64_t)blockIdx.x * ROW_WARPS + threadIdx.x / WARP;
-    const bool idle = row >= *call.n_rows * call.groups; /* there since before the first kernel */
+    const bool idle = row >= *call.n_rows * call.groups; /* there before the wait */
     pdl_wait();
     if (idle)
         return;

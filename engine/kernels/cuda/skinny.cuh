@@ -429,7 +429,7 @@ skinny_block(const struct product &p, int block, int n_blocks, int row_group, un
     skinny_norm<W, HALVES> norm;
     if (NORM)
         norm.begin(p);
-    /* The step's sizes come with a copy that is over before the step's first kernel. */
+    /* The step's sizes are there before the wait. */
     const int first_row = row_group * 8 * HALVES, rows = min(*p.n_rows - first_row, 8 * HALVES);
 
     pdl_wait();

@@ -295,7 +295,7 @@ enum status gpu_submit(struct backend *b, struct error *err)
 {
     struct gpu *g = gpu_of(b);
     const int place = (int)(g->n_submitted % DEPTH);
-    if (g->current) {
+    if (g->current && !g->replaying) {
         g->current->layers = g->cuda.layers;
         g->current->may_be_late = g->cuda.may_be_late;
     }

@@ -178,7 +178,7 @@ static __global__ void __launch_bounds__(STREAM_THREADS, STREAM_BLOCKS + (STEPS 
         ask();
         copy_async_commit();
     }
-    const int rows = min(*p.n_rows, 8 * HALVES); /* copied before the step's first kernel */
+    const int rows = min(*p.n_rows, 8 * HALVES); /* there before the wait */
 
     pdl_wait();
 
