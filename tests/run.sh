@@ -1,8 +1,8 @@
 #!/bin/sh
 # run.sh BUILD [unit|http|emulated|gpu...] - run the test programs of a build directory and count
 # what cmocka reports. Exits with 1 when a test failed, a program crashed or hung, or there was
-# nothing to run. A GPU's one after another unless TEST_JOBS says otherwise; unit and HTTP tests, which wait a good deal, two at a
-# time; emulated ones, which only compute, on all cores.
+# nothing to run. A GPU's one after another unless TEST_JOBS says otherwise; unit and HTTP tests,
+# which wait a good deal, two at a time; emulated ones, which only compute, on all cores.
 #
 #   TEST_TIMEOUT   seconds a program may take (default 300)
 #   TEST_ONLY      run only programs whose path contains one of these words
