@@ -1,10 +1,10 @@
 /* test_model_clusters.c - models of a shape that has layers of few rows by clusters (cluster.cuh)
  * and of up to 256 by warpgroups (warpgroup.cuh), against the same device without fused layers: two
- * rows, which every block gathers for itself, three, which are exchanged, eleven, of which some
- * blocks mix two, and eighteen; and a prompt. Session 0 has a ring that is full and wraps. A
- * session's logits have the same bits in all steps by clusters. On an emulated device these models
- * take a minute, so there is little else here; test_model_cuda.c has more on a GPU, and explains
- * the tolerances.
+ * rows, whose heads every block of the mlp adds up, three, for which that is a launch, eleven, of
+ * which some blocks mix two, and eighteen; and a prompt. Session 0 has a ring that is full and
+ * wraps. A session's logits have the same bits in all steps by clusters. On an emulated device
+ * these models take a minute, so there is little else here; test_model_cuda.c has more on a GPU,
+ * and explains the tolerances.
  */
 #include "tests/unit/unit.h"
 
@@ -45,6 +45,8 @@ static const struct test_model fewer_latents = {
     "fewer latents, softcap, gelu",
     SHAPE("1", "\"num_latents\":64,\"attn_logit_softcapping\":2.0,\"hidden_act\":\"gelu_tanh\"")};
 static const struct test_model wide = {"wide", SHAPE_OF("22016", "1", "\"num_latents\":128")};
+static const struct test_model sinusoids = {
+    "sinusoids", SHAPE("1", "\"num_latents\":128,\"position_embedding\":\"sinusoidal\"")};
 static const struct test_model vapor = {
     "vapor", SHAPE("1", "\"num_latents\":128,\"position_embedding\":\"vapor\"")};
 
@@ -186,7 +188,7 @@ static void check_batches(const struct test_model *model, const int *batches, si
 
 static void test_reference(void **state)
 {
-    static const int few[] = {2, 11, 18}, quick[] = {2, 9, 17}, least[] = {2, 11, 17};
+    static const int few[] = {2, 3, 11, 18}, quick[] = {2, 9, 17}, least[] = {2, 11, 17};
     static const int all[] = {1, 2, 3, 5, 8, 9, 13, 16, 17, 33, 64, 65, 128, 200};
     (void)state;
     if (run_emulated())
@@ -204,6 +206,14 @@ static void test_fewer_latents(void **state)
     static const int batches[] = {3, 17};
     (void)state;
     check_batches(&fewer_latents, batches, COUNT_OF(batches));
+}
+
+/* What the embedding cannot leave packed for the first layer is packed by a launch. */
+static void test_sinusoids(void **state)
+{
+    static const int batches[] = {3, 17};
+    (void)state;
+    check_batches(&sinusoids, batches, COUNT_OF(batches));
 }
 
 /* Clusters and warpgroups do not have VAPOR: such layers are composed, by whatever device. */
@@ -285,9 +295,9 @@ int main(void)
 {
     const struct CMUnitTest least[] = {cmocka_unit_test(test_reference)};
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_reference),   cmocka_unit_test(test_fewer_latents),
-        cmocka_unit_test(test_vapor),       cmocka_unit_test(test_wide_vocabulary),
-        cmocka_unit_test(test_long_prompt),
+        cmocka_unit_test(test_reference),       cmocka_unit_test(test_fewer_latents),
+        cmocka_unit_test(test_sinusoids),       cmocka_unit_test(test_vapor),
+        cmocka_unit_test(test_wide_vocabulary), cmocka_unit_test(test_long_prompt),
     };
     if (run_least())
         RUN_CUDA_TESTS(least);

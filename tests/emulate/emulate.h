@@ -57,12 +57,14 @@
 #undef __shared__
 #undef __constant__
 #undef __launch_bounds__
+#undef __maxnreg__
 #undef __grid_constant__
 /* Thread-local, since all such variables then lie in one place that can be filled with NaN, also
  * those of templates; fibers are of one thread. */
 #define __shared__ static thread_local
 #define __constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __grid_constant__
 
 #define DYNAMIC_SHARED(T, name) T *name = reinterpret_cast<T *>(emulate::dynamic_shared)

@@ -12,7 +12,6 @@ enum {
     LOGIT_TILES = (2 * CLUSTER_LATENTS + 1 + 7) / 8,
     LOGITS = 8 * LOGIT_TILES,
     HALF = WARP / 2, /* of a warp: a lane has a latent of its half's row */
-    MIX_ALONE = 2,   /* rows that every block reads for itself */
 };
 
 struct mix_call {
@@ -27,12 +26,12 @@ struct mix_row {
     bool here, begins;
 };
 
-/* ROWS: that a block mixes. */
-template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
+/* ROWS: that a block mixes. ALONE: of up to FEW_ALONE rows, with the output projection. */
+template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> struct mix_shape {
     static constexpr int DIM = D, BLOCK_ROWS = ROWS;
+    static constexpr bool IS_ALONE = ALONE;
     static constexpr int STEP_ROWS = ROWS * CLUSTER_BLOCKS;
     static constexpr int COLUMNS = D / CLUSTER_BLOCKS, TILES = COLUMNS / 8; /* the block's of x */
-    static constexpr int PIECE = D / ROW_PIECES;
     static constexpr int PART = HEAD / CLUSTER_BLOCKS; /* rows of each of q, k, v, the block's */
     static constexpr int QKV = 3 * PART, QKV_TILES = (QKV + 7) / 8;
     static constexpr int PAIRS = PART / 2; /* of a query's or key's values that are turned, i and
@@ -50,22 +49,21 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int QUADS = HEAD / 4;
     static constexpr int LATENT_GROUPS = CLUSTER_THREADS / QUADS;
     static constexpr int LATENTS = (CLUSTER_LATENTS + LATENT_GROUPS - 1) / LATENT_GROUPS;
-    static_assert(HEAD % 32 == 0 && QKV_K % 32 == 0 && COLUMNS % 32 == 0 && PIECE % 4 == 0 &&
-                      PIECE <= 64 && D % (ROW_PIECES * CLUSTER_BLOCKS) == 0 && WIDTH % 32 == 0 &&
+    static_assert(HEAD % 32 == 0 && QKV_K % 32 == 0 && COLUMNS % 32 == 0 && WIDTH % 32 == 0 &&
                       WIDTH % COLUMNS == 0 && QUADS <= WARP * 2 && PAIRS % 2 == 0,
                   "tiles of products");
     static_assert(CLUSTER_LATENTS == (int)HALF && ROWS <= 2, "a latent of a row a lane");
 
     static constexpr int qkv = 0; /* offsets, in bytes */
     static constexpr int latents = qkv + QKV * ROW * 2;
-    static constexpr int o = latents + (2 * CLUSTER_LATENTS + 1) * SLICE * 2;
-    static constexpr int gates = o + COLUMNS * OUT * 2; /* as cluster_prepare has them */
-    static constexpr int gates_bytes = TILES * GATE_QUADS * WARP * 16;
-    static constexpr int rows = gates + gates_bytes;
-    static constexpr int rows_bytes = STEP_ROWS * ROW * 2;
-    /* Of the mixing, in the place of the rows, when they have been used. */
-    static constexpr int local = rows, other = local + ROWS * GROUPS * HEAD * 4;
-    static_assert(ROWS * (GROUPS + LATENT_GROUPS) * HEAD * 4 <= rows_bytes, "place of the rows");
+    static constexpr int gates = latents + (2 * CLUSTER_LATENTS + 1) * SLICE * 2;
+    static constexpr int gates_bytes = TILES * GATE_QUADS * WARP * 16; /* cluster_prepare's */
+    /* Of the mixing, in the place of the gates, when they have been used. */
+    static constexpr int local = gates, other = local + ROWS * GROUPS * HEAD * 4;
+    static_assert(ROWS * (GROUPS + LATENT_GROUPS) * HEAD * 4 <= gates_bytes, "place of the gates");
+    /* The gates' columns of packed rows: [GATE_STEPS, lanes] 16 bytes. */
+    static constexpr int rows = gates + gates_bytes, rows_bytes = GATE_STEPS * WARP * 16;
+    static_assert(GATE_STEPS <= CLUSTER_WARPS, "a step a warp");
     /* [warps, STEP_ROWS, 8 QKV_TILES]; of two rows where the warp has used weights of q, k, v: in
      * its columns of their first rows. */
     static constexpr int sums = ROWS == 1 ? rows + rows_bytes : qkv;
@@ -73,19 +71,15 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int sums_warp = ROWS == 1 ? STEP_ROWS * sums_row : QKV_K / 2;
     static_assert(8 * QKV_TILES * 4 <= QKV_K * 2 && STEP_ROWS <= QKV, "place of the sums");
     static constexpr int z = rows + rows_bytes + (ROWS == 1 ? CLUSTER_WARPS * sums_warp * 4 : 0);
-    /* In the place of z: who sends it has received all that others make of z. */
-    static constexpr int mixed = z;
-    static_assert(OUT <= SLICE, "place of z");
     /* What the cluster's blocks send to the block of a row, for each of its rows: logits [blocks,
-     * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key and v [HEAD]
-     * bf16. */
+     * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key [HEAD] bf16.
+     */
     static constexpr int row = z + STEP_ROWS * SLICE * 2;
     static constexpr int logits = 0, z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4;
     static constexpr int query = z_squares + CLUSTER_BLOCKS * 4, value = query + HEAD * 4;
-    static constexpr int new_key = value + HEAD * 4, new_value = new_key + HEAD * 2;
-    static constexpr int row_bytes = new_value + HEAD * 2;
-    static constexpr int squares = row + ROWS * row_bytes;
-    static constexpr int scales = squares + SQUARES * 4;             /* [16] */
+    static constexpr int new_key = value + HEAD * 4, row_bytes = new_key + HEAD * 2;
+    static_assert(row % 16 == 0 && row_bytes % 16 == 0, "sent 16 bytes at a time");
+    static constexpr int scales = row + ROWS * row_bytes;            /* [16] */
     static constexpr int z_parts = scales + CLUSTER_ROWS * 4;        /* [tiles, 16] */
     static constexpr int stats = z_parts + TILES * CLUSTER_ROWS * 4; /* [ROWS, 2, warps]: tops, */
     static constexpr int angles = stats + ROWS * 2 * CLUSTER_WARPS * 4; /* totals; [16, PAIRS] */
@@ -93,18 +87,28 @@ template <int D, int HEAD, int WIDTH, int ROWS> struct mix_shape {
     static constexpr int shares = places + ROWS * (int)sizeof(struct mix_row); /* [2]; p(0|t) */
     static constexpr int fetched = shares + 2 * 4;
     static constexpr int values_fetched = fetched + (int)sizeof(bulk_barrier);
-    /* What the cluster's blocks have sent: to `row` but for the logits' bytes, which depend on how
-     * many latents there are; to `mixed`; to `rows` and `squares`. */
-    static constexpr int row_came = values_fetched + (int)sizeof(bulk_barrier);
-    static constexpr int mixed_came = row_came + (int)sizeof(bulk_barrier);
-    static constexpr int rows_came = mixed_came + (int)sizeof(bulk_barrier);
+    static constexpr int past_fetched = values_fetched + (int)sizeof(bulk_barrier); /* and keys */
+    /* What the cluster's blocks have sent to `row`, but for the logits' bytes, which depend on how
+     * many latents there are. */
+    static constexpr int row_came = past_fetched + (int)sizeof(bulk_barrier);
     static constexpr int row_sent = row_bytes - CLUSTER_BLOCKS * LOGITS * 4;
     /* The ring's values [CLUSTER_RING_ROWS, HEAD], values_step from one row's to the other's: those
      * are in the place of weights of q, k and v, when they have been used, behind the sums. */
     static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * 2;
-    static constexpr int end = (rows_came + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
+    /* Alone, sent to all: [STEP_ROWS, OUT] the head's output, in the place of z: who sends it has
+     * received all that others make of z. */
+    static constexpr int mixed_came = row_came + (int)sizeof(bulk_barrier);
+    static constexpr int mixed = z;
+    static_assert(OUT <= SLICE, "place of z");
+    static constexpr int o = (mixed_came + (int)sizeof(bulk_barrier) + 15) / 16 * 16;
+    static constexpr int end = o + (ALONE ? COLUMNS * OUT * 2 : 0);
     static constexpr int values = end, values_step = qkv + STEP_ROWS * ROW * 2 - values;
-    static constexpr int bytes = values + values_bytes;
+    /* Of two rows: the second's keys [CLUSTER_RING_ROWS, HEAD], both rows' latents' sums
+     * [ROWS, CLUSTER_LATENTS, HEAD]. */
+    static constexpr int keys = values + values_bytes;
+    static constexpr int past = keys + (ROWS > 1 ? values_bytes : 0);
+    static constexpr int past_bytes = CLUSTER_LATENTS * HEAD * 4;
+    static constexpr int bytes = past + (ROWS > 1 ? ROWS * past_bytes : 0);
     static_assert(ROWS == 1 || values + values_step + values_bytes <= latents, "place of weights");
     static_assert(bytes <= FEW_SHARED, "beside few_mlp_out");
 };
@@ -177,8 +181,9 @@ static __device__ __forceinline__ void fetch_weights(const struct mix_call &c, i
                             D, (int)M + 1);
     fetch_short<S::COLUMNS>(latents + (M + 1) * S::SLICE, S::SLICE,
                             m.latent_k + head * M * D + rank * S::COLUMNS, D, (int)M);
-    fetch_short<HEAD>(at<bf16>(shared, S::o), S::OUT,
-                      m.o + (int64_t)rank * S::COLUMNS * D + head * HEAD, D, S::COLUMNS);
+    if (S::IS_ALONE)
+        fetch_short<HEAD>(at<bf16>(shared, S::o), S::OUT,
+                          m.o + (int64_t)rank * S::COLUMNS * D + head * HEAD, D, S::COLUMNS);
     copy_async_commit();
 }
 
@@ -194,15 +199,11 @@ static __device__ __forceinline__ void begin_exchanges(const struct mix_call &c,
                                                        int n_rows, unsigned char *shared)
 {
     const int here = rank < n_rows ? (n_rows - 1 - rank) / CLUSTER_BLOCKS + 1 : 0;
-    if (threadIdx.x / WARP == 0) {
+    if (threadIdx.x / WARP == 0)
         bulk_begin(at<bulk_barrier>(shared, S::row_came),
                    here * (S::row_sent + CLUSTER_BLOCKS * logit_tiles(c) * 8 * (int)sizeof(float)));
+    if (S::IS_ALONE && threadIdx.x / WARP == 0)
         bulk_begin(at<bulk_barrier>(shared, S::mixed_came), n_rows * HEAD * (int)sizeof(bf16));
-        bulk_begin(at<bulk_barrier>(shared, S::rows_came),
-                   n_rows > MIX_ALONE
-                       ? n_rows * (S::DIM * (int)sizeof(bf16) + ROW_PIECES * (int)sizeof(float))
-                       : 0);
-    }
 }
 
 static __device__ __forceinline__ struct mix_row find_row(const struct mix_call &c, int head,
@@ -247,26 +248,35 @@ static __device__ __forceinline__ int64_t ring_of(const struct mix_call &c, cons
     return r.slot * c.m.ring_values + (int64_t)r.head * c.m.ring_rows * HEAD;
 }
 
-/* A thread's part of a block's rows: half of a key of the ring, its every other 8 values, and 4
- * values of every LATENT_GROUPS-th latent; m and alpha of latent lane % HALF of row lane / HALF,
- * in every warp. */
+/* A thread's part of a block's rows: half of a key of the first one's ring, its every other 8
+ * values, and 4 values of every LATENT_GROUPS-th latent; m and alpha of latent lane % HALF of row
+ * lane / HALF, in every warp. */
 template <class S> struct held_rows {
-    uint4 key[S::BLOCK_ROWS][S::CHUNKS];
+    uint4 key[S::CHUNKS];
     float4 s[S::BLOCK_ROWS][S::LATENTS];
     float m, alpha;
 };
 
-template <class S, int HEAD>
-static __device__ __forceinline__ void hold_key(uint4 (&held)[S::CHUNKS], const struct mix_call &c,
-                                                const struct mix_row &r)
+/* Where in the thread's key the j-th 8 values are that it looks at: keys of shared memory that are
+ * read at a time begin at two banks only. */
+static __device__ __forceinline__ int key_chunk(int j)
 {
     const int key = threadIdx.x / 2, part = threadIdx.x % 2;
-    const bf16 *const from = c.m.ring_k + ring_of<HEAD>(c, r) + key * HEAD + part * 8;
+    return (2 * (j ^ (key / 2 % 2)) + part) * 8;
+}
+
+template <class S, int HEAD>
+static __device__ __forceinline__ void hold_key(struct held_rows<S> *h, const struct mix_call &c,
+                                                const struct mix_row &r)
+{
+    static_assert(S::CHUNKS % 2 == 0, "chunks change places by pairs");
+    const int key = threadIdx.x / 2;
+    const bf16 *const from = c.m.ring_k + ring_of<HEAD>(c, r) + key * HEAD;
 #pragma unroll
     for (int j = 0; j < S::CHUNKS; j++) {
-        held[j] = make_uint4(0, 0, 0, 0);
+        h->key[j] = make_uint4(0, 0, 0, 0);
         if (key < r.n_keys && key != r.newest)
-            held[j] = load_streaming(from + 16 * j);
+            h->key[j] = load_streaming(from + key_chunk(j));
     }
 }
 
@@ -313,18 +323,14 @@ static __device__ __forceinline__ void hold_gates(struct held_rows<S> *h, const 
     }
 }
 
-/* A row's latents' sums to L2, and its rings. */
+/* The values of a row's ring to L2. */
 template <int HEAD>
-static __device__ __forceinline__ void prefetch_row(const struct mix_call &c,
-                                                    const struct mix_row &r, bool rings)
+static __device__ __forceinline__ void prefetch_values(const struct mix_call &c,
+                                                       const struct mix_row &r)
 {
-    const int at_bf16 = threadIdx.x * 64, at_f32 = threadIdx.x * 32, M = c.m.n_latents;
-    if (rings && at_bf16 < r.n_keys * HEAD) {
-        prefetch_l2(c.m.ring_k + ring_of<HEAD>(c, r) + at_bf16);
-        prefetch_l2(c.m.ring_v + ring_of<HEAD>(c, r) + at_bf16);
-    }
-    if (r.here && at_f32 < M * HEAD)
-        prefetch_l2(c.m.s.data + r.slot * c.m.s.row_values + (int64_t)r.head * M * HEAD + at_f32);
+    const int i = threadIdx.x * 64;
+    if (i < r.n_keys * HEAD)
+        prefetch_l2(c.m.ring_v + ring_of<HEAD>(c, r) + i);
 }
 
 /* Sines and cosines of 16 rows' positions, for the block's pairs of q and k. Any row of
@@ -365,6 +371,36 @@ copy_values(const struct mix_call &c, const struct mix_row &row, int r, unsigned
         bulk_copy(shared + S::values + r * S::values_step, c.m.ring_v + ring_of<HEAD>(c, row),
                   row.n_keys * HEAD * (int)sizeof(bf16),
                   at<bulk_barrier>(shared, S::values_fetched));
+}
+
+/* Of two rows: the second's keys and both rows' latents' sums to shared memory, by the thread that
+ * copies values. */
+template <class S, int HEAD>
+static __device__ __forceinline__ void copy_past(const struct mix_call &c,
+                                                 const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                 unsigned char *shared)
+{
+    constexpr int LAST = S::BLOCK_ROWS - 1;
+    bulk_barrier *const fetched = at<bulk_barrier>(shared, S::past_fetched);
+    const int M = c.m.n_latents, sums_bytes = M * HEAD * (int)sizeof(float);
+    const int keys_bytes = rows[LAST].n_keys * HEAD * (int)sizeof(bf16);
+    int n_bytes = keys_bytes;
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        n_bytes += rows[r].here && !rows[r].begins ? sums_bytes : 0;
+    if (threadIdx.x / WARP == VALUES_THREAD / WARP)
+        bulk_begin(fetched, n_bytes);
+    if (threadIdx.x != VALUES_THREAD)
+        return;
+    if (keys_bytes)
+        bulk_copy(shared + S::keys, c.m.ring_k + ring_of<HEAD>(c, rows[LAST]), keys_bytes, fetched);
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        if (rows[r].here && !rows[r].begins)
+            bulk_copy(shared + S::past + r * S::past_bytes,
+                      c.m.s.data + rows[r].slot * c.m.s.row_values +
+                          (int64_t)rows[r].head * M * HEAD,
+                      sums_bytes, fetched);
 }
 
 /* Zeros in place of the values of keys that a row does not have yet; each by the warp that reads

@@ -1,38 +1,62 @@
-/* cluster_mix.cu - the mixing of a decode layer of few rows, see cluster.cuh: from the residual
- * stream to each head's share of the output projection.
+/* cluster_mix.cu - the mixing of a decode layer of few rows, see cluster.cuh: from the rows that
+ * the layer before has left to what each head's latents and window make of them.
  *
  * Cluster h serves head h; block b of it has 1/8 of the head's rows of q, k and v, 1/8 of all
- * channels of the RG-LRU, of the latents' logits' columns, of the rows of the output projection,
- * and mixes rows b and b + 8 of the step: their latents and windows, both at a time. Steps of up
- * to 8 rows have a kernel of their own, whose blocks mix one.
- *   x gathered, exchanged                                                     1 rows_came
+ * channels of the RG-LRU and of the latents' logits' columns, and mixes rows b and b + 8 of the
+ * step: their latents and windows, both at a time. Steps of up to 8 rows have a kernel of their
+ * own, whose blocks mix one.
  *   v, q, k, rope; gates, RG-LRU; logits over the block's channels: to the rows' blocks
- *                                                                             2 row_came
- *   gates, latents P(eq 19), window P(eq 13-14); the head's output, exchanged 3 mixed_came
- *   output projection over the head's columns, to the head's partial rows
+ *                                                                             1 row_came
+ *   gates, latents P(eq 19), window P(eq 13-14): the head's output, packed for few_output
+ * Up to FEW_ALONE rows it is exchanged instead, and each block has 1/8 of the rows of the output
+ * projection:
+ *                                                                             2 mixed_came
+ *   output projection over the head's columns, to the head's shares
  * The receiver counts the bytes, all of a launch's, so that nobody waits for more than it needs,
- * and nobody ends while something is on its way to it.
+ * and nobody ends while something is on its way to it. It takes time for every store, however
+ * short: what is sent is sent 16 bytes at a time where they are aligned.
  *
  * Before pdl_wait: weights to shared memory (where the step's arrays are late, in the first layer,
- * these alone: they take longest); of one row the state, the ring's values to shared
- * memory, the rest to registers. Of two rows the keys and values of one are there, the rest in L2:
- * values come to the place of weights that have been used, keys and latents between sending and
- * receiving. There state is written, too, outside of the chain.
+ * these alone: they take longest); keys of the first row and of a single row the latents' sums to
+ * registers; its values, and of two rows the second's keys and both rows' sums to shared memory.
+ * The second row's values, in L2 by then, come to the place of weights that have been used. What is
+ * loaded to registers between sending and receiving would be in the way of both.
  *
- * Bytes at D = 768: 5 MB of weights, 62 KB a row and head of state: floor 1.7 us at one row,
- * 4.2 us at 16.
+ * Bytes at D = 768: 4 MB of weights, 62 KB a row and head of state: floor 1.4 us at one row,
+ * 4.0 us at 16.
  */
 #include "engine/kernels/cuda/cluster_products.cuh"
 #include "engine/kernels/cuda/cluster_rows.cuh"
 
 /* ---- the kernel ---- */
 
-/* ROWS: that a block mixes; the step has up to ROWS * CLUSTER_BLOCKS. */
-template <int D, int HEAD, int WIDTH, int ROWS>
+/* The head's share of the output projection of the block's columns. */
+template <class S, int D, int HEAD>
+static __device__ __forceinline__ void project(const struct mix_call &c, int head, int rank,
+                                               int n_rows, unsigned char *shared)
+{
+    constexpr int EACH = 2; /* tiles: one chain of instructions beside another */
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    if (warp >= S::TILES / EACH)
+        return;
+    float out[EACH][4] = {};
+    few_product<EACH, HEAD>(out, few_shared_rows<S::STEP_ROWS>(at<bf16>(shared, S::mixed), S::OUT),
+                            at<bf16>(shared, S::o) + 8 * EACH * warp * S::OUT, S::OUT,
+                            8 * EACH - 1);
+    float *const to =
+        c.m.shares + (head * FEW_ALONE + g) * D + rank * S::COLUMNS + 8 * EACH * warp + 2 * t;
+#pragma unroll
+    for (int n = 0; n < EACH; n++)
+        if (g < n_rows)
+            *reinterpret_cast<float2 *>(to + 8 * n) = make_float2(out[n][0], out[n][1]);
+}
+
+/* ROWS: that a block mixes; the step has up to ROWS * CLUSTER_BLOCKS, alone up to FEW_ALONE. */
+template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE>
 static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     cluster_mix_kernel(const __grid_constant__ struct mix_call c)
 {
-    typedef mix_shape<D, HEAD, WIDTH, ROWS> S;
+    typedef mix_shape<D, HEAD, WIDTH, ROWS, ALONE> S;
     static_assert(S::TURNS == 2 && S::TILES % 2 == 0, "two tiles a warp");
     DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -52,33 +76,34 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     hold_channels(&channels[0], c, rank * S::TILES + warp);
     hold_channels(&channels[1], c, rank * S::TILES + (has_second ? CLUSTER_WARPS : 0) + warp);
     struct held_rows<S> held;
-    hold_key<S, HEAD>(held.key[0], c, rows[0]);
+    hold_key<S, HEAD>(&held, c, rows[0]);
     begin_values<S, HEAD>(rows, shared);
     copy_values<S, HEAD>(c, rows[0], 0, shared);
     clear_values<S, HEAD>(rows[0], 0, shared);
-    if (ROWS == 1)
+    if (ROWS == 1) {
         hold_sums<S, HEAD>(held.s[0], c, rows[0]);
-#pragma unroll
-    for (int r = 0; r < ROWS && ROWS > 1; r++) /* later, there is too little room */
-        prefetch_row<HEAD>(c, rows[r], r > 0);
+    } else {
+        copy_past<S, HEAD>(c, rows, shared);
+        prefetch_values<HEAD>(c, rows[ROWS - 1]); /* later, there is too little room */
+    }
     keep_places<S>(rows, shared);
     hold_gates<S>(&held, c, rows);
     put_angles<S>(c, rank, shared);
-    struct held_pieces pieces;
-    hold_pieces<S>(&pieces, c, n_rows, rank);
     cluster_wait();
 
     pdl_wait();
-    gather_rows<S>(c, pieces, n_rows, shared);
+    struct few_rows<S::QKV_K> own;
+    struct few_scale<D> scale;
+    const int scaled = threadIdx.x / 16;
+    own.hold(c.m.in.values, warp * S::QKV_K);
+    scale.begin(c.m.in.squares, scaled, scaled < n_rows);
+    copy_gate_rows<S, WIDTH>(c, rank, shared);
 
     bulk_wait(at<bulk_barrier>(shared, S::fetched));
     pdl_trigger(); /* not before: the next kernel's weights would come between these */
-    /* Without a branch until the product has ended, among whose instructions it takes no time. */
-    const float scale = few_scale<D>(at<float>(shared, S::squares), c.m.norm.eps);
     float sum[S::QKV_TILES][4] = {};
-    few_product<S::QKV_TILES, S::QKV_K, S::STEP_ROWS>(
-        sum, at<bf16>(shared, S::rows) + warp * S::QKV_K, S::ROW,
-        at<bf16>(shared, S::qkv) + warp * S::QKV_K, S::ROW, S::QKV - 1);
+    few_product<S::QKV_TILES, S::QKV_K>(sum, own, at<bf16>(shared, S::qkv) + warp * S::QKV_K,
+                                        S::ROW, S::QKV - 1);
     __syncwarp(); /* sums may lie over weights */
 #pragma unroll
     for (int n = 0; n < S::QKV_TILES; n++) {
@@ -89,25 +114,23 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
             *reinterpret_cast<float2 *>(to + j * 8 * S::sums_row) =
                 make_float2(sum[n][2 * j], sum[n][2 * j + 1]);
     }
-    if (warp == CLUSTER_WARPS - 1 && lane < CLUSTER_ROWS)
-        at<float>(shared, S::scales)[lane] = scale;
+    const float factor = few_scale<D>::end(scale.sum(), c.m.in.eps);
+    if (threadIdx.x % 16 == 0)
+        at<float>(shared, S::scales)[scaled] = factor;
+    copy_async_wait<0>();
+    __syncthreads();
     if (has_second)
-        step_channels<S, WIDTH, 2>(channels, rank, scale, shared);
+        step_channels<S, WIDTH, 2>(channels, rank, shared);
     else
-        step_channels<S, WIDTH, 1>(channels, rank, scale, shared);
+        step_channels<S, WIDTH, 1>(channels, rank, shared);
     __syncthreads();
     take_places<S>(rows, shared);
     if (ROWS > 1) /* over weights of q, k and v */
         copy_values<S, HEAD>(c, rows[ROWS - 1], ROWS - 1, shared);
     send_logits<S>(c, rank, n_rows, shared);
     send_qkv<S, HEAD>(c, rank, n_rows, shared);
-    if (ROWS > 1) {
+    if (ROWS > 1)
         clear_values<S, HEAD>(rows[ROWS - 1], ROWS - 1, shared);
-        hold_key<S, HEAD>(held.key[ROWS - 1], c, rows[ROWS - 1]);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            hold_sums<S, HEAD>(held.s[r], c, rows[r]);
-    }
     if (head == 0) {
         put_z(c, channels[0], rank * S::TILES + warp, n_rows);
         if (has_second)
@@ -117,27 +140,10 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
     if (rows[0].here) {
         cluster_receive(at<bulk_barrier>(shared, S::row_came));
         mix_rows<S, D, HEAD>(c, rows, &held, shared);
-        take_places<S>(rows, shared);
-        keep_rows<S, HEAD>(c, rows, held, shared);
     }
-    cluster_receive(at<bulk_barrier>(shared, S::mixed_came));
-
-    constexpr int EACH = 2; /* tiles of output: one chain of instructions beside another */
-    if (warp >= S::TILES / EACH)
-        return;
-    float out[EACH][4] = {};
-    few_product<EACH, HEAD, S::STEP_ROWS>(out, at<bf16>(shared, S::mixed), S::OUT,
-                                          at<bf16>(shared, S::o) + 8 * EACH * warp * S::OUT, S::OUT,
-                                          8 * EACH - 1);
-    float *const to =
-        c.m.partials + head * c.m.partial_stride + rank * S::COLUMNS + 8 * EACH * warp + 2 * t;
-#pragma unroll
-    for (int n = 0; n < EACH; n++) {
-#pragma unroll
-        for (int j = 0; j < ROWS; j++)
-            if (g + 8 * j < n_rows)
-                *reinterpret_cast<float2 *>(to + (int64_t)(g + 8 * j) * D + 8 * n) =
-                    make_float2(out[n][2 * j], out[n][2 * j + 1]);
+    if (ALONE) {
+        cluster_receive(at<bulk_barrier>(shared, S::mixed_came));
+        project<S, D, HEAD>(c, head, rank, n_rows, shared);
     }
 }
 
@@ -149,17 +155,19 @@ bool cluster_has(const struct cluster_shape *s)
            s->rglru_blocks == 8;
 }
 
-template <int D, int HEAD, int WIDTH, int ROWS> static bool mix_fits(void)
+template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> static bool mix_fits(void)
 {
-    return cluster_fits((const void *)cluster_mix_kernel<D, HEAD, WIDTH, ROWS>, CLUSTER_BLOCKS,
-                        CLUSTER_THREADS, (size_t)mix_shape<D, HEAD, WIDTH, ROWS>::bytes);
+    return cluster_fits((const void *)cluster_mix_kernel<D, HEAD, WIDTH, ROWS, ALONE>,
+                        CLUSTER_BLOCKS, CLUSTER_THREADS,
+                        (size_t)mix_shape<D, HEAD, WIDTH, ROWS, ALONE>::bytes);
 }
 
 bool cluster_knows(const struct cuda *c, const struct cluster_shape *s)
 {
     const int capability = c->queue.capability;
     return (capability == 90 || capability == 100 || capability == 103) && cluster_has(s) &&
-           mix_fits<768, 96, 96, 1>() && mix_fits<768, 96, 96, 2>();
+           mix_fits<768, 96, 96, 1, true>() && mix_fits<768, 96, 96, 1, false>() &&
+           mix_fits<768, 96, 96, 2, false>();
 }
 
 /* Lane (g, t) of a warp with channels 8 tile on: weights of row g, columns 16 k + 8 i + 2 t, + 1.
@@ -212,12 +220,12 @@ void cluster_prepare(struct cuda *c, const struct cluster_shape *s, const struct
            CLUSTER_THREADS, 0, *g, (uint4 *)(constants + s->dim), constants);
 }
 
-template <int D, int HEAD, int WIDTH, int ROWS>
+template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE>
 static void run_mix(struct cuda *c, const struct mix_call *call)
 {
-    launch_beside(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH, ROWS>,
+    launch_beside(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH, ROWS, ALONE>,
                   dim3(MIX_CLUSTERS * CLUSTER_BLOCKS), CLUSTER_BLOCKS, CLUSTER_THREADS,
-                  (size_t)mix_shape<D, HEAD, WIDTH, ROWS>::bytes, *call);
+                  (size_t)mix_shape<D, HEAD, WIDTH, ROWS, ALONE>::bytes, *call);
 }
 
 void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
@@ -226,8 +234,10 @@ void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
     const struct mix_call call = {*m, c->step};
     CHECK(cluster_knows(c, shape) && m->n_latents <= CLUSTER_LATENTS &&
           m->ring_rows <= CLUSTER_RING_ROWS);
-    if (c->step.rows <= CLUSTER_BLOCKS)
-        run_mix<768, 96, 96, 1>(c, &call);
+    if (c->step.rows <= FEW_ALONE)
+        run_mix<768, 96, 96, 1, true>(c, &call);
+    else if (c->step.rows <= CLUSTER_BLOCKS)
+        run_mix<768, 96, 96, 1, false>(c, &call);
     else
-        run_mix<768, 96, 96, 2>(c, &call);
+        run_mix<768, 96, 96, 2, false>(c, &call);
 }

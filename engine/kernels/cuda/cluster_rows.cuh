@@ -1,6 +1,5 @@
 /* cluster_rows.cuh - a block's rows of its head in the mixing of few rows (cluster_mix.cu): gates,
- * latents, window, and the head's output to all blocks of the cluster. All rows at a time: their
- * chains of instructions overlap.
+ * latents, window, the head's output. All rows at a time: their chains of instructions overlap.
  */
 #ifndef LATTE_CUDA_CLUSTER_ROWS_CUH
 #define LATTE_CUDA_CLUSTER_ROWS_CUH
@@ -43,20 +42,24 @@ static __device__ __forceinline__ void score(float (&x)[S::BLOCK_ROWS], const st
                                              const struct mix_row (&rows)[S::BLOCK_ROWS],
                                              const struct held_rows<S> &h, unsigned char *shared)
 {
-    const int key = threadIdx.x / 2, part = threadIdx.x % 2;
+    const int key = threadIdx.x / 2;
+    const bf16 *const second = at<bf16>(shared, S::keys) + key * HEAD;
     float4 sum[S::BLOCK_ROWS] = {};
 #pragma unroll
     for (int j = 0; j < S::CHUNKS; j++) {
-        const int i = (2 * j + part) * 8;
+        const int i = key_chunk(j);
 #pragma unroll
         for (int r = 0; r < S::BLOCK_ROWS; r++) {
             const float *const query = at_row<float, S>(shared, r, S::query) + i;
             const bf16 *const newest = at_row<bf16, S>(shared, r, S::new_key) + i;
+            const bool is_newest = key == rows[r].newest;
             const float4 low = *reinterpret_cast<const float4 *>(query);
             const float4 high = *reinterpret_cast<const float4 *>(query + 4);
             float k[8];
-            eight(k,
-                  key == rows[r].newest ? *reinterpret_cast<const uint4 *>(newest) : h.key[r][j]);
+            if (r == 0)
+                eight(k, is_newest ? *reinterpret_cast<const uint4 *>(newest) : h.key[j]);
+            else
+                eight(k, *reinterpret_cast<const uint4 *>(is_newest ? newest : second + i));
             sum[r].x = fmaf(high.x, k[4], fmaf(low.x, k[0], sum[r].x));
             sum[r].y = fmaf(high.y, k[5], fmaf(low.y, k[1], sum[r].y));
             sum[r].z = fmaf(high.z, k[6], fmaf(low.z, k[2], sum[r].z));
@@ -128,6 +131,20 @@ weigh(float (&x)[S::BLOCK_ROWS], const struct lane_logits &logits, bool begins,
     return {kept, take, gate * inverse * quick_reciprocal(h->alpha)};
 }
 
+/* 8 of the row's new values, as the ring has them. */
+template <class S>
+static __device__ __forceinline__ uint4 new_values(int r, int eighth, unsigned char *shared)
+{
+    const float4 *const v = at_row<float4, S>(shared, r, S::value) + 2 * eighth;
+    const float4 low = v[0], high = v[1];
+    const __nv_bfloat162 pairs[4] = {
+        __floats2bfloat162_rn(low.x, low.y), __floats2bfloat162_rn(low.z, low.w),
+        __floats2bfloat162_rn(high.x, high.y), __floats2bfloat162_rn(high.z, high.w)};
+    uint4 eight_values;
+    memcpy(&eight_values, pairs, sizeof(pairs));
+    return eight_values;
+}
+
 /* The new values in place of those that leave the rings; each by the warp that reads them. */
 template <class S, int HEAD>
 static __device__ __forceinline__ void renew_values(const struct mix_row (&rows)[S::BLOCK_ROWS],
@@ -138,7 +155,7 @@ static __device__ __forceinline__ void renew_values(const struct mix_row (&rows)
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         if (rows[r].newest / HALF == warp && lane < S::EIGHTS)
             at<uint4>(shared, S::values + r * S::values_step + rows[r].newest * HEAD * 2)[lane] =
-                at_row<uint4, S>(shared, r, S::new_value)[lane];
+                new_values<S>(r, lane, shared);
     __syncwarp();
 }
 
@@ -181,9 +198,9 @@ static __device__ __forceinline__ void take_values(const float (&weight)[S::BLOC
 /* s = s keep + take v, P(eq 19), in registers; other [ROWS, LATENT_GROUPS, HEAD]: shares of
  * s / alpha. */
 template <class S, int HEAD>
-static __device__ __forceinline__ void step_latents(const struct mix_call &c,
-                                                    const struct lane_gates &gates,
-                                                    struct held_rows<S> *h, unsigned char *shared)
+static __device__ __forceinline__ void
+step_latents(const struct mix_call &c, const struct lane_gates &gates,
+             const bool (&begins)[S::BLOCK_ROWS], struct held_rows<S> *h, unsigned char *shared)
 {
     const int group = threadIdx.x / S::QUADS, first = threadIdx.x % S::QUADS * 4;
 #pragma unroll
@@ -196,9 +213,13 @@ static __device__ __forceinline__ void step_latents(const struct mix_call &c,
             const float k = __shfl_sync(0xffffffffu, gates.keep, of);
             const float t = __shfl_sync(0xffffffffu, gates.take, of);
             const float p = __shfl_sync(0xffffffffu, gates.share, of);
-            if (l >= c.m.n_latents)
+            if (group >= S::LATENT_GROUPS || l >= c.m.n_latents)
                 continue;
-            const float4 old = h->s[r][j];
+            float4 old = h->s[r][j];
+            if (S::BLOCK_ROWS > 1)
+                old = begins[r] ? make_float4(0, 0, 0, 0)
+                                : *at<float4>(shared,
+                                              S::past + r * S::past_bytes + (l * HEAD + first) * 4);
             const float4 now = make_float4(fmaf(old.x, k, t * v.x), fmaf(old.y, k, t * v.y),
                                            fmaf(old.z, k, t * v.z), fmaf(old.w, k, t * v.w));
             h->s[r][j] = now;
@@ -211,11 +232,12 @@ static __device__ __forceinline__ void step_latents(const struct mix_call &c,
     }
 }
 
-/* The head's output of the rows, to every block: 4 lanes have 2 dimensions, a quarter of the sums
- * each; 8 lanes send 4 to a block each. */
+/* The head's output of the rows, packed for few_output or, alone, to every block: 4 lanes have 2
+ * dimensions, a quarter of the sums each; of what is sent 8 lanes have 4, a block each. */
 template <class S, int HEAD>
-static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S::BLOCK_ROWS],
-                                                  unsigned char *shared)
+static __device__ __forceinline__ void put_mixed(const struct mix_call &c,
+                                                 const struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                 unsigned char *shared)
 {
     constexpr int EACH = S::GROUPS / 4; /* sums of weighted values, of every other warp */
     static_assert(S::VALUE_GROUPS == 2 && EACH == CLUSTER_WARPS / 2, "two sums a warp");
@@ -269,38 +291,20 @@ static __device__ __forceinline__ void send_mixed(const struct mix_row (&rows)[S
             y[r].y += __shfl_xor_sync(0xffffffffu, y[r].y, o);
         }
     }
-#pragma unroll
-    for (int r = 0; r < S::BLOCK_ROWS; r++) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(y[r].x, y[r].y);
+    constexpr int LAST = S::BLOCK_ROWS - 1;
+    if (S::IS_ALONE) {
+        static_assert(!S::IS_ALONE || S::BLOCK_ROWS == 1, "a row");
+        const __nv_bfloat162 two = __floats2bfloat162_rn(y[0].x, y[0].y);
         uint32_t own, other;
         memcpy(&own, &two, 4);
         other = __shfl_xor_sync(0xffffffffu, own, 4);
-        uint2 *const to =
-            at<uint2>(shared, S::mixed + (rows[r].row * S::OUT + pair / 2 * 4) * (int)sizeof(bf16));
-        if (mine && rows[r].here)
-            cluster_send(to, pair % 2 ? make_uint2(other, own) : make_uint2(own, other),
+        if (mine)
+            cluster_send(at<uint2>(shared, S::mixed + (rows[0].row * S::OUT + pair / 2 * 4) * 2),
+                         pair % 2 ? make_uint2(other, own) : make_uint2(own, other),
                          threadIdx.x % CLUSTER_BLOCKS, at<bulk_barrier>(shared, S::mixed_came));
-    }
-}
-
-/* The head's output of the rows, to every block. Their new state stays in registers. */
-template <class S, int D, int HEAD>
-static __device__ __forceinline__ void mix_rows(const struct mix_call &c,
-                                                const struct mix_row (&rows)[S::BLOCK_ROWS],
-                                                struct held_rows<S> *h, unsigned char *shared)
-{
-    float x[S::BLOCK_ROWS];
-    const struct lane_logits logits = take_logits<S, D>(c, shared);
-    score<S, HEAD>(x, c, rows, *h, shared);
-    bulk_wait(at<bulk_barrier>(shared, S::values_fetched));
-    renew_values<S, HEAD>(rows, shared);
-    const bool begins = rows[S::BLOCK_ROWS - 1].begins;
-    const struct lane_gates gates =
-        weigh<S>(x, logits, lane_row<S>() == 0 ? rows[0].begins : begins, h, shared);
-    take_values<S, HEAD>(x, shared);
-    step_latents<S, HEAD>(c, gates, h, shared);
-    __syncthreads();
-    send_mixed<S, HEAD>(rows, shared);
+    } else if (mine && part == 0)
+        packed_store_rows(c.m.mixed.values, S::DIM, rows[0].row, rows[0].head * HEAD + 2 * pair,
+                          y[0], y[LAST], LAST && rows[LAST].here);
 }
 
 /* The rows' new state. */
@@ -324,14 +328,40 @@ keep_rows(const struct mix_call &c, const struct mix_row (&rows)[S::BLOCK_ROWS],
         for (int j = 0; j < S::LATENTS; j++)
             if (group < S::LATENT_GROUPS && group + j * S::LATENT_GROUPS < M)
                 __stcg(reinterpret_cast<float4 *>(s + j * S::LATENT_GROUPS * HEAD), h.s[r][j]);
-        const int i = threadIdx.x % WARP * 8;
-        const int64_t at = ring_of<HEAD>(c, rows[r]) + rows[r].newest * HEAD + i;
-        if (threadIdx.x / WARP < 2 && i < HEAD) {
-            const bool key = threadIdx.x < WARP;
-            *reinterpret_cast<uint4 *>((key ? c.m.ring_k : c.m.ring_v) + at) =
-                *at_row<uint4, S>(shared, r, (key ? S::new_key : S::new_value) + i * 2);
-        }
+        const int i = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        const int64_t at = ring_of<HEAD>(c, rows[r]) + rows[r].newest * HEAD + i * 8;
+        if (warp == 0 && i < S::EIGHTS)
+            *reinterpret_cast<uint4 *>(c.m.ring_k + at) =
+                at_row<uint4, S>(shared, r, S::new_key)[i];
+        if (warp == 1 && i < S::EIGHTS)
+            *reinterpret_cast<uint4 *>(c.m.ring_v + at) = new_values<S>(r, i, shared);
     }
+}
+
+/* Their state and the head's output of them. */
+template <class S, int D, int HEAD>
+static __device__ __forceinline__ void mix_rows(const struct mix_call &c,
+                                                struct mix_row (&rows)[S::BLOCK_ROWS],
+                                                struct held_rows<S> *h, unsigned char *shared)
+{
+    float x[S::BLOCK_ROWS];
+    bool begins[S::BLOCK_ROWS];
+#pragma unroll
+    for (int r = 0; r < S::BLOCK_ROWS; r++)
+        begins[r] = !rows[r].here || rows[r].begins;
+    const struct lane_logits logits = take_logits<S, D>(c, shared);
+    if (S::BLOCK_ROWS > 1)
+        bulk_wait(at<bulk_barrier>(shared, S::past_fetched));
+    score<S, HEAD>(x, c, rows, *h, shared);
+    bulk_wait(at<bulk_barrier>(shared, S::values_fetched));
+    renew_values<S, HEAD>(rows, shared);
+    const struct lane_gates gates =
+        weigh<S>(x, logits, lane_row<S>() == 0 ? begins[0] : begins[S::BLOCK_ROWS - 1], h, shared);
+    take_values<S, HEAD>(x, shared);
+    step_latents<S, HEAD>(c, gates, begins, h, shared);
+    keep_rows<S, HEAD>(c, rows, *h, shared); /* its stores on their way meanwhile */
+    __syncthreads();
+    put_mixed<S, HEAD>(c, rows, shared);
 }
 
 #endif

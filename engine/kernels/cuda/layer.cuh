@@ -35,14 +35,14 @@ struct layer_scratch {
     float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
     /* Layers of few rows, CLUSTER_ROWS at most. */
     float *x_between; /* [rows, D] the residual stream within the layer */
-    float *shares;    /* [MIX_CLUSTERS, rows, D] what each head adds to it */
-    float *squares;   /* [ROW_PIECES, CLUSTER_ROWS] of x_between */
+    float *shares;    /* [MIX_CLUSTERS, FEW_ALONE, D] what each head adds to it */
     void *prepared;   /* [layers] cluster_prepare's; for the rows below, too */
     int n_prepared;   /* layers that are */
     /* Layers of up to WARPGROUP_ROWS rows: x, what is mixed and the mlp's features. */
     bf16 *packed_x, *packed_mixed, *packed_up;
-    float *x_squares;
+    float *x_squares; /* [rows, packed_parts] */
     int packed_layer; /* whose norm1 the layer before left in packed_x; -1: nobody's */
+    int packed_parts; /* of a row's squares there */
     size_t n_bytes;
     int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */
     /* The last layer left x times the weight of the norm before the head in h, and its squares. */

@@ -51,12 +51,6 @@ static const bf16 *matrix(const struct linear *l)
     return (const bf16 *)l->weight->data;
 }
 
-static int64_t share_stride(const struct pass *p)
-{
-    const int most = p->c->options.max_rows;
-    return (int64_t)(most < CLUSTER_ROWS ? most : CLUSTER_ROWS) * p->config->hidden_size;
-}
-
 /* The layer's RG-LRU as the mixing wants it. Weights do not change: once is enough, and the
  * first step of any form is not one that is recorded. */
 static const void *prepared_gates(const struct pass *p, const struct cluster_shape *shape)
@@ -74,16 +68,16 @@ static const void *prepared_gates(const struct pass *p, const struct cluster_sha
     return to;
 }
 
-static void mix_by_clusters(const struct pass *p, const struct cluster_shape *shape)
+static void mix_by_clusters(const struct pass *p, const struct cluster_shape *shape,
+                            const struct packed_rows *x, const struct packed_rows *mixed)
 {
     const struct layer_weights *w = p->w;
     const struct slab *slabs = p->state->slabs;
-    const struct layer_scratch *s = p->s;
+    struct layer_scratch *const s = p->s;
     struct cluster_mix m = {};
     const bool overlaps = p->c->queue.pdl; /* with what prepares its weights it must not */
     p->c->queue.pdl &= p->layer < s->n_prepared;
-    m.x = floats(p->x);
-    m.norm = {floats(w->norm1.weight), w->norm1.eps};
+    m.in = *x;
     m.q = matrix(&w->q_proj);
     m.k = matrix(&w->k_proj);
     m.v = matrix(&w->v_proj);
@@ -104,50 +98,83 @@ static void mix_by_clusters(const struct pass *p, const struct cluster_shape *sh
     m.ring_rows = (int)config_ring_rows(p->config, p->layer);
     m.scale = (float)p->config->attention_scale;
     m.softcap = (float)p->config->attn_logit_softcapping;
+    m.mixed = *mixed;
     m.o = matrix(&w->o_proj);
-    m.partials = s->shares;
-    m.partial_stride = share_stride(p);
+    m.shares = s->shares;
     cluster_mix_launch(p->c, shape, &m);
     p->c->may_be_late |= p->layer == 0;
     p->c->step.late = false;
     p->c->queue.pdl = overlaps;
 }
 
-static void mlp_of_few(const struct pass *p, const struct cluster_shape *shape)
+/* x packed for the layer's first sublayer, unless the layer before has left it: as the path, which
+ * has n_parts of squares a row, wants it. */
+static struct packed_rows packed_x(const struct pass *p, int n_parts)
 {
-    const struct layer_weights *w = p->w;
-    struct layer_scratch *s = p->s;
-    struct few_mlp m = {};
-    m.x = floats(p->x);
-    m.partials = s->shares;
-    m.partial_stride = share_stride(p);
-    m.norm = {floats(w->norm2.weight), w->norm2.eps};
-    m.between = s->x_between;
-    m.h = s->h;
-    m.squares = s->squares;
-    m.gate = matrix(&w->gate_proj);
-    m.up = matrix(&w->up_proj);
-    m.down = matrix(&w->down_proj);
-    m.act = p->config->hidden_act;
-    m.middle = s->up;
-    m.z = s->z;
-    m.rglru = float_slab(&p->state->slabs[STATE_RGLRU]);
-    if (p->layer + 1 == p->config->n_layers && plain_norm(&w[1].norm1)) {
-        const int D = p->config->hidden_size;
-        m.next_weight = floats(w[1].norm1.weight);
-        m.next = {s->x_squares, D / FEW_PART, D, w[1].norm1.eps};
-        s->h_is_heads = true;
-        s->heads = m.next;
+    const struct norm *norm = &p->w->norm1;
+    const struct packed_rows x = {p->s->packed_x, p->config->hidden_size, p->s->x_squares, n_parts,
+                                  norm->eps};
+    if (!p->packed || p->s->packed_parts != n_parts)
+        pack_rows(p->c, &x, floats(p->x), floats(norm->weight), p->c->step.rows,
+                  &p->c->step.sizes->n_rows);
+    p->s->packed_parts = n_parts;
+    return x;
+}
+
+/* The norm after this layer; NULL: its rows are not left for it. */
+static const struct norm *norm_after(const struct pass *p)
+{
+    return plain_norm(&p->w[1].norm1) ? &p->w[1].norm1 : NULL;
+}
+
+/* What follows the layer's last sublayer: the next layer, or the head. */
+static struct few_sum end_of_few(const struct pass *p, const struct packed_rows *x)
+{
+    struct layer_scratch *const s = p->s;
+    const struct norm *const next = norm_after(p);
+    struct few_sum to = {s->x_between, floats(p->x), NULL, *x, NULL};
+    if (!next)
+        return to;
+    to.weight = floats(next->weight);
+    if (p->layer + 1 < p->config->n_layers) {
+        s->packed_layer = p->layer + 1;
+        return to;
     }
-    few_mlp_launch(p->c, shape, &m);
+    to.plain = s->h;
+    s->h_is_heads = true;
+    s->heads = {x->squares, x->n_parts, x->n, next->eps};
+    return to;
 }
 
 /* A layer of few rows: see cluster.cuh. */
 static void layer_by_clusters(const struct pass *p)
 {
+    const struct layer_weights *w = p->w;
+    struct layer_scratch *const s = p->s;
+    const int D = p->config->hidden_size;
     const struct cluster_shape shape = cluster_shape_of(p->config);
-    mix_by_clusters(p, &shape);
-    mlp_of_few(p, &shape);
+    const struct packed_rows x = packed_x(p, D / FEW_PART);
+    const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
+    mix_by_clusters(p, &shape, &x, &mixed);
+
+    struct few_mlp m = {};
+    m.in = x;
+    m.in.eps = w->norm2.eps;
+    const struct few_output o = {
+        mixed, matrix(&w->o_proj), {floats(p->x), s->x_between, floats(w->norm2.weight), m.in}};
+    if (p->c->step.rows > FEW_ALONE)
+        few_output_launch(p->c, &shape, &o);
+    m.alone = {floats(p->x), s->shares, floats(w->norm2.weight), s->x_between};
+
+    m.gate = matrix(&w->gate_proj);
+    m.up = matrix(&w->up_proj);
+    m.down = matrix(&w->down_proj);
+    m.act = p->config->hidden_act;
+    m.middle = s->up;
+    m.to = end_of_few(p, &x);
+    m.z = s->z;
+    m.rglru = float_slab(&p->state->slabs[STATE_RGLRU]);
+    few_mlp_launch(p->c, &shape, &m);
 }
 
 static bool for_warpgroups(const struct pass *p)
@@ -235,14 +262,12 @@ static void layer_by_warpgroups(const struct pass *p)
     const struct model_config *config = p->config;
     const int D = config->hidden_size;
     const bool is_last = p->layer + 1 >= config->n_layers;
-    const struct norm *next = is_last || !plain_norm(&w[1].norm1) ? NULL : &w[1].norm1;
-    const struct packed_rows x = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm1.eps};
-    const struct packed_rows x2 = {s->packed_x, D, s->x_squares, WARPGROUP_PARTS, w->norm2.eps};
+    const struct norm *next = is_last ? NULL : norm_after(p);
+    const struct packed_rows x = packed_x(p, WARPGROUP_PARTS);
+    struct packed_rows x2 = x;
+    x2.eps = w->norm2.eps;
     const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
     const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
-    if (!p->packed)
-        pack_rows(p->c, &x, floats(p->x), floats(w->norm1.weight), p->c->step.rows,
-                  &p->c->step.sizes->n_rows);
     s->packed_layer = next ? p->layer + 1 : -1;
 
     group_mix(p, &x, &mixed);

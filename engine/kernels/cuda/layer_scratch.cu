@@ -12,7 +12,7 @@ struct scratch_item {
     bool is_cleared;
 };
 
-enum { N_ITEMS = 24 };
+enum { N_ITEMS = 23 };
 
 static bool has_full_attention(const struct model_config *c)
 {
@@ -56,8 +56,7 @@ static void list_items(struct scratch_item out[N_ITEMS], struct layer_scratch *s
         {(void **)&s->input32, D * rglru, rows},
         {(void **)&s->logits, (size_t)padded_columns(c->vocab_size) * logits, o->max_logit_rows},
         {(void **)&s->x_between, D * rglru, few},
-        {(void **)&s->shares, MIX_CLUSTERS * D * rglru, few},
-        {(void **)&s->squares, ROW_PIECES * rglru, CLUSTER_ROWS},
+        {(void **)&s->shares, MIX_CLUSTERS * D * rglru, FEW_ALONE},
         {&s->prepared, prepared, c->n_layers},
         {(void **)&s->packed_x, D * packed, WARPGROUP_ROWS, true},
         {(void **)&s->packed_mixed, q * packed, WARPGROUP_ROWS, true},

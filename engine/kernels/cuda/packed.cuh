@@ -136,4 +136,19 @@ static __device__ __forceinline__ void packed_store_rows(bf16 *values, int n, in
         *reinterpret_cast<__nv_bfloat162 *>(to) = pair[0];
 }
 
+/* By whole warps, whose lanes have 4 columns of a row each: x * weight, and squares in parts of 8
+ * or 16 columns. */
+static __device__ __forceinline__ void packed_leave(const struct packed_rows &to, int row,
+                                                    int column, float4 x, float4 weight)
+{
+    const int part = to.n / to.n_parts;
+    float square = square_sum(x, 0);
+    square += __shfl_xor_sync(0xffffffffu, square, 1);
+    const float others = __shfl_xor_sync(0xffffffffu, square, 2);
+    packed_store(to.values, to.n, row, column, x.x * weight.x, x.y * weight.y);
+    packed_store(to.values, to.n, row, column + 2, x.z * weight.z, x.w * weight.w);
+    if (column % part == 0)
+        to.squares[row * to.n_parts + column / part] = part > 8 ? square + others : square;
+}
+
 #endif

@@ -404,20 +404,10 @@ static __global__ void __launch_bounds__(PACK_THREADS)
     pdl_trigger();
     const int row = blockIdx.x, column = 4 * threadIdx.x;
     const float4 w = __ldg(reinterpret_cast<const float4 *>(weight + column));
-    const bool here = row < *n_rows;
     pdl_wait();
-    float4 v = make_float4(0, 0, 0, 0);
-    if (here)
-        v = *reinterpret_cast<const float4 *>(x + (int64_t)row * out.n + column);
-    float square = square_sum(v, 0);
-    square += __shfl_xor_sync(0xffffffffu, square, 1);
-    square += __shfl_xor_sync(0xffffffffu, square, 2);
-    if (!here)
-        return;
-    packed_store(out.values, out.n, row, column, v.x * w.x, v.y * w.y);
-    packed_store(out.values, out.n, row, column + 2, v.z * w.z, v.w * w.w);
-    if (threadIdx.x % 4 == 0)
-        out.squares[row * out.n_parts + column / 16] = square;
+    if (row < *n_rows) /* which may be late */
+        packed_leave(out, row, column,
+                     *reinterpret_cast<const float4 *>(x + (int64_t)row * out.n + column), w);
 }
 
 /* ---- launching ---- */
@@ -519,7 +509,8 @@ void warpgroup_front(struct cuda *c, const struct warpgroup_front *f)
 void pack_rows(struct cuda *c, const struct packed_rows *out, const float *x, const float *weight,
                int rows, const int32_t *n_rows)
 {
-    CHECK(out->n == WARPGROUP_DEPTH && out->n_parts == WARPGROUP_PARTS);
+    CHECK(out->n == WARPGROUP_DEPTH &&
+          (out->n_parts == WARPGROUP_PARTS || out->n_parts == 2 * WARPGROUP_PARTS));
     launch(&c->queue, "pack_rows", pack_kernel, dim3((unsigned)rows), PACK_THREADS, 0, *out, x,
            weight, n_rows);
 }

@@ -79,7 +79,8 @@ void warpgroup_product(struct cuda *c, const struct warpgroup_product *p);
 /* Decode steps: row r is sequence r. */
 void warpgroup_front(struct cuda *c, const struct warpgroup_front *f);
 
-/* x [rows, n] f32: out's values = x * weight, and squares in WARPGROUP_PARTS parts. */
+/* x [rows, n] f32: out's values = x * weight, and squares in WARPGROUP_PARTS parts, or in
+ * twice as many. */
 void pack_rows(struct cuda *c, const struct packed_rows *out, const float *x, const float *weight,
                int rows, const int32_t *n_rows);
 
