@@ -153,9 +153,10 @@ struct backend_ops {
      * where the device failed to copy. */
     const void *(*map)(struct backend *b, const struct buffer *buffer, size_t n_bytes);
 
-    /* out[R, D] = scale * table[token] (+ sinusoidal position when asked). */
+    /* out[R, D] = scale * table[token] (+ sinusoidal position when asked). next: the norm that the
+     * first layer begins with, which a backend may prepare for; or NULL. */
     void (*embed)(struct backend *b, struct buffer *out, const struct linear *table, float scale,
-                  bool sinusoidal);
+                  bool sinusoidal, const struct norm *next);
     /* out[n, dim] = norm(in) row by row; in place allowed. */
     void (*norm)(struct backend *b, struct buffer *out, const struct buffer *in,
                  const struct norm *w, int dim, enum row_set rows);

@@ -119,10 +119,11 @@ static float sinusoid(int64_t position, int column, int dim)
 }
 
 static void ref_embed(struct backend *b, struct buffer *out, const struct linear *table,
-                      float scale, bool sinusoidal)
+                      float scale, bool sinusoidal, const struct norm *next)
 {
     const struct step *step = step_of(b);
     int dim = table->n_in;
+    (void)next;
     for (int r = 0; r < step->n_rows; r++) {
         CHECK(step->tokens[r] >= 0 && step->tokens[r] < table->n_out);
         for (int i = 0; i < dim; i++) {

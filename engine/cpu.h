@@ -90,7 +90,7 @@ enum status cpu_linear_open(struct backend *b, struct linear *out, const void *s
 void cpu_linear(struct backend *b, struct buffer *out, const struct buffer *in,
                 const struct linear *w, enum row_set rows);
 void cpu_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
-               bool sinusoidal);
+               bool sinusoidal, const struct norm *next);
 
 /* ---- cpu_mix.c ---- */
 

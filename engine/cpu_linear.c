@@ -423,9 +423,10 @@ static void prepare_sinusoids(struct cpu *c, int dim)
 }
 
 void cpu_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
-               bool sinusoidal)
+               bool sinusoidal, const struct norm *next)
 {
     struct cpu *c = cpu_of(b);
+    (void)next;
     CHECK(table->n_in <= c->options.max_dim);
     if (sinusoidal)
         prepare_sinusoids(c, table->n_in);

@@ -242,7 +242,7 @@ static void forward(struct model *m, const struct step *step)
     const struct model_config *c = &m->config;
 
     op->embed(b, s->x, &m->weights->embed, (float)c->embedding_scale,
-              c->position_embedding == POSITION_SINUSOIDAL);
+              c->position_embedding == POSITION_SINUSOIDAL, &m->weights->layers[0].norm1);
     for (int layer = 0; layer < c->n_layers; layer++)
         if (!layer_fused(m, layer))
             layer_composed(m, layer);

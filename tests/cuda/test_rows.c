@@ -54,7 +54,7 @@ static void embed(enum dtype dtype, int dim, float scale, bool sinusoidal)
     assert_int_equal(b->ops->linear_open(b, &w, table, DTYPE_F32, NULL), STATUS_OK);
     assert_int_equal(b->ops->buffer_open(b, &x, sizeof(out), NULL), STATUS_OK);
     assert_false(b->ops->begin(b, &step));
-    b->ops->embed(b, x, &w, scale, sinusoidal);
+    b->ops->embed(b, x, &w, scale, sinusoidal, NULL);
     assert_int_equal(b->ops->submit(b, NULL), STATUS_OK);
     assert_int_equal(b->ops->wait(b, NULL, NULL), STATUS_OK);
     assert_int_equal(b->ops->read(b, out, x, 0, sizeof(out), NULL), STATUS_OK);

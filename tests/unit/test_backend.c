@@ -630,7 +630,7 @@ static void test_linear(void **state)
 static void run_embed(struct backend *b, struct op_case *c)
 {
     struct linear table = open_linear(b, c, false);
-    b->ops->embed(b, c->out[0], &table, c->f[0], c->p[2]);
+    b->ops->embed(b, c->out[0], &table, c->f[0], c->p[2], NULL);
     b->ops->linear_close(b, &table);
 }
 

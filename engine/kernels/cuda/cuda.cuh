@@ -102,7 +102,7 @@ static inline const int32_t *actual_rows(const struct cuda *c, enum row_set rows
 
 /* ---- ops, as backend.h ---- */
 void cuda_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
-                bool sinusoidal);
+                bool sinusoidal, const struct norm *next);
 void cuda_norm(struct backend *b, struct buffer *out, const struct buffer *in, const struct norm *w,
                int dim, enum row_set rows);
 void cuda_head_norm(struct backend *b, struct buffer *x, const struct norm *w, int n_heads,

@@ -143,6 +143,10 @@ bool fused_mix(struct cuda *c, const struct mix *m);
  * and turned where they lie. */
 bool prompt_mix(struct cuda *c, const struct mix *m);
 
+/* layer_plain.cu: where the embedding is to leave the first layer's rows packed, with norm's
+ * squares; n: values of a row. False: that layer will not look at them. */
+bool packed_first(struct cuda *c, const struct norm *norm, int n, struct packed_rows *out);
+
 /* x[rows, dim] f32 += norm(y f32) (post norms). */
 void norm_add(struct cuda *c, float *x, const float *y, struct device_norm norm, int dim);
 /* out bf16 = norm(in f32), rows of the step or gathered. */

@@ -121,6 +121,19 @@ static struct packed_rows packed_x(const struct pass *p, int n_parts)
     return x;
 }
 
+bool packed_first(struct cuda *c, const struct norm *norm, int n, struct packed_rows *out)
+{
+    struct layer_scratch *const s = c->layer;
+    const int rows = c->step.rows;
+    if (!s || !s->packed_x || !c->step.decode || c->queue.deterministic || rows > WARPGROUP_ROWS ||
+        !plain_norm(norm))
+        return false;
+    s->packed_layer = 0;
+    s->packed_parts = rows <= CLUSTER_ROWS ? n / FEW_PART : WARPGROUP_PARTS;
+    *out = {s->packed_x, n, s->x_squares, s->packed_parts, norm->eps};
+    return true;
+}
+
 /* The norm after this layer; NULL: its rows are not left for it. */
 static const struct norm *norm_after(const struct pass *p)
 {

@@ -38,11 +38,18 @@ struct step_tokens {
     bool late; /* there after pdl_wait only */
 };
 
-/* A block has a row, a thread N adjacent columns at a time. What is drawn comes from another
- * kernel; the step's arrays only when they are late. */
+/* What the first layer's norm makes of rows that are left packed, too: values NULL: of none. */
+struct embed_next {
+    struct packed_rows rows;
+    const float *weight;
+};
+
+/* A block has a row, a thread N adjacent columns at a time, of rows that are packed 4. What is
+ * drawn comes from another kernel; the step's arrays only when they are late. */
 template <class T, int N>
 static __global__ void embed_kernel(float *out, const T *table, const float *scales, float scale,
-                                    int dim, const struct step_tokens tokens)
+                                    int dim, const struct step_tokens tokens,
+                                    const __grid_constant__ struct embed_next next)
 {
     pdl_trigger();
     if (tokens.late)
@@ -59,11 +66,16 @@ static __global__ void embed_kernel(float *out, const T *table, const float *sca
     float *to = out + (int64_t)r * dim;
     for (int i = threadIdx.x * N; i < dim; i += blockDim.x * N) {
         const pack<T, N> in = *reinterpret_cast<const pack<T, N> *>(from + i);
+        float4 weight = make_float4(0, 0, 0, 0);
+        if (N == 4 && next.rows.values)
+            weight = __ldg(reinterpret_cast<const float4 *>(next.weight + i));
         pack<float, N> y;
 #pragma unroll
         for (int j = 0; j < N; j++)
             y.value[j] = factor * table_value(in.value[j]);
         *reinterpret_cast<pack<float, N> *>(to + i) = y;
+        if (N == 4 && next.rows.values)
+            packed_leave(next.rows, r, i, reinterpret_cast<const float4 &>(y), weight);
     }
 }
 
@@ -75,7 +87,8 @@ static int row_threads(int n)
 }
 
 template <class T>
-static void embed(struct cuda *c, struct buffer *out, const struct linear *table, float scale)
+static void embed(struct cuda *c, struct buffer *out, const struct linear *table, float scale,
+                  const struct embed_next &next)
 {
     const int dim = table->n_in;
     const bool wide = dim % 4 == 0;
@@ -84,7 +97,7 @@ static void embed(struct cuda *c, struct buffer *out, const struct linear *table
                                        s->late};
     launch(&c->queue, "embed", wide ? embed_kernel<T, 4> : embed_kernel<T, 1>, dim3(c->step.rows),
            row_threads(wide ? dim / 4 : dim), 0, floats(out), (const T *)table->weight->data,
-           floats(table->scales), scale, dim, tokens);
+           floats(table->scales), scale, dim, tokens, next);
 }
 
 /* Frequencies come from the host: at a position of 2^40 the last bit of a power counts. They
@@ -126,15 +139,18 @@ static void add_sinusoids(struct cuda *c, struct buffer *x, int dim)
 }
 
 void cuda_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
-                bool sinusoidal)
+                bool sinusoidal, const struct norm *norm)
 {
     struct cuda *c = cuda_of(b);
+    struct embed_next next = {};
+    if (norm && !sinusoidal && packed_first(c, norm, table->n_in, &next.rows))
+        next.weight = floats(norm->weight);
     if (table->dtype == DTYPE_F32)
-        embed<float>(c, out, table, scale);
+        embed<float>(c, out, table, scale, next);
     else if (table->dtype == DTYPE_BF16)
-        embed<bf16>(c, out, table, scale);
+        embed<bf16>(c, out, table, scale, next);
     else
-        embed<int8_t>(c, out, table, scale);
+        embed<int8_t>(c, out, table, scale, next);
     if (sinusoidal)
         add_sinusoids(c, out, table->n_in);
 }
