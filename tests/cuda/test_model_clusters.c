@@ -78,7 +78,8 @@ static void stain(struct run *r)
 }
 
 /* Step s of sessions 0 .. batch - 1: a prompt, then a token each, together; alone: each prompt for
- * itself, session 0's a long one. */
+ * itself, session 0's a long one. Odd numbers of sessions take their tokens in reversed order, so
+ * that a session is a block's first row in some steps and its second in others. */
 static void feed(struct run *r, int batch, int s, bool alone, float *out)
 {
     const int together = s || !alone ? batch : 1;
@@ -86,18 +87,20 @@ static void feed(struct run *r, int batch, int s, bool alone, float *out)
     struct model_seq seqs[MAX_BATCH];
     const float *logits = NULL;
     struct error err;
-    for (int q = 0; q < batch; q++) {
+    for (int row = 0; row < batch; row++) {
+        const int q = s && batch % 2 ? batch - 1 - row : row;
         if (!s)
             model_reset(r->model, q);
-        seqs[q] = (struct model_seq){q, s ? 1 : q || !alone ? PROMPT : LONG, LOGITS_LAST};
-        first[q] = n;
-        for (int i = 0; i < seqs[q].n_rows; i++)
+        seqs[row] = (struct model_seq){q, s ? 1 : q || !alone ? PROMPT : LONG, LOGITS_LAST};
+        first[row] = n;
+        for (int i = 0; i < seqs[row].n_rows; i++)
             tokens[n++] = (q * 131 + s * 57 + i * 29 + 3) % VOCAB;
     }
-    for (int q = 0; q < batch; q += together) {
-        if (model_step(r->model, tokens + first[q], seqs + q, together, &logits, &err))
+    for (int row = 0; row < batch; row += together) {
+        if (model_step(r->model, tokens + first[row], seqs + row, together, &logits, &err))
             fail_msg("%s: %s", r->label, err.text);
-        memcpy(out + q * VOCAB, logits, (size_t)together * VOCAB * sizeof(*out));
+        for (int i = 0; i < together; i++)
+            memcpy(out + seqs[row + i].slot * VOCAB, logits + i * VOCAB, VOCAB * sizeof(*out));
     }
 }
 
