@@ -1,9 +1,9 @@
 /* cluster.cuh - a decode layer of few rows in three or four kernels.
  *
  *   1 cluster_mix  v, q, k, RG-LRU, latents, window: a cluster a head (cluster_mix.cu)
- *   2 few_output   x += the output projection (few_output.cu)
+ *   2 few_output   x and the output projection (few_output.cu)
  *   3 few_mlp_in   gate, up, activation (few_mlp.cu)
- *   4 few_mlp_out  x += down; above 8 rows by clusters of 4, whose blocks share the rows' columns
+ *   4 few_mlp_out  and down; above 8 rows by clusters of 4, whose blocks share the rows' columns
  *
  * A kernel of a graph costs a microsecond or two, however little it does; an exchange between the
  * blocks of a cluster costs a third of one. So whatever the mixing of a head needs is
@@ -47,7 +47,8 @@ enum {
     CLUSTER_WARPS = CLUSTER_THREADS / WARP,
     /* A block of the mixing or of few_mlp_in, one of few_output and one of few_mlp_out have room on
      * an SM together, of 65,536 registers. Of a thread, multiples of 8: */
-    FEW_REGISTERS = 128, /* two blocks of CLUSTER_THREADS an SM */
+    FEW_REGISTERS = 128,
+    FEW_BLOCKS = 2, /* of as many an SM: how bounds say it */
     FEW_OUTPUT_REGISTERS = 40,
     FEW_OUT_REGISTERS = 88,
     FEW_OUT_CLUSTERS_REGISTERS = 168, /* of half as many threads */
@@ -60,6 +61,7 @@ enum {
 };
 static_assert(CLUSTER_THREADS * (FEW_REGISTERS + FEW_OUTPUT_REGISTERS + FEW_OUT_REGISTERS) <= 65536,
               "beside each other");
+static_assert(FEW_BLOCKS * CLUSTER_THREADS * FEW_REGISTERS == 65536, "the same bounds");
 
 /* What the kernels know: bf16 matrices without biases, [out, in]; RMSNorm; KV heads = heads.
  * Squares of packed rows are in D / FEW_PART parts. */
@@ -94,7 +96,7 @@ struct few_sum {
     bf16 *plain; /* [rows, D] given, next's values go there */
 };
 
-/* x += W_o mixed; of more than FEW_ALONE rows. */
+/* to.sum = to.x + W_o mixed; of more than FEW_ALONE rows. */
 struct few_output {
     struct packed_rows mixed;
     const bf16 *o; /* [D, H d] */
@@ -109,7 +111,7 @@ struct few_shares {
     float *sum;          /* [rows, D] x and the shares */
 };
 
-/* The rest of the layer. Scratch is of CLUSTER_ROWS rows. */
+/* The rest of the layer. Rows beyond the step's are not touched. */
 struct few_mlp {
     struct packed_rows in; /* [rows, D] with squares; up to FEW_ALONE rows its eps alone, and: */
     struct few_shares alone;
@@ -143,6 +145,7 @@ void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
                         const struct cluster_mix *m);
 void few_output_launch(struct cuda *c, const struct cluster_shape *shape,
                        const struct few_output *o);
+bool few_mlp_fits(void); /* for cluster_knows */
 void few_mlp_launch(struct cuda *c, const struct cluster_shape *shape, const struct few_mlp *m);
 
 /* ---- pieces of the kernels ---- */
@@ -294,7 +297,7 @@ static __device__ __forceinline__ float few_square(float4 x)
     return square + __shfl_xor_sync(0xffffffffu, square, 1);
 }
 
-/* What the norm that follows multiplies the column by; before pdl_wait. */
+/* What the norm that follows multiplies the column by: a constant. */
 static __device__ __forceinline__ float few_weight(const struct few_sum &to, int column)
 {
     return to.weight ? to.weight[column] : 0;

@@ -110,7 +110,7 @@ template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> struct mix_shape {
     static constexpr int past_bytes = CLUSTER_LATENTS * HEAD * 4;
     static constexpr int bytes = past + (ROWS > 1 ? ROWS * past_bytes : 0);
     static_assert(ROWS == 1 || values + values_step + values_bytes <= latents, "place of weights");
-    static_assert(bytes <= FEW_SHARED, "beside few_mlp_out");
+    static_assert(bytes <= (ROWS > 1 || ALONE ? FEW_SHARED : FEW_IN_SHARED), "beside the others");
 };
 
 template <class T> static __device__ __forceinline__ T *at(unsigned char *shared, int offset)

@@ -53,7 +53,7 @@ static __device__ __forceinline__ void project(const struct mix_call &c, int hea
 
 /* ROWS: that a block mixes; the step has up to ROWS * CLUSTER_BLOCKS, alone up to FEW_ALONE. */
 template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE>
-static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
+static __global__ void __launch_bounds__(CLUSTER_THREADS, FEW_BLOCKS)
     cluster_mix_kernel(const __grid_constant__ struct mix_call c)
 {
     typedef mix_shape<D, HEAD, WIDTH, ROWS, ALONE> S;
@@ -167,7 +167,7 @@ bool cluster_knows(const struct cuda *c, const struct cluster_shape *s)
     const int capability = c->queue.capability;
     return (capability == 90 || capability == 100 || capability == 103) && cluster_has(s) &&
            mix_fits<768, 96, 96, 1, true>() && mix_fits<768, 96, 96, 1, false>() &&
-           mix_fits<768, 96, 96, 2, false>();
+           mix_fits<768, 96, 96, 2, false>() && few_mlp_fits();
 }
 
 /* Lane (g, t) of a warp with channels 8 tile on: weights of row g, columns 16 k + 8 i + 2 t, + 1.

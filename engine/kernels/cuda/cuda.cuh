@@ -14,7 +14,7 @@
  *   linear.cu      linear: f32, skinny bf16 and int8 products, the library for large ones
  *   mix.cu         one row of a layer's mixing, fused; mix_warps.cu for some shapes
  *   layer.cu       the fused layer and head; layer_plain.cu for few rows, layer_scratch.cu
- *   cluster_mix.cu, few_mlp.cu  a layer of few rows, by clusters
+ *   cluster_mix.cu, few_output.cu, few_mlp.cu   a layer of few rows, by clusters
  *   warpgroup.cu   a layer of up to 256 rows, by warpgroups: all but its mixing
  *   stream.cu, residual.cu      products of large matrices; what follows them
  *   beside.cu      a second stream, for a branch of a layer

@@ -13,8 +13,8 @@
  * its predecessor still runs. Every kernel therefore calls pdl_wait() before it reads what
  * another kernel of the step wrote and before its first write to global memory. Before that it
  * may read weights and constants, the step's arrays (which are there when the first kernel after
- * the one that takes them begins, unless it is told that they are late), and state that no other
- * kernel of the step touches: that is what the overlap is for.
+ * the one that takes them begins, unless it is told that they are late), and state that no
+ * earlier kernel of the step writes: that is what the overlap is for.
  * pdl_trigger() lets the successor start; kernels call it first thing, but for those whose
  * successor's weights would come before what they read themselves. Blocks with nothing to do
  * may return without waiting as long as some block of each grid waits: the kernel after it counts

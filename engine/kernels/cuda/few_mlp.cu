@@ -10,7 +10,7 @@
  * same in both. Before pdl_wait all weights are on their way.
  * few_mlp_in also puts the RG-LRU's z into the state, as no block of the mixing may.
  * Bytes: 14 MB of weights at D = 768, F = 3072: floor 4.6 us; few_mlp_in's blocks 24 KB of rows
- * each, from L2; few_mlp_out's 6 KB a row, in clusters twice 1.5 KB.
+ * each, from L2; few_mlp_out's 6 KB a row, in clusters 1.5 KB.
  */
 #include "engine/kernels/cuda/cluster.cuh"
 
@@ -147,7 +147,7 @@ template <class S> static __device__ __forceinline__ float2 take_sums(const floa
 }
 
 template <int D, int F, bool ALONE>
-static __global__ void __launch_bounds__(CLUSTER_THREADS, 2)
+static __global__ void __launch_bounds__(CLUSTER_THREADS, FEW_BLOCKS)
     few_mlp_in_kernel(const __grid_constant__ struct mlp_call c)
 {
     typedef in_shape<D, F, ALONE> S;
@@ -432,14 +432,19 @@ static __global__ void __maxnreg__(FEW_OUT_CLUSTERS_REGISTERS)
 
 /* ---- launching ---- */
 
+bool few_mlp_fits(void)
+{
+    typedef out_cluster_shape<768, 3072> S;
+    return cluster_fits((const void *)few_mlp_out_clusters_kernel<768, 3072>, OUT_BLOCKS,
+                        S::WARPS * WARP, (size_t)S::bytes);
+}
+
 template <int D, int F> static void run_out(struct cuda *c, const struct mlp_call *call)
 {
     typedef out_cluster_shape<D, F> S;
-    constexpr int THREADS = S::WARPS * WARP;
-    if (c->step.rows > OUT_ALONE && cluster_fits((const void *)few_mlp_out_clusters_kernel<D, F>,
-                                                 OUT_BLOCKS, THREADS, (size_t)S::bytes))
+    if (c->step.rows > OUT_ALONE)
         launch_beside(&c->queue, "few_mlp_out", few_mlp_out_clusters_kernel<D, F>, dim3(D / 8),
-                      OUT_BLOCKS, THREADS, (size_t)S::bytes, *call);
+                      OUT_BLOCKS, S::WARPS * WARP, (size_t)S::bytes, *call);
     else
         launch_beside(&c->queue, "few_mlp_out", few_mlp_out_kernel<D, F>, dim3(D / 8), 0,
                       CLUSTER_THREADS, (size_t)out_shape<D, F>::bytes, *call);

@@ -144,7 +144,7 @@ bool fused_mix(struct cuda *c, const struct mix *m);
 bool prompt_mix(struct cuda *c, const struct mix *m);
 
 /* layer_plain.cu: where the embedding is to leave the first layer's rows packed, with norm's
- * squares; n: values of a row. False: that layer will not look at them. */
+ * squares; n: values of a row. False: that layer would not look at them (true: it may). */
 bool packed_first(struct cuda *c, const struct norm *norm, int n, struct packed_rows *out);
 
 /* x[rows, dim] f32 += norm(y f32) (post norms). */

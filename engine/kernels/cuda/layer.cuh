@@ -41,7 +41,8 @@ struct layer_scratch {
     /* Layers of up to WARPGROUP_ROWS rows: x, what is mixed and the mlp's features. */
     bf16 *packed_x, *packed_mixed, *packed_up;
     float *x_squares; /* [rows, packed_parts] */
-    int packed_layer; /* whose norm1 the layer before left in packed_x; -1: nobody's */
+    int packed_layer; /* whose norm1 the layer before, or the embedding, left in packed_x; -1:
+                       * nobody's */
     int packed_parts; /* of a row's squares there */
     size_t n_bytes;
     int h_layer; /* whose norm1(x) the layer before left in h; -1: nobody's */

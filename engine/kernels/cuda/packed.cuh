@@ -21,7 +21,7 @@ enum {
     PACKED_STEP = PACKED_ROWS * PACKED_COLUMNS, /* values of a tile's step */
     PACKED_WARP = PACKED_STEP / 4,              /* of a warp's part of it: 16 rows */
     PACKED_LANE = PACKED_WARP / WARP,           /* of a lane's */
-    PACKED_PARTS = 48,                          /* of a row's squares at most */
+    PACKED_PARTS = 48,                          /* of a row's squares at most, for hold_squares */
 };
 
 /* By value to a kernel. */
@@ -31,7 +31,7 @@ struct packed_rows {
     /* Sums of squares of each row before its weight, in parts: [rows, n_parts]; NULL: the rows
      * are what is to be multiplied. */
     float *squares;
-    int n_parts; /* a multiple of 4, at most PACKED_PARTS */
+    int n_parts; /* a multiple of 4 */
     float eps;   /* of the norm */
 };
 

@@ -139,18 +139,18 @@ static void add_sinusoids(struct cuda *c, struct buffer *x, int dim)
 }
 
 void cuda_embed(struct backend *b, struct buffer *out, const struct linear *table, float scale,
-                bool sinusoidal, const struct norm *norm)
+                bool sinusoidal, const struct norm *next)
 {
     struct cuda *c = cuda_of(b);
-    struct embed_next next = {};
-    if (norm && !sinusoidal && packed_first(c, norm, table->n_in, &next.rows))
-        next.weight = floats(norm->weight);
+    struct embed_next after = {};
+    if (next && !sinusoidal && packed_first(c, next, table->n_in, &after.rows))
+        after.weight = floats(next->weight);
     if (table->dtype == DTYPE_F32)
-        embed<float>(c, out, table, scale, next);
+        embed<float>(c, out, table, scale, after);
     else if (table->dtype == DTYPE_BF16)
-        embed<bf16>(c, out, table, scale, next);
+        embed<bf16>(c, out, table, scale, after);
     else
-        embed<int8_t>(c, out, table, scale, next);
+        embed<int8_t>(c, out, table, scale, after);
     if (sinusoidal)
         add_sinusoids(c, out, table->n_in);
 }
