@@ -252,6 +252,16 @@ static __device__ __forceinline__ void few_product(float (*sum)[4], const A &row
     }
 }
 
+/* A tile's sums, as mma_bf16 leaves them, to rows `stride` apart: `to` is the lane's place in row
+ * lane / 4; both: row lane / 4 + 8, too. */
+static __device__ __forceinline__ void few_put(float *to, int stride, const float (&sum)[4],
+                                               bool both = true)
+{
+    *reinterpret_cast<float2 *>(to) = make_float2(sum[0], sum[1]);
+    if (both)
+        *reinterpret_cast<float2 *>(to + 8 * stride) = make_float2(sum[2], sum[3]);
+}
+
 /* The norm's scale of a row, 16 threads a row, all of which get it: begun after pdl_wait from
  * squares [rows, D / FEW_PART], of global memory or SHARED, ended when there is time. */
 template <int D> struct few_scale {

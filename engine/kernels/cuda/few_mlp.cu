@@ -146,6 +146,24 @@ template <class S> static __device__ __forceinline__ float2 take_sums(const floa
     return y;
 }
 
+/* The block's features from the warps' sums, times the rows' scales. */
+template <class S, int F>
+static __device__ __forceinline__ void activate_rows(const struct few_mlp &m, int feature,
+                                                     int n_rows, const float *sums,
+                                                     const float *scales)
+{
+    constexpr int PAIRS = S::FEATURES / 2;
+    for (int i = threadIdx.x; i < n_rows * PAIRS; i += CLUSTER_THREADS) {
+        const int row = i / PAIRS, column = i % PAIRS * 2;
+        const float2 gate = take_sums<S>(sums + row * S::SUMS_ROW + column);
+        const float2 up = take_sums<S>(sums + row * S::SUMS_ROW + S::SUMS_UP + column);
+        const float by = scales[row];
+        const float2 y = quick_activate(make_float2(gate.x * by, gate.y * by), m.act);
+        *reinterpret_cast<__nv_bfloat162 *>(m.middle + (int64_t)row * F + feature + column) =
+            __floats2bfloat162_rn(y.x * (up.x * by), y.y * (up.y * by));
+    }
+}
+
 template <int D, int F, bool ALONE>
 static __global__ void __launch_bounds__(CLUSTER_THREADS, FEW_BLOCKS)
     few_mlp_in_kernel(const __grid_constant__ struct mlp_call c)
@@ -207,23 +225,13 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, FEW_BLOCKS)
     for (int n = 0; n < S::TILES; n++) {
         const int up = 8 * n / S::FEATURES, column = 8 * n - up * S::FEATURES + 2 * t;
         float *const to = sums + g * S::SUMS_ROW + up * S::SUMS_UP + warp * S::SUMS_WARP + column;
-        *reinterpret_cast<float2 *>(to) = make_float2(sum[n][0], sum[n][1]);
-        if (c.step.rows > 8)
-            *reinterpret_cast<float2 *>(to + 8 * S::SUMS_ROW) = make_float2(sum[n][2], sum[n][3]);
+        few_put(to, S::SUMS_ROW, sum[n], c.step.rows > 8);
     }
     float4 z = make_float4(0, 0, 0, 0); /* asked for once there are registers for it */
     if (keeps)
         z = few_load(c.m.z + 4 * kept);
     __syncthreads();
-    for (int i = threadIdx.x; i < n_rows * S::FEATURES / 2; i += CLUSTER_THREADS) {
-        const int row = i / (S::FEATURES / 2), column = i % (S::FEATURES / 2) * 2;
-        const float2 gate = take_sums<S>(sums + row * S::SUMS_ROW + column);
-        const float2 up = take_sums<S>(sums + row * S::SUMS_ROW + S::SUMS_UP + column);
-        const float by = scales[row];
-        const float2 y = quick_activate(make_float2(gate.x * by, gate.y * by), c.m.act);
-        *reinterpret_cast<__nv_bfloat162 *>(c.m.middle + (int64_t)row * F + feature + column) =
-            __floats2bfloat162_rn(y.x * (up.x * by), y.y * (up.y * by));
-    }
+    activate_rows<S, F>(c.m, feature, n_rows, sums, scales);
     if (keeps)
         *reinterpret_cast<float4 *>(c.m.rglru.data + slot * c.m.rglru.row_values + 4 * kept % D) =
             z;
@@ -357,9 +365,7 @@ static __global__ void __maxnreg__(FEW_OUT_REGISTERS)
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < S::SLICES; s++) {
-        float *const to = sums + (first + s) * OUT_SUMS + g * 8 + 2 * t;
-        *reinterpret_cast<float2 *>(to) = make_float2(sum[s][0], sum[s][1]);
-        *reinterpret_cast<float2 *>(to + 64) = make_float2(sum[s][2], sum[s][3]);
+        few_put(sums + (first + s) * OUT_SUMS + g * 8 + 2 * t, 8, sum[s]);
     }
     __syncthreads();
     few_leave<D>(c.m.to, mine ? add_slices(residual, sums, 0) : 0, row, column, mine, weight);

@@ -86,12 +86,8 @@ static __global__ void __maxnreg__(FEW_OUTPUT_REGISTERS)
     __syncwarp(); /* the sums lie over the warp's rows */
     float *const to = reinterpret_cast<float *>(shared + S::rows + head * S::rows_bytes);
 #pragma unroll
-    for (int n = 0; n < S::TILES; n++) {
-        *reinterpret_cast<float2 *>(to + g * S::SUM + 8 * n + 2 * t) =
-            make_float2(sum[n][0], sum[n][1]);
-        *reinterpret_cast<float2 *>(to + (g + 8) * S::SUM + 8 * n + 2 * t) =
-            make_float2(sum[n][2], sum[n][3]);
-    }
+    for (int n = 0; n < S::TILES; n++)
+        few_put(to + g * S::SUM + 8 * n + 2 * t, S::SUM, sum[n]);
     __syncthreads();
     float share[S::HEADS];
 #pragma unroll
