@@ -1152,6 +1152,14 @@ void wgmma_rows(float *d, const uint32_t *a, const __nv_bfloat16 *b, int n, int 
     }
 }
 
+void discard(void *line_of_memory, const char *file, int line)
+{
+    if ((uintptr_t)line_of_memory % 128 || is_shared(line_of_memory, 128))
+        mistake(file, line, "discard_line of %p, not an aligned line of global memory",
+                line_of_memory);
+    memset(line_of_memory, POISON, 128);
+}
+
 void meet_warpgroup(const char *file, int line)
 {
     warpgroup *group = &now->warpgroups[current()->warp / 4];

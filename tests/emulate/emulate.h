@@ -240,6 +240,7 @@ void wgmma(float *d, const __nv_bfloat16 *a, const __nv_bfloat16 *b, int n, int 
 void wgmma_rows(float *d, const uint32_t *a, const __nv_bfloat16 *b, int n, int column,
                 const char *file, int line);
 void meet_warpgroup(const char *file, int line);
+void discard(void *line_of_memory, const char *file, int line);
 void ldmatrix(uint32_t *out, const void *row, int n, bool transposed, const char *file, int line);
 
 template <class T> struct same {
@@ -382,6 +383,17 @@ static inline void copy_async_16(void *shared, const void *global, bool valid = 
 {
     emulate::copy_16(shared, global, valid, file, line);
 }
+struct l2_policy {
+};
+static inline l2_policy l2_keep(bool)
+{
+    return {};
+}
+static inline void copy_async_16(void *shared, const void *global, bool valid, l2_policy,
+                                 EMULATE_PLACE)
+{
+    emulate::copy_16(shared, global, valid, file, line);
+}
 static inline void copy_async_commit(void)
 {
     emulate::commit_copies();
@@ -454,6 +466,11 @@ static inline bool tensor_map_encode(struct tensor_map *m, const void *base,
 }
 static inline void tensor_copy_2d(void *shared, const struct tensor_map *m, int x, int y,
                                   bulk_barrier *b, EMULATE_PLACE)
+{
+    emulate::copy_box(shared, &m->map, {x, y, 0, 0, 0}, b, 0, file, line);
+}
+static inline void tensor_copy_2d(void *shared, const struct tensor_map *m, int x, int y,
+                                  bulk_barrier *b, l2_policy, EMULATE_PLACE)
 {
     emulate::copy_box(shared, &m->map, {x, y, 0, 0, 0}, b, 0, file, line);
 }
@@ -550,6 +567,10 @@ template <class T> static inline T *kept_address(T *p)
 }
 
 /* Nothing happens, but p must be global memory. */
+static inline void discard_line(void *p, EMULATE_PLACE)
+{
+    emulate::discard(p, file, line);
+}
 static inline void prefetch_l2(const void *p, EMULATE_PLACE)
 {
     if (!p || emulate::is_shared(p, 1))

@@ -69,6 +69,27 @@ static __device__ __forceinline__ void copy_async_16(void *shared, const void *g
                  : "memory");
 }
 
+/* How L2 is to keep what is copied: as anything else or, where it is read once a step, only while
+ * nothing else wants the place. */
+typedef uint64_t l2_policy;
+
+static __device__ __forceinline__ l2_policy l2_keep(bool as_usual)
+{
+    l2_policy usual, first;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(usual));
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    return as_usual ? usual : first;
+}
+
+static __device__ __forceinline__ void copy_async_16(void *shared, const void *global, bool valid,
+                                                     l2_policy policy)
+{
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address),
+                 "l"(global), "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
 static __device__ __forceinline__ void copy_async_commit(void)
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -136,6 +157,13 @@ template <class T> static __device__ __forceinline__ T *kept_address(T *p)
 static __device__ __forceinline__ void prefetch_l2(const void *p)
 {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/* The 128 bytes at p, aligned, need not be kept: until they are written again they hold anything,
+ * and what L2 has of them does not go to memory. */
+static __device__ __forceinline__ void discard_line(void *p)
+{
+    asm volatile("discard.global.L2 [%0], 128;" ::"l"(p) : "memory");
 }
 
 /* ---- clusters: the blocks of a launch_cluster() that run at the same time (9.0 and later) ---- */
@@ -371,6 +399,22 @@ static inline bool tensor_map_encode(struct tensor_map *m, const void *base,
 /* One thread: the box at (x, y) of a matrix of two dimensions, to 1,024-byte aligned shared memory;
  * its bytes are counted by b. */
 static __device__ __forceinline__ void tensor_copy_2d(void *shared, const struct tensor_map *m,
+                                                      int x, int y, bulk_barrier *b,
+                                                      l2_policy policy)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(m), "r"(x), "r"(y), "r"((uint32_t)__cvta_generic_to_shared(b)), "l"(policy)
+                 : "memory");
+#else
+    (void)shared, (void)m, (void)x, (void)y, (void)b, (void)policy;
+    __trap();
+#endif
+}
+
+static __device__ __forceinline__ void tensor_copy_2d(void *shared, const struct tensor_map *m,
                                                       int x, int y, bulk_barrier *b)
 {
 #if __CUDA_ARCH__ >= 900
@@ -463,30 +507,39 @@ template <int N> static __device__ __forceinline__ void wgmma_wait(void)
 #define WGMMA_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_16(d, i) WGMMA_4(d, i), WGMMA_4(d, i + 4), WGMMA_4(d, i + 8), WGMMA_4(d, i + 12)
 
-/* d[N / 2] += a b^T (or, if !add, d = a b^T) in the background: 64 rows of a, 256 of b, 16 columns,
+/* d[N / 2] += a b^T (or, if !add, d = a b^T) in the background: 64 rows of a, N of b, 16 columns,
  * from `column` on of the 64.
  * Of tile n of 8 columns d[4 n ..] are as mma_bf16's d, in warp w's rows 16 w on. */
 template <int N>
 static __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const bf16 *a, const bf16 *b,
                                                   int column, bool add = true)
 {
-    static_assert(N == 256, "instructions there are names for");
+    static_assert(N == 64 || N == 256, "instructions there are names for");
     const uint64_t left = wgmma_factor(a) + column / 8, right = wgmma_factor(b) + column / 8;
 #ifdef LATTE_WARPGROUPS
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-                 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-                 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
-                 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%"
-                 "127}, %128, %129, p, 1, 1, 0, 0;\n}"
-                 : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32), WGMMA_16(d, 48),
-                   WGMMA_16(d, 64), WGMMA_16(d, 80), WGMMA_16(d, 96), WGMMA_16(d, 112)
-                 : "l"(left), "l"(right), "r"((int)add));
+    if constexpr (N == 64)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+                     "%32, %33, p, 1, 1, 0, 0;\n}"
+                     : WGMMA_16(d, 0), WGMMA_16(d, 16)
+                     : "l"(left), "l"(right), "r"((int)add));
+    if constexpr (N == 256)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+                     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%"
+                     "127}, %128, %129, p, 1, 1, 0, 0;\n}"
+                     : WGMMA_16(d, 0), WGMMA_16(d, 16), WGMMA_16(d, 32), WGMMA_16(d, 48),
+                       WGMMA_16(d, 64), WGMMA_16(d, 80), WGMMA_16(d, 96), WGMMA_16(d, 112)
+                     : "l"(left), "l"(right), "r"((int)add));
 #else
     (void)left, (void)right, (void)add, (void)d;
     __trap();
@@ -499,7 +552,7 @@ template <int N>
 static __device__ __forceinline__ void wgmma_rows(float (&d)[N / 2], const uint4 &a, const bf16 *b,
                                                   int column)
 {
-    static_assert(N == 16 || N == 48 || N == 64 || N == 96 || N == 128,
+    static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 96 || N == 128,
                   "instructions there are names for");
     const uint64_t right = wgmma_factor(b) + column / 8;
 #ifdef LATTE_WARPGROUPS
@@ -507,6 +560,12 @@ static __device__ __forceinline__ void wgmma_rows(float (&d)[N / 2], const uint4
         asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
                      "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
                      : WGMMA_4(d, 0), WGMMA_4(d, 4)
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
+    if constexpr (N == 32)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, "
+                     "%20, 1, 1, 1, 0;"
+                     : WGMMA_16(d, 0)
                      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(right));
     if constexpr (N == 48)
         asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "

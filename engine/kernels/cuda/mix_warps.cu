@@ -17,7 +17,8 @@
  * Bytes of a row and head: mix.cu's with one query head. At d = 96, M = 16, w = 128 49 KB of ring
  * and 2 * 6.3 KB of latents, so 1024 rows of 8 heads move 0.5 GB: 165 us at 3.08 TB/s; what memory
  * gives to copies of that kind, and what this kernel takes, is in NOTES.md. What a block needs of
- * its first row is asked for before pdl_wait, but for latents beyond a warp's first.
+ * its first row is asked for before pdl_wait, but for latents beyond a warp's first; the values
+ * last, since the kernel before has a use for memory, too.
  *
  * A head's sums run in one order, given by the shape alone.
  */
@@ -33,6 +34,7 @@ enum {
     GATES_WARP = 3,
     BLOCKS = 4,          /* of an SM, if shared memory suffices: of 128 registers a thread */
     BLOCK_SHARED = 1024, /* bytes a block takes of an SM beside what it asks for */
+    PASSING_ROWS = 512,  /* of a step at most, whose rings L2 keeps for nobody (NOTES.md) */
     ALIKE = 8,           /* ring rows after which `turn` is the same again */
 };
 
@@ -66,8 +68,10 @@ template <int D> static __device__ __forceinline__ int turn(int row)
  * count. A group of copies in any case. */
 template <class S>
 static __device__ __forceinline__ void fetch_own(unsigned char *to, const bf16 *from,
+                                                 const struct mix_call &c,
                                                  const struct mix_block &b, bool wanted)
 {
+    const l2_policy policy = l2_keep(c.step.rows > PASSING_ROWS);
     const int lane = threadIdx.x % WARP, first = (int)threadIdx.x / WARP * OWN;
 #pragma unroll
     for (int j = 0; wanted && j < ALIKE * S::units / WARP; j++) {
@@ -77,7 +81,7 @@ static __device__ __forceinline__ void fetch_own(unsigned char *to, const bf16 *
 #pragma unroll
         for (int k = 0; k < OWN; k += ALIKE)
             copy_async_16(there + k * S::row_bytes, here + k * S::d,
-                          row + k < b.n_keys && row + k != b.newest);
+                          row + k < b.n_keys && row + k != b.newest, policy);
     }
     copy_async_commit();
 }
@@ -385,8 +389,7 @@ __global__ void __launch_bounds__(S::threads)
         return;
     }
     struct mix_block b = find_block(c, (int)blockIdx.y, (int)blockIdx.x);
-    fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, b), b, true);
-    fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, b), b, true);
+    fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, b), c, b, true);
     /* This lane's latents; some lanes have none. */
     const int first = warp * S::at_once + lane / S::quads, quad = lane % S::quads;
     const int n_latents = lane < S::quads * S::at_once ? c.m.latents.n_latents : 0;
@@ -403,6 +406,7 @@ __global__ void __launch_bounds__(S::threads)
         read_frequencies<S>(&frequencies, c);
         find_angles<S>(&angles, frequencies, b.position);
     }
+    fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, b), c, b, true);
 
     pdl_wait();
     struct row_held row;
@@ -430,13 +434,13 @@ __global__ void __launch_bounds__(S::threads)
         }
         const struct mix_block next = block_of(c, next_row, b.head, next_slot, next_position);
         __syncwarp();
-        fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, next), next, more);
+        fetch_own<S>(shared + S::keys, ring_of<S>(c.ring_k, c, next), c, next, more);
         copy_async_wait<1>(); /* the values */
         __syncwarp();
         take_own<S>(reinterpret_cast<float *>(shared + S::locals) + warp * S::d, score, c, b,
                     shared);
         __syncwarp();
-        fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, next), next, more);
+        fetch_own<S>(shared + S::values, ring_of<S>(c.ring_v, c, next), c, next, more);
 
         step_own<S>(held, c, b, shared, first, n_latents);
         if (more) {
