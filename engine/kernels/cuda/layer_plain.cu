@@ -257,6 +257,8 @@ static void group_mix(const struct pass *p, const struct packed_rows *x,
     f.logits = s->gates;
     f.logit_stride = columns;
     warpgroup_front(p->c, &f);
+    p->c->may_be_late |= p->layer == 0;
+    p->c->step.late = false;
     p->c->queue.pdl = overlaps;
 
     struct mix m = layer_mix(p);

@@ -286,15 +286,17 @@ static __device__ __forceinline__ void exchange(float (&sum)[4 * S::tiles], int 
     }
 }
 
-/* All threads of a block. */
+/* All threads of a block. late: the step's arrays are there only after pdl_wait, for the kernels
+ * that come next, too. */
 template <class S>
 static __device__ __forceinline__ void product_block(const struct warpgroup_product &p,
                                                      const struct group_place &at,
-                                                     unsigned char *shared)
+                                                     unsigned char *shared, bool late)
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float *const scales = reinterpret_cast<float *>(shared + S::scales);
-    pdl_trigger();
+    if (!late)
+        pdl_trigger();
     if (S::slices > 1) {
         if (warp == 0)
             bulk_begin(reinterpret_cast<bulk_barrier *>(shared + S::came),
@@ -302,6 +304,10 @@ static __device__ __forceinline__ void product_block(const struct warpgroup_prod
         cluster_arrive_relaxed();
     }
     fetch_weights<S>(p, at, shared);
+    if (late) {
+        pdl_wait();
+        pdl_trigger();
+    }
     const int n_rows = *p.n_rows;
     struct group_lane l;
     l.column = at.column + lane % 4 * 2 + (S::slices > 1 ? 8 * at.slice * S::own : 0);
@@ -369,7 +375,7 @@ static __global__ void __launch_bounds__(S::threads, 1)
     warpgroup_kernel(const __grid_constant__ struct warpgroup_product p)
 {
     DYNAMIC_SHARED(unsigned char, shared);
-    product_block<S>(p, find_place<S>((int)blockIdx.x, (int)blockIdx.y), aligned(shared));
+    product_block<S>(p, find_place<S>((int)blockIdx.x, (int)blockIdx.y), aligned(shared), false);
 }
 
 struct front_call {
@@ -389,7 +395,8 @@ static __global__ void __launch_bounds__(S::threads, 1)
     if (block < 0)
         gates_block(c.f, c.step, (int)blockIdx.x / GATES_BLOCKS * GATES_ROWS, shared);
     else if (block < c.n_products)
-        product_block<S>(c.f.vqk, find_place<S>(block % c.wide, block / c.wide), aligned(shared));
+        product_block<S>(c.f.vqk, find_place<S>(block % c.wide, block / c.wide), aligned(shared),
+                         c.step.late);
     else
         pdl_wait();
 }

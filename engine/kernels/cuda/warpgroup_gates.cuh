@@ -286,11 +286,16 @@ static __device__ __forceinline__ void gates_block(const struct warpgroup_front 
     typedef gates_places at;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rank = cluster_rank();
     const int first = rank * GATES_WIDTH, channel = first + warp * 8;
-    pdl_trigger();
+    if (!step.late)
+        pdl_trigger();
     fetch_logits(f, rank, shared);
     cluster_arrive_relaxed();
     struct gates_held gates;
     hold_gates(&gates, f, rank);
+    if (step.late) { /* as in product_block */
+        pdl_wait();
+        pdl_trigger();
+    }
     struct gates_lane l;
     find_past(&l, f, step, row0, channel + lane % 4 * 2);
     const struct packed_rows &x = f.vqk.in;
