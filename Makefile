@@ -285,7 +285,8 @@ $(BUILD)/%.o: %.c
 
 # Instructions of warpgroups are of capability 9.0 alone: machine code of a name of its own.
 comma := ,
-WARPGROUPS := engine/kernels/cuda/warpgroup.o engine/kernels/cuda/glu.o tests/cuda/test_instructions.o
+WARPGROUPS := engine/kernels/cuda/warpgroup.o engine/kernels/cuda/warpgroup_head.o \
+  engine/kernels/cuda/glu.o tests/cuda/test_instructions.o
 $(addprefix $(BUILD)/cuda/,$(WARPGROUPS)): private NVCCFLAGS := \
   $(patsubst arch=compute_90$(comma)code=sm_90,arch=compute_90a$(comma)code=sm_90a,$(NVCCFLAGS)) \
   $(if $(filter 90,$(CUARCH)),-DLATTE_SM_90A)

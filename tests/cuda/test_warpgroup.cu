@@ -519,6 +519,114 @@ static void test_added_slices(void **)
     }
 }
 
+/* ---- the head ---- */
+
+enum {
+    HEAD_OUT = 7 * 64 + 17, /* columns: tiles, and a part of one */
+    HEAD_STRIDE = HEAD_OUT + 7,
+    HEAD_SMS = 2, /* so that a block has more tiles than shared memory holds */
+};
+
+/* Which packed row a row of the logits is: all in order, or some of them in another. */
+enum head_rows { HEAD_ALL, HEAD_SAME, HEAD_OTHER };
+
+static int head_row(enum head_rows which, int r, int actual)
+{
+    return which == HEAD_OTHER ? (actual - 1 - r + actual / 3) % actual : r;
+}
+
+static void check_head(const struct rows_case *k, enum head_rows which)
+{
+    seed = 17;
+    put_n_rows(k->actual);
+    struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
+    float *x = random_values((size_t)MAX_ROWS * DEPTH, false);
+    float *norm = random_values(DEPTH, false), *w = random_values(HEAD_OUT * DEPTH, true);
+    float *found = random_values((size_t)MAX_ROWS * HEAD_STRIDE, false);
+    static float values[MAX_ROWS * DEPTH];
+    static double scales[MAX_ROWS];
+    put_normed(&in, x, norm, values, scales, k->rows, k->actual);
+    int32_t from[MAX_ROWS], *device_from;
+    for (int r = 0; r < MAX_ROWS; r++)
+        from[r] = r < k->actual ? head_row(which, r, k->actual) : 1 << 30;
+    OK(cudaMalloc((void **)&device_from, sizeof(from)));
+    OK(cudaMemcpy(device_from, from, sizeof(from), cudaMemcpyHostToDevice));
+    memset(found, 0xff, (size_t)MAX_ROWS * HEAD_STRIDE * sizeof(*found)); /* NaN */
+    bf16 *const weights = device_bf16(w, HEAD_OUT * DEPTH);
+    struct product p = {};
+    p.w = {weights, DTYPE_BF16, NULL, NULL, HEAD_OUT, DEPTH};
+    p.in_rows = which == HEAD_ALL ? NULL : device_from;
+    p.out = on_device(found, (size_t)MAX_ROWS * HEAD_STRIDE);
+    p.out_stride = HEAD_STRIDE;
+    p.output = OUTPUT_F32;
+    p.rows = k->rows;
+    p.n_rows = n_rows;
+    const int n_sms = c.queue.n_sms;
+    c.queue.n_sms = HEAD_SMS;
+    assert_true(warpgroup_head(&c, &p, &in));
+    c.queue.n_sms = n_sms;
+    from_device(found, (float *)p.out, (size_t)MAX_ROWS * HEAD_STRIDE);
+    for (int r = 0; r < MAX_ROWS; r++) {
+        for (int i = 0; i < HEAD_STRIDE; i++) {
+            const float y = found[(size_t)r * HEAD_STRIDE + i];
+            if (r >= k->actual || i > HEAD_OUT) { /* a column more is the pair's */
+                if (!isnan(y))
+                    fail_msg("row %d of %d, column %d: %g was written", r, k->actual, i, y);
+            } else if (i < HEAD_OUT) {
+                const int own = head_row(which, r, k->actual);
+                double slack;
+                const double sum = dot(values + own * DEPTH, w + i * DEPTH, DEPTH, &slack);
+                check_value(y, scales[own] * sum, scales[own] * slack, "logit", r, i);
+            }
+        }
+    }
+    cudaFree(weights);
+    cudaFree(device_from);
+    cudaFree(p.out);
+    packed_close(&in);
+    free(x);
+    free(norm);
+    free(w);
+    free(found);
+}
+
+static void test_head(void **)
+{
+    need_warpgroups();
+    for (const struct rows_case &k : all_rows) {
+        for (const enum head_rows which : {HEAD_ALL, HEAD_SAME, HEAD_OTHER}) {
+            if (k.rows <= WARPGROUP_HEAD_ROWS && (!emulated || k.rows != 17))
+                check_head(&k, which);
+        }
+    }
+}
+
+/* What the head's kernel does not know. */
+static void test_other_heads(void **)
+{
+    need_warpgroups();
+    struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
+    struct product p = {};
+    p.w = {in.values, DTYPE_BF16, NULL, NULL, 64, DEPTH};
+    p.out_stride = 64;
+    p.output = OUTPUT_F32;
+    p.rows = WARPGROUP_HEAD_ROWS + 1;
+    assert_false(warpgroup_head(&c, &p, &in));
+    p.rows = WARPGROUP_HEAD_ROWS;
+    p.out_stride = 65;
+    assert_false(warpgroup_head(&c, &p, &in));
+    p.out_stride = 64;
+    p.softcap = 1;
+    assert_false(warpgroup_head(&c, &p, &in));
+    p.softcap = 0;
+    p.w.dtype = DTYPE_I8;
+    assert_false(warpgroup_head(&c, &p, &in));
+    p.w.dtype = DTYPE_BF16;
+    p.w.n_in = 2 * DEPTH;
+    assert_false(warpgroup_head(&c, &p, &in));
+    packed_close(&in);
+}
+
 static void test_shapes(void **)
 {
     assert_true(warpgroup_has(OUTPUT_BF16, 2304, DEPTH));
@@ -541,7 +649,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_shapes),       cmocka_unit_test(test_front),
         cmocka_unit_test(test_activated),    cmocka_unit_test(test_added),
-        cmocka_unit_test(test_added_slices),
+        cmocka_unit_test(test_added_slices), cmocka_unit_test(test_head),
+        cmocka_unit_test(test_other_heads),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
 }

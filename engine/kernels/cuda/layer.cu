@@ -425,6 +425,7 @@ bool cuda_layer(struct backend *b, struct buffer *x, const struct layer_weights 
     p.packed = p.s->packed_layer == layer;
     p.s->packed_layer = -1;
     p.s->h_is_heads = false;
+    p.s->packed_heads.values = NULL;
     c->layers = layer_plain(&p);
     if (c->layers)
         return true;
@@ -501,7 +502,8 @@ bool cuda_head(struct backend *b, struct buffer *logits, const struct buffer *x,
         q.norm = {};
         q.factors = c->layer->heads;
     }
-    fused_product(c, &q, c->layer->wide);
+    if (!c->layer->packed_heads.values || !warpgroup_head(c, &q, &c->layer->packed_heads))
+        fused_product(c, &q, c->layer->wide);
     if (padded && c->step.drawn_from) {
         c->logits = c->layer->logits;
         c->logits_stride = q.out_stride;

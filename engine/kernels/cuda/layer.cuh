@@ -49,6 +49,8 @@ struct layer_scratch {
     /* The last layer left x times the weight of the norm before the head in h, and its squares. */
     bool h_is_heads;
     struct row_factors heads;
+    /* The same in packed_x; values NULL: not there. */
+    struct packed_rows packed_heads;
     struct beside beside; /* v, q and k, while the queue has the RG-LRU */
 };
 

@@ -277,13 +277,14 @@ static void layer_by_warpgroups(const struct pass *p)
     const struct model_config *config = p->config;
     const int D = config->hidden_size;
     const bool is_last = p->layer + 1 >= config->n_layers;
-    const struct norm *next = is_last ? NULL : norm_after(p);
+    const bool is_left = !is_last || p->c->step.rows <= WARPGROUP_HEAD_ROWS;
+    const struct norm *next = is_left ? norm_after(p) : NULL;
     const struct packed_rows x = packed_x(p, WARPGROUP_PARTS);
     struct packed_rows x2 = x;
     x2.eps = w->norm2.eps;
     const struct packed_rows mixed = {s->packed_mixed, D, NULL, 0, 0};
     const struct packed_rows up = {s->packed_up, config->intermediate_size, NULL, 0, 0};
-    s->packed_layer = next ? p->layer + 1 : -1;
+    s->packed_layer = next && !is_last ? p->layer + 1 : -1;
 
     group_mix(p, &x, &mixed);
     group_add(p, &mixed, &w->o_proj, &x2, &w->norm2);
@@ -292,6 +293,10 @@ static void layer_by_warpgroups(const struct pass *p)
     features.next = up;
     warpgroup_product(p->c, &features);
     group_add(p, &up, &w->down_proj, &x, next);
+    if (is_last && next) {
+        s->packed_heads = x;
+        s->packed_heads.eps = next->eps;
+    }
 }
 
 const char *layer_plain(const struct pass *p)

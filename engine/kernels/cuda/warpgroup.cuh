@@ -31,6 +31,7 @@ enum {
     WARPGROUP_ROWS = 256,   /* of a step at most */
     WARPGROUP_DEPTH = 768,  /* columns of W that a block has: n_in, or an equal part of it */
     WARPGROUP_PARTS = 48,   /* of the squares that a product leaves for a row of WARPGROUP_DEPTH */
+    WARPGROUP_HEAD_ROWS = 128,
     WARPGROUP_LOGITS = 264, /* of latents that a row has at most, for both gates */
 };
 
@@ -78,6 +79,11 @@ void warpgroup_product(struct cuda *c, const struct warpgroup_product *p);
 
 /* Decode steps: row r is sequence r. */
 void warpgroup_front(struct cuda *c, const struct warpgroup_front *f);
+
+/* The head's logits, p, of rows that are packed: those that the norm before it would give, its
+ * weight among their values; p's in and norm are not looked at. False: not such a product, and
+ * nothing was launched. */
+bool warpgroup_head(struct cuda *c, const struct product *p, const struct packed_rows *in);
 
 /* x [rows, n] f32: out's values = x * weight, and squares in WARPGROUP_PARTS parts, or in
  * twice as many. */
