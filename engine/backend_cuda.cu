@@ -143,6 +143,7 @@ static enum status open_device(struct gpu *g, struct error *err)
     snprintf(g->name, sizeof(g->name), "%.100s (cuda:%d)", props.name, device);
     q->capability = 10 * props.major + props.minor;
     q->n_sms = props.multiProcessorCount;
+    q->l2_bytes = (size_t)props.l2CacheSize;
     q->deterministic = g->cuda.options.deterministic;
     q->pdl = q->capability >= 90 && !getenv("LATTE_NO_PDL");
     if (q->capability < LEAST_CAPABILITY)

@@ -52,6 +52,8 @@ struct buffer {
     bool owns; /* false: part of a larger block, see linear_group */
 };
 
+enum { LINE = 128 }; /* bytes of L2's lines */
+
 struct library; /* linear.cu: cuBLASLt, its workspace and what it chose for each shape */
 struct drawing; /* draw.cu: the device sampler's memory */
 
@@ -179,6 +181,15 @@ const struct sampled *drawing_results(struct cuda *c, int place);
 enum status layer_scratch_open(struct cuda *c, struct error *err);
 void layer_scratch_close(struct cuda *c);
 size_t layer_scratch_bytes(const struct cuda *c);
+
+/* Lines of 128 bytes that a step has left and the next one does not read: where L2 has them, they
+ * need not go to memory. */
+struct spent_lines {
+    char *first;
+    int n; /* 0: none */
+};
+/* What a step of so many rows of logits leaves, if L2 has room for it and it is worth the while. */
+struct spent_lines layer_spent(const struct cuda *c, int n_logit_rows);
 size_t layer_scratch_bytes_of(const struct backend_options *options);
 
 #endif

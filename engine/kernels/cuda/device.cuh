@@ -48,6 +48,7 @@ struct queue {
     cudaError_t error; /* the first failure, cudaSuccess if none */
     const char *where; /* the launcher it happened in */
     int n_sms;
+    size_t l2_bytes;
     int capability;     /* 10 * major + minor: 80, 90, ... */
     bool pdl;           /* programmatic dependent launch is possible and wanted */
     bool alone;         /* the next launch begins when all before it has ended */

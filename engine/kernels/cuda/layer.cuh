@@ -33,6 +33,7 @@ struct layer_scratch {
                                           * prompts __half products and bf16 normed z, of decode
                                           * steps squares of z and bf16 weighted z */
     float *logits; /* [max_logit_rows, V padded], where V is not a multiple of PADDED_ROWS */
+    int n_vocab;   /* V */
     /* Layers of few rows, CLUSTER_ROWS at most. */
     float *x_between; /* [rows, D] the residual stream within the layer */
     float *shares;    /* [MIX_CLUSTERS, FEW_ALONE, D] what each head adds to it */

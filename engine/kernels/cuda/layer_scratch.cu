@@ -12,7 +12,10 @@ struct scratch_item {
     bool is_cleared;
 };
 
-enum { N_ITEMS = 23 };
+enum {
+    N_ITEMS = 23,
+    SPENT_PART = 16, /* of L2: what fills less of it is as well written to memory */
+};
 
 static bool has_full_attention(const struct model_config *c)
 {
@@ -86,6 +89,7 @@ enum status layer_scratch_open(struct cuda *c, struct error *err)
         return fail(err, STATUS_NOMEM, "fused layers: out of memory");
     c->layer = s;
     s->h_layer = s->packed_layer = -1;
+    s->n_vocab = c->options.config->vocab_size;
     const cudaError_t error = beside_open(&s->beside);
     if (error != cudaSuccess)
         return fail(err, STATUS_DEVICE, "fused layers: a stream: %s", cudaGetErrorString(error));
@@ -118,6 +122,17 @@ void layer_scratch_close(struct cuda *c)
         (void)cudaFree(*items[i].out);
     free(c->layer);
     c->layer = NULL;
+}
+
+struct spent_lines layer_spent(const struct cuda *c, int n_logit_rows)
+{
+    if (!c->layer || !c->layer->logits)
+        return {};
+    const size_t n_bytes =
+        (size_t)n_logit_rows * (size_t)padded_columns(c->layer->n_vocab) * sizeof(float);
+    const size_t room = c->queue.l2_bytes;
+    const bool pays = n_bytes >= room / SPENT_PART && n_bytes <= room;
+    return {(char *)c->layer->logits, pays ? (int)(n_bytes / LINE) : 0};
 }
 
 size_t layer_scratch_bytes(const struct cuda *c)

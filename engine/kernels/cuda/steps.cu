@@ -11,6 +11,7 @@
 enum {
     TAKE_THREADS = 1024,
     TAKE_AT_ONCE = 4, /* of 16 bytes, a thread's reads on their way together */
+    DISCARD_BLOCKS = 64,
 };
 
 /* ---- a step's arrays ---- */
@@ -38,16 +39,25 @@ static __device__ __forceinline__ void take_arrays(const struct step_arrays &a,
     }
 }
 
-/* One block. Steps take turns with the places; a recorded one does not know which it has. Most
- * kernels read the arrays before pdl_wait: what follows does not overlap with this one, but for
- * those that know them to be late. */
+/* One block, and with SPENT others, for what the step before has left: memory answers the first
+ * only when they have ended. Steps take turns with the places; a recorded one does not know which
+ * it has. Most kernels read the arrays before pdl_wait: what follows does not overlap with this
+ * one, but for those that know them to be late. */
+template <bool SPENT>
 static __global__ void __launch_bounds__(TAKE_THREADS)
     take_step_kernel(const __grid_constant__ struct step_arrays step,
-                     const __grid_constant__ struct step_arrays draws, int32_t *turn)
+                     const __grid_constant__ struct step_arrays draws, int32_t *turn,
+                     const struct spent_lines spent)
 {
     static_assert(DEPTH == 2, "the other place's turn");
     pdl_trigger();
     pdl_wait();
+    if (SPENT && blockIdx.x > 0) {
+        const int first = ((int)blockIdx.x - 1) * TAKE_THREADS + (int)threadIdx.x;
+        for (int i = first; i < spent.n; i += DISCARD_BLOCKS * TAKE_THREADS)
+            discard_line(spent.first + (int64_t)i * LINE);
+        return;
+    }
     const int place = *turn;
     __syncthreads();
     if (threadIdx.x == 0)
@@ -243,8 +253,10 @@ static void take_step(struct gpu *g, const struct form *f, const struct layout *
         step.from[i] = (const uint4 *)g->places[i].staging;
     if (g->cuda.drawing && (f->draws || f->scores))
         draws = drawing_arrays(g->cuda.drawing, f->logits);
+    const struct spent_lines spent = layer_spent(&g->cuda, f->logits);
     q->alone = true;
-    launch(q, "take_step", take_step_kernel, dim3(1), TAKE_THREADS, 0, step, draws, g->turn);
+    launch(q, "take_step", spent.n ? take_step_kernel<true> : take_step_kernel<false>,
+           dim3(spent.n ? 1 + DISCARD_BLOCKS : 1), TAKE_THREADS, 0, step, draws, g->turn, spent);
     g->cuda.step.late = g->current && g->current->may_be_late;
     q->alone = !g->cuda.step.late; /* the next one, too */
 }
