@@ -234,11 +234,9 @@ static void test_products_of_warpgroups(void **)
     static const struct {
         int columns;
         void (*kernel)(float *, const float *, const float *);
-    } sizes[] = {{16, group_product<16>},
-                 {48, group_product<48>},
-                 {64, group_product<64>},
-                 {96, group_product<96>},
-                 {MOST_COLUMNS, group_product<MOST_COLUMNS>}};
+    } sizes[] = {{16, group_product<16>}, {32, group_product<32>},
+                 {48, group_product<48>}, {64, group_product<64>},
+                 {96, group_product<96>}, {MOST_COLUMNS, group_product<MOST_COLUMNS>}};
     static float a[GROUP_ROWS * GROUP_DEPTH], b[MOST_COLUMNS * GROUP_DEPTH];
     static float d[GROUP_ROWS * MOST_COLUMNS];
     float *in, *out;

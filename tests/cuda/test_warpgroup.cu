@@ -258,7 +258,34 @@ static void put_step(struct front_step *s, const struct rows_case *k, int n_logi
     memset(s->logits, 0xff, sizeof(s->logits));
 }
 
-static void run_front(struct front_step *s, const struct front_weights *w)
+/* The arrays of a step. */
+struct step_copy {
+    struct step_sizes *sizes;
+    int64_t *positions;
+    int32_t *slots, *n_rows;
+};
+
+/* As a step's first kernel: lets the next one go, and writes what that is to wait for. */
+static __global__ void write_late(struct step_copy to, struct step_copy from, int rows)
+{
+    pdl_trigger();
+    pdl_wait();
+#ifndef LATTE_EMULATE
+    for (const long long begun = clock64(); clock64() - begun < 100000;)
+        ;
+#endif
+    for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+        to.positions[r] = from.positions[r];
+        to.slots[r] = from.slots[r];
+    }
+    if (threadIdx.x == 0) {
+        *to.sizes = *from.sizes;
+        *to.n_rows = *from.n_rows;
+    }
+}
+
+/* late: the step's arrays are wrong until a kernel just before has ended. */
+static void run_front(struct front_step *s, const struct front_weights *w, bool late)
 {
     const struct device_step none = c.step;
     struct step_sizes sizes = {};
@@ -275,11 +302,24 @@ static void run_front(struct front_step *s, const struct front_weights *w)
     c.step.seq_slot = slots;
     c.step.rows = c.step.seqs = s->rows;
     c.step.decode = true;
+    c.step.late = late;
+    static const int64_t no_positions[MAX_ROWS] = {};
+    static const int32_t no_slots[MAX_ROWS] = {};
+    const struct step_sizes no_sizes = {};
+    struct step_copy real = {device_sizes, positions, slots, n_rows}, seen = real;
+    if (late) {
+        seen = {on_device(&no_sizes, 1), on_device(no_positions, MAX_ROWS),
+                on_device(no_slots, MAX_ROWS), on_device(&no_sizes.n_rows, 1)};
+        c.step.sizes = seen.sizes;
+        c.step.positions = seen.positions;
+        c.step.seq_slot = seen.slots;
+    }
 
     struct warpgroup_front f = {};
     f.vqk = product_of(&in, w->device_vqk, N_VQK, OUTPUT_BF16, s->rows);
     f.vqk.out = on_device(s->vqk, MAX_ROWS * VQK_STRIDE);
     f.vqk.out_stride = VQK_STRIDE;
+    f.vqk.n_rows = seen.n_rows;
     f.prepared = w->prepared;
     f.state = {on_device(s->before, N_SLOTS * SLOT_VALUES), SLOT_VALUES};
     f.z_eps = EPS / 2;
@@ -287,14 +327,19 @@ static void run_front(struct front_step *s, const struct front_weights *w)
     f.n_logits = s->n_logits;
     f.logits = on_device(s->logits, MAX_ROWS * LOGIT_STRIDE);
     f.logit_stride = LOGIT_STRIDE;
+    if (late)
+        launch(&c.queue, "write_late", write_late, dim3(1), 256, 0, seen, real, s->rows);
     warpgroup_front(&c, &f);
     from_device(s->after, f.state.data, N_SLOTS * SLOT_VALUES);
     from_device(s->vqk, (bf16 *)f.vqk.out, MAX_ROWS * VQK_STRIDE);
     from_device(s->logits, f.logits, MAX_ROWS * LOGIT_STRIDE);
     c.step = none;
     void *const taken[] = {device_sizes, positions, slots, f.vqk.out, f.state.data, f.logits};
+    void *const late_taken[] = {seen.sizes, seen.positions, seen.slots, seen.n_rows};
     for (void *p : taken)
         cudaFree(p);
+    for (void *p : late_taken)
+        cudaFree(late ? p : NULL);
     packed_close(&in);
     free(x);
 }
@@ -391,7 +436,7 @@ static void test_front(void **)
         if (!is_tested(&all_rows[j]))
             continue;
         put_step(&s, &all_rows[j], n_logits[j % COUNT_OF(n_logits)]);
-        run_front(&s, &w);
+        run_front(&s, &w, j % 2 == 0);
         check_vqk(&s, &w);
         check_states(&s, &w);
         check_logits(&s, &w);
@@ -527,25 +572,32 @@ enum {
     HEAD_SMS = 2, /* so that a block has more tiles than shared memory holds */
 };
 
-/* Which packed row a row of the logits is: all in order, or some of them in another. */
-enum head_rows { HEAD_ALL, HEAD_SAME, HEAD_OTHER };
+/* Which packed row a row of the logits is: the same, unsaid or said; another; or one of more rows
+ * than have logits. */
+enum head_rows { HEAD_ALL, HEAD_SAME, HEAD_OTHER, HEAD_SOME };
 
 static int head_row(enum head_rows which, int r, int actual)
 {
+    if (which == HEAD_SOME)
+        return (WARPGROUP_HEAD_ROWS - 1 + 5 * r) % WARPGROUP_HEAD_ROWS;
     return which == HEAD_OTHER ? (actual - 1 - r + actual / 3) % actual : r;
 }
 
 static void check_head(const struct rows_case *k, enum head_rows which)
 {
+    const int packed = which == HEAD_SOME ? WARPGROUP_HEAD_ROWS : k->actual;
     seed = 17;
-    put_n_rows(k->actual);
+    put_n_rows(packed);
     struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
     float *x = random_values((size_t)MAX_ROWS * DEPTH, false);
     float *norm = random_values(DEPTH, false), *w = random_values(HEAD_OUT * DEPTH, true);
     float *found = random_values((size_t)MAX_ROWS * HEAD_STRIDE, false);
     static float values[MAX_ROWS * DEPTH];
     static double scales[MAX_ROWS];
-    put_normed(&in, x, norm, values, scales, k->rows, k->actual);
+    put_normed(&in, x, norm, values, scales, packed, packed);
+    put_n_rows(k->actual);
+    float *const device_x = on_device(x, (size_t)MAX_ROWS * DEPTH);
+    float *const device_norm = on_device(norm, DEPTH);
     int32_t from[MAX_ROWS], *device_from;
     for (int r = 0; r < MAX_ROWS; r++)
         from[r] = r < k->actual ? head_row(which, r, k->actual) : 1 << 30;
@@ -563,6 +615,7 @@ static void check_head(const struct rows_case *k, enum head_rows which)
     p.n_rows = n_rows;
     const int n_sms = c.queue.n_sms;
     c.queue.n_sms = HEAD_SMS;
+    pack_rows(&c, &in, device_x, device_norm, k->rows, n_rows); /* once more: it is to wait */
     assert_true(warpgroup_head(&c, &p, &in));
     c.queue.n_sms = n_sms;
     from_device(found, (float *)p.out, (size_t)MAX_ROWS * HEAD_STRIDE);
@@ -580,6 +633,8 @@ static void check_head(const struct rows_case *k, enum head_rows which)
             }
         }
     }
+    cudaFree(device_x);
+    cudaFree(device_norm);
     cudaFree(weights);
     cudaFree(device_from);
     cudaFree(p.out);
@@ -594,7 +649,7 @@ static void test_head(void **)
 {
     need_warpgroups();
     for (const struct rows_case &k : all_rows) {
-        for (const enum head_rows which : {HEAD_ALL, HEAD_SAME, HEAD_OTHER}) {
+        for (const enum head_rows which : {HEAD_ALL, HEAD_SAME, HEAD_OTHER, HEAD_SOME}) {
             if (k.rows <= WARPGROUP_HEAD_ROWS && (!emulated || k.rows != 17))
                 check_head(&k, which);
         }

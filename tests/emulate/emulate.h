@@ -566,11 +566,12 @@ template <class T> static inline T *kept_address(T *p)
     return p;
 }
 
-/* Nothing happens, but p must be global memory. */
 static inline void discard_line(void *p, EMULATE_PLACE)
 {
     emulate::discard(p, file, line);
 }
+
+/* Nothing happens, but p must be global memory. */
 static inline void prefetch_l2(const void *p, EMULATE_PLACE)
 {
     if (!p || emulate::is_shared(p, 1))

@@ -188,7 +188,8 @@ struct spent_lines {
     char *first;
     int n; /* 0: none */
 };
-/* What a step of so many rows of logits leaves, if L2 has room for it and it is worth the while. */
+/* What a step of so many rows of logits leaves, if L2 has room for it and it is worth the while;
+ * the one before is taken to have had as many as the one that begins. */
 struct spent_lines layer_spent(const struct cuda *c, int n_logit_rows);
 size_t layer_scratch_bytes_of(const struct backend_options *options);
 

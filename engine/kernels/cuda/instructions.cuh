@@ -302,7 +302,8 @@ static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
  * A phase of a barrier ends when all arrivals that it counts have come, and all bytes that were
  * expected in it; then the next one begins. Phases are named by their parity, the first by 0. */
 
-/* One thread: n arrivals a phase. A cluster_sync before others use it. */
+/* One thread: n arrivals a phase. A cluster_sync, or in a block alone its barrier, before others use
+ * it. */
 static __device__ __forceinline__ void mbarrier_begin(bulk_barrier *b, int n)
 {
 #if __CUDA_ARCH__ >= 900
@@ -332,7 +333,8 @@ static __device__ __forceinline__ void mbarrier_expect(bulk_barrier *b, uint32_t
 }
 
 /* Arrive at the same barrier of block `rank` of the cluster, after what the thread's products have
- * read of shared memory: not after its writes, for which it would wait as long as memory takes. */
+ * read of shared memory; what it has written there is for products after a shared_for_products
+ * before this. */
 static __device__ __forceinline__ void mbarrier_arrive(bulk_barrier *b, int rank)
 {
 #if __CUDA_ARCH__ >= 900
