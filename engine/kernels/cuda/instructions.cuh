@@ -81,13 +81,22 @@ static __device__ __forceinline__ l2_policy l2_keep(bool as_usual)
     return as_usual ? usual : first;
 }
 
+/* The policy counts for machine code of 9.0 alone. Where the compiler makes the shared address of a
+ * register and a uniform one, nvcc 13.0's machine code for this is not legal (LDGSTS with an odd
+ * descriptor, "an illegal instruction was encountered"): what calls it is to be tested on a GPU,
+ * in every shape. */
 static __device__ __forceinline__ void copy_async_16(void *shared, const void *global, bool valid,
                                                      l2_policy policy)
 {
+#if __CUDA_ARCH__ == 900
     uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address),
                  "l"(global), "r"(valid ? 16 : 0), "l"(policy)
                  : "memory");
+#else
+    (void)policy;
+    copy_async_16(shared, global, valid);
+#endif
 }
 
 static __device__ __forceinline__ void copy_async_commit(void)
@@ -302,8 +311,8 @@ static __device__ __forceinline__ void bulk_wait(bulk_barrier *b)
  * A phase of a barrier ends when all arrivals that it counts have come, and all bytes that were
  * expected in it; then the next one begins. Phases are named by their parity, the first by 0. */
 
-/* One thread: n arrivals a phase. A cluster_sync, or in a block alone its barrier, before others use
- * it. */
+/* One thread: n arrivals a phase. A cluster_sync, or in a block alone its barrier, before others
+ * use it. */
 static __device__ __forceinline__ void mbarrier_begin(bulk_barrier *b, int n)
 {
 #if __CUDA_ARCH__ >= 900

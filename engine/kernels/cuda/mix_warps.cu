@@ -45,6 +45,7 @@ template <int D> struct warps_shape {
     typedef bf16 ring;
     static constexpr int units = D / 8; /* 16-byte pieces of a ring row */
     static constexpr int row_bytes = D * 2;
+    static constexpr bool passes = D == 96;      /* see copy_async_16 about others */
     static constexpr int quads = D / 4;          /* lanes that a latent takes */
     static constexpr int at_once = WARP / quads; /* latents of a warp at a time */
     static constexpr int stride = WARPS * at_once;
@@ -79,9 +80,13 @@ static __device__ __forceinline__ void fetch_own(unsigned char *to, const bf16 *
         unsigned char *const there = to + row * S::row_bytes + (unit ^ turn<S::d>(row)) * 16;
         const bf16 *const here = from + row * S::d + unit * 8;
 #pragma unroll
-        for (int k = 0; k < OWN; k += ALIKE)
-            copy_async_16(there + k * S::row_bytes, here + k * S::d,
-                          row + k < b.n_keys && row + k != b.newest, policy);
+        for (int k = 0; k < OWN; k += ALIKE) {
+            const bool counts = row + k < b.n_keys && row + k != b.newest;
+            if (S::passes)
+                copy_async_16(there + k * S::row_bytes, here + k * S::d, counts, policy);
+            else
+                copy_async_16(there + k * S::row_bytes, here + k * S::d, counts);
+        }
     }
     copy_async_commit();
 }
