@@ -12,6 +12,8 @@
  * to 2^-7 of a term; so their z is the one that was found in the state, of which the rounded
  * product is known to the bit, and they are held to what other products are.
  */
+#include <vector>
+
 #include "engine/kernels/cuda/cluster.cuh"
 #include "engine/kernels/cuda/warpgroup.cuh"
 #include "tests/cuda/products.cuh"
@@ -284,6 +286,15 @@ static __global__ void write_late(struct step_copy to, struct step_copy from, in
     }
 }
 
+/* On the device, every byte another than in x. */
+template <class T> static T *wrong_copy(const T *x, size_t n)
+{
+    std::vector<T> wrong(x, x + n);
+    for (size_t i = 0; i < n * sizeof(T); i++)
+        ((unsigned char *)wrong.data())[i] ^= 0xff;
+    return on_device(wrong.data(), n);
+}
+
 /* late: the step's arrays are wrong until a kernel just before has ended. */
 static void run_front(struct front_step *s, const struct front_weights *w, bool late)
 {
@@ -303,13 +314,10 @@ static void run_front(struct front_step *s, const struct front_weights *w, bool 
     c.step.rows = c.step.seqs = s->rows;
     c.step.decode = true;
     c.step.late = late;
-    static const int64_t no_positions[MAX_ROWS] = {};
-    static const int32_t no_slots[MAX_ROWS] = {};
-    const struct step_sizes no_sizes = {};
     struct step_copy real = {device_sizes, positions, slots, n_rows}, seen = real;
     if (late) {
-        seen = {on_device(&no_sizes, 1), on_device(no_positions, MAX_ROWS),
-                on_device(no_slots, MAX_ROWS), on_device(&no_sizes.n_rows, 1)};
+        seen = {wrong_copy(&sizes, 1), wrong_copy(s->position, (size_t)s->rows),
+                wrong_copy(s->slot, (size_t)s->rows), wrong_copy(&sizes.n_rows, 1)};
         c.step.sizes = seen.sizes;
         c.step.positions = seen.positions;
         c.step.seq_slot = seen.slots;
@@ -596,8 +604,10 @@ static void check_head(const struct rows_case *k, enum head_rows which)
     static double scales[MAX_ROWS];
     put_normed(&in, x, norm, values, scales, packed, packed);
     put_n_rows(k->actual);
+    OK(cudaMemset(in.values, 0xff, (size_t)packed_values(MAX_ROWS, DEPTH) * sizeof(bf16)));
     float *const device_x = on_device(x, (size_t)MAX_ROWS * DEPTH);
     float *const device_norm = on_device(norm, DEPTH);
+    int32_t *const sizes = on_device(&packed, 1);
     int32_t from[MAX_ROWS], *device_from;
     for (int r = 0; r < MAX_ROWS; r++)
         from[r] = r < k->actual ? head_row(which, r, k->actual) : 1 << 30;
@@ -615,7 +625,7 @@ static void check_head(const struct rows_case *k, enum head_rows which)
     p.n_rows = n_rows;
     const int n_sms = c.queue.n_sms;
     c.queue.n_sms = HEAD_SMS;
-    pack_rows(&c, &in, device_x, device_norm, k->rows, n_rows); /* once more: it is to wait */
+    pack_rows(&c, &in, device_x, device_norm, packed, sizes); /* which it is to wait for */
     assert_true(warpgroup_head(&c, &p, &in));
     c.queue.n_sms = n_sms;
     from_device(found, (float *)p.out, (size_t)MAX_ROWS * HEAD_STRIDE);
@@ -635,6 +645,7 @@ static void check_head(const struct rows_case *k, enum head_rows which)
     }
     cudaFree(device_x);
     cudaFree(device_norm);
+    cudaFree(sizes);
     cudaFree(weights);
     cudaFree(device_from);
     cudaFree(p.out);
