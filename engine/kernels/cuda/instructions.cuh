@@ -81,14 +81,14 @@ static __device__ __forceinline__ l2_policy l2_keep(bool as_usual)
     return as_usual ? usual : first;
 }
 
-/* The policy counts for machine code of 9.0 alone. Where the compiler makes the shared address of a
- * register and a uniform one, nvcc 13.0's machine code for this is not legal (LDGSTS with an odd
- * descriptor, "an illegal instruction was encountered"): what calls it is to be tested on a GPU,
- * in every shape. */
+/* The policy counts for 9.0 alone, and by the one compiler whose machine code has been looked at.
+ * Where nvcc 13.0 makes the shared address of a register and a uniform one, this is no legal
+ * instruction (LDGSTS with an odd descriptor, "an illegal instruction was encountered"): what calls
+ * it is to be tested on a GPU, in every shape. */
 static __device__ __forceinline__ void copy_async_16(void *shared, const void *global, bool valid,
                                                      l2_policy policy)
 {
-#if __CUDA_ARCH__ == 900
+#if __CUDA_ARCH__ == 900 && __CUDACC_VER_MAJOR__ == 13 && __CUDACC_VER_MINOR__ == 0
     uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address),
                  "l"(global), "r"(valid ? 16 : 0), "l"(policy)
