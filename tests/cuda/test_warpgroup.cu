@@ -295,6 +295,21 @@ template <class T> static T *wrong_copy(const T *x, size_t n)
     return on_device(wrong.data(), n);
 }
 
+/* Where the step's arrays are wrong until write_late has been there. */
+static struct step_copy late_copy(const struct front_step *s, const struct step_sizes *sizes)
+{
+    return {wrong_copy(sizes, 1), wrong_copy(s->position, (size_t)s->rows),
+            wrong_copy(s->slot, (size_t)s->rows), wrong_copy(&sizes->n_rows, 1)};
+}
+
+static void late_free(struct step_copy *late)
+{
+    cudaFree(late->sizes);
+    cudaFree(late->positions);
+    cudaFree(late->slots);
+    cudaFree(late->n_rows);
+}
+
 /* late: the step's arrays are wrong until a kernel just before has ended. */
 static void run_front(struct front_step *s, const struct front_weights *w, bool late)
 {
@@ -308,20 +323,14 @@ static void run_front(struct front_step *s, const struct front_weights *w, bool 
     struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
     put_n_rows(s->actual);
     put_normed(&in, x, w->norm, s->values, s->scale, s->rows, s->actual);
-    c.step.sizes = device_sizes;
-    c.step.positions = positions;
-    c.step.seq_slot = slots;
+    const struct step_copy real = {device_sizes, positions, slots, n_rows};
+    struct step_copy seen = late ? late_copy(s, &sizes) : real;
+    c.step.sizes = seen.sizes;
+    c.step.positions = seen.positions;
+    c.step.seq_slot = seen.slots;
     c.step.rows = c.step.seqs = s->rows;
     c.step.decode = true;
     c.step.late = late;
-    struct step_copy real = {device_sizes, positions, slots, n_rows}, seen = real;
-    if (late) {
-        seen = {wrong_copy(&sizes, 1), wrong_copy(s->position, (size_t)s->rows),
-                wrong_copy(s->slot, (size_t)s->rows), wrong_copy(&sizes.n_rows, 1)};
-        c.step.sizes = seen.sizes;
-        c.step.positions = seen.positions;
-        c.step.seq_slot = seen.slots;
-    }
 
     struct warpgroup_front f = {};
     f.vqk = product_of(&in, w->device_vqk, N_VQK, OUTPUT_BF16, s->rows);
@@ -343,11 +352,10 @@ static void run_front(struct front_step *s, const struct front_weights *w, bool 
     from_device(s->logits, f.logits, MAX_ROWS * LOGIT_STRIDE);
     c.step = none;
     void *const taken[] = {device_sizes, positions, slots, f.vqk.out, f.state.data, f.logits};
-    void *const late_taken[] = {seen.sizes, seen.positions, seen.slots, seen.n_rows};
     for (void *p : taken)
         cudaFree(p);
-    for (void *p : late_taken)
-        cudaFree(late ? p : NULL);
+    if (late)
+        late_free(&seen);
     packed_close(&in);
     free(x);
 }
@@ -591,6 +599,26 @@ static int head_row(enum head_rows which, int r, int actual)
     return which == HEAD_OTHER ? (actual - 1 - r + actual / 3) % actual : r;
 }
 
+/* found [MAX_ROWS, HEAD_STRIDE]; values, w, scales: what gives each packed row's logits. */
+static void check_head_logits(const struct rows_case *k, enum head_rows which, const float *found,
+                              const float *values, const float *w, const double *scales)
+{
+    for (int r = 0; r < MAX_ROWS; r++) {
+        for (int i = 0; i < HEAD_STRIDE; i++) {
+            const float y = found[(size_t)r * HEAD_STRIDE + i];
+            if (r >= k->actual || i > HEAD_OUT) { /* a column more is the pair's */
+                if (!isnan(y))
+                    fail_msg("row %d of %d, column %d: %g was written", r, k->actual, i, y);
+            } else if (i < HEAD_OUT) {
+                const int own = head_row(which, r, k->actual);
+                double slack;
+                const double sum = dot(values + own * DEPTH, w + i * DEPTH, DEPTH, &slack);
+                check_value(y, scales[own] * sum, scales[own] * slack, "logit", r, i);
+            }
+        }
+    }
+}
+
 static void check_head(const struct rows_case *k, enum head_rows which)
 {
     const int packed = which == HEAD_SOME ? WARPGROUP_HEAD_ROWS : k->actual;
@@ -599,7 +627,7 @@ static void check_head(const struct rows_case *k, enum head_rows which)
     struct packed_rows in = packed_open(DEPTH, WARPGROUP_PARTS);
     float *x = random_values((size_t)MAX_ROWS * DEPTH, false);
     float *norm = random_values(DEPTH, false), *w = random_values(HEAD_OUT * DEPTH, true);
-    float *found = random_values((size_t)MAX_ROWS * HEAD_STRIDE, false);
+    float *found = (float *)malloc((size_t)MAX_ROWS * HEAD_STRIDE * sizeof(*found));
     static float values[MAX_ROWS * DEPTH];
     static double scales[MAX_ROWS];
     put_normed(&in, x, norm, values, scales, packed, packed);
@@ -629,20 +657,7 @@ static void check_head(const struct rows_case *k, enum head_rows which)
     assert_true(warpgroup_head(&c, &p, &in));
     c.queue.n_sms = n_sms;
     from_device(found, (float *)p.out, (size_t)MAX_ROWS * HEAD_STRIDE);
-    for (int r = 0; r < MAX_ROWS; r++) {
-        for (int i = 0; i < HEAD_STRIDE; i++) {
-            const float y = found[(size_t)r * HEAD_STRIDE + i];
-            if (r >= k->actual || i > HEAD_OUT) { /* a column more is the pair's */
-                if (!isnan(y))
-                    fail_msg("row %d of %d, column %d: %g was written", r, k->actual, i, y);
-            } else if (i < HEAD_OUT) {
-                const int own = head_row(which, r, k->actual);
-                double slack;
-                const double sum = dot(values + own * DEPTH, w + i * DEPTH, DEPTH, &slack);
-                check_value(y, scales[own] * sum, scales[own] * slack, "logit", r, i);
-            }
-        }
-    }
+    check_head_logits(k, which, found, values, w, scales);
     cudaFree(device_x);
     cudaFree(device_norm);
     cudaFree(sizes);

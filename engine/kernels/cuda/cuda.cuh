@@ -52,8 +52,6 @@ struct buffer {
     bool owns; /* false: part of a larger block, see linear_group */
 };
 
-enum { LINE = 128 }; /* bytes of L2's lines */
-
 struct library; /* linear.cu: cuBLASLt, its workspace and what it chose for each shape */
 struct drawing; /* draw.cu: the device sampler's memory */
 
@@ -181,9 +179,12 @@ const struct sampled *drawing_results(struct cuda *c, int place);
 enum status layer_scratch_open(struct cuda *c, struct error *err);
 void layer_scratch_close(struct cuda *c);
 size_t layer_scratch_bytes(const struct cuda *c);
+size_t layer_scratch_bytes_of(const struct backend_options *options);
 
-/* Lines of 128 bytes that a step has left and the next one does not read: where L2 has them, they
- * need not go to memory. */
+enum { LINE = 128 }; /* bytes of L2's lines, as discard_line has them */
+
+/* Lines that a step has left and the next one does not read: where L2 has them, they need not go
+ * to memory. */
 struct spent_lines {
     char *first;
     int n; /* 0: none */
@@ -191,6 +192,5 @@ struct spent_lines {
 /* What a step of so many rows of logits leaves, if L2 has room for it and it is worth the while;
  * the one before is taken to have had as many as the one that begins. */
 struct spent_lines layer_spent(const struct cuda *c, int n_logit_rows);
-size_t layer_scratch_bytes_of(const struct backend_options *options);
 
 #endif

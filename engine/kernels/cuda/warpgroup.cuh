@@ -28,11 +28,11 @@
 #include "engine/kernels/cuda/packed.cuh"
 
 enum {
-    WARPGROUP_ROWS = 256,   /* of a step at most */
-    WARPGROUP_DEPTH = 768,  /* columns of W that a block has: n_in, or an equal part of it */
-    WARPGROUP_PARTS = 48,   /* of the squares that a product leaves for a row of WARPGROUP_DEPTH */
-    WARPGROUP_HEAD_ROWS = 128,
-    WARPGROUP_LOGITS = 264, /* of latents that a row has at most, for both gates */
+    WARPGROUP_ROWS = 256,  /* of a step at most */
+    WARPGROUP_DEPTH = 768, /* columns of W that a block has: n_in, or an equal part of it */
+    WARPGROUP_PARTS = 48,  /* of the squares that a product leaves for a row of WARPGROUP_DEPTH */
+    WARPGROUP_HEAD_ROWS = 128, /* of logits at most, where warpgroup_head is */
+    WARPGROUP_LOGITS = 264,    /* of latents that a row has at most, for both gates */
 };
 
 struct warpgroup_product {
