@@ -189,6 +189,39 @@ static void test_load_four(void **)
     }
 }
 
+/* ---- pairs ---- */
+
+/* out[i] = in[i] in[i + 1] + in[i + 2] where i is even, and of odd i the same but one further on:
+ * the pairs' other halves. */
+static __global__ void sum_pairs(float *out, const float *in)
+{
+    pdl_trigger();
+    pdl_wait();
+    const int i = 2 * threadIdx.x;
+    const uint32_t two = fma_bf16x2(pair(in + i, 1), pair(in + i + 1, 1), pair(in + i + 2, 1));
+    out[i] = __uint_as_float(two << 16);
+    out[i + 1] = __uint_as_float(two & 0xffff0000);
+}
+
+/* Eighths times eighths and more: sums that bf16 does not hold, which are rounded once. */
+static void test_pairs(void **)
+{
+    need_device();
+    put_random(11);
+    launch(&f.q, "sum_pairs", sum_pairs, dim3(1), N / 2, 0, f.out, (const float *)f.in);
+    static float out[N * 16];
+    get(out);
+    int n_rounded = 0;
+    for (int i = 0; i < N; i++) {
+        const float sum = f.host[i] * f.host[i + 1] + f.host[i + 2]; /* f32 holds it */
+        const float expected = __bfloat162float(__float2bfloat16_rn(sum));
+        n_rounded += expected != sum;
+        if (out[i] != expected)
+            fail_msg("%d: %g, expected %g", i, out[i], expected);
+    }
+    assert_true(n_rounded > 0);
+}
+
 /* ---- products of warpgroups ---- */
 
 enum { GROUP_ROWS = 64, GROUP_DEPTH = 64, MOST_COLUMNS = 128 };
@@ -733,7 +766,7 @@ int main(void)
         cmocka_unit_test(test_cluster_rounds), cmocka_unit_test(test_clusters_early),
         cmocka_unit_test(test_bulk_copies),    cmocka_unit_test(test_sends),
         cmocka_unit_test(test_graph),          cmocka_unit_test(test_graph_of_clusters),
-        cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_limits),         cmocka_unit_test(test_pairs),
     };
     return cmocka_run_group_tests(tests, open_device, NULL);
 }

@@ -372,6 +372,18 @@ static const struct shape streamed[] = {
     {"gated",            3, 11, 10, 156,   96, OUTPUT_ACTIVATE,       -1, true,  false, false, 0, ACTIVATION_GELU_TANH},
     {"gated, slices",    5,  3,  2,  26, 2400, OUTPUT_ACTIVATE,       -1, true,  false, false, 0, ACTIVATION_SILU},
     {"plain",            1,  6,  6,  33,   80, OUTPUT_ACTIVATE_PLAIN, -1, true,  false, false, 0, ACTIVATION_GELU},
+    {"int8, tiny",       8,  1,  1,   5,   48, OUTPUT_F32,            -1, false, true,  false, 0, ACTIVATION_SILU},
+    {"int8, a stage",    3, 16, 15, 301,  768, OUTPUT_F32,            -1, true,  true,  true, 30, ACTIVATION_SILU},
+    {"int8, short",      2,  9,  9,  70, 1024, OUTPUT_ADD,            -1, true,  true,  false, 0, ACTIVATION_SILU},
+    {"int8, longer",     3,  8,  8,  99, 1040, OUTPUT_BF16,           -1, false, true,  false, 0, ACTIVATION_SILU},
+    {"int8, a slice",    3, 16, 12, 100, 2560, OUTPUT_F32,            -1, false, true,  false, 9, ACTIVATION_SILU},
+    {"int8, slices",     4,  5,  5,  33, 3408, OUTPUT_ADD,            -1, true,  true,  false, 0, ACTIVATION_SILU},
+    {"int8, gated",      3, 11, 10, 156, 2304, OUTPUT_ACTIVATE,       -1, true,  true,  false, 0, ACTIVATION_GELU_TANH},
+    {"int8, gated, two", 5,  3,  2,  26, 2576, OUTPUT_ACTIVATE,       -1, true,  true,  false, 0, ACTIVATION_SILU},
+    {"int8, two groups", 3, 17, 17,  99,  800, OUTPUT_BF16,           -1, true,  true,  true,  0, ACTIVATION_SILU},
+    {"int8, groups",     2, 64, 51,  70, 1040, OUTPUT_ACTIVATE,       -1, false, true,  false, 0, ACTIVATION_SILU},
+    {"int8, and slices", 5, 48, 32,  33, 2576, OUTPUT_ADD,            -1, true,  true,  false, 0, ACTIVATION_SILU},
+    {"int8, plain",      1,  6,  6,  33,   80, OUTPUT_ACTIVATE_PLAIN, -1, true,  true,  false, 0, ACTIVATION_GELU},
 };
 /* clang-format on */
 
@@ -399,8 +411,9 @@ static void test_stream_factors(void **)
         {"factors", 3, 16, 15, 301, 768, OUTPUT_F32, -1, true, false, true, 0, ACTIVATION_SILU},
         {"factors, a row", 2, 1, 1, 50, 96, OUTPUT_F32, -1, false, false, false, 0,
          ACTIVATION_SILU},
+        {"factors, int8", 3, 9, 9, 83, 768, OUTPUT_F32, -1, true, true, false, 0, ACTIVATION_SILU},
     };
-    const int parts[] = {96, 12};
+    const int parts[] = {96, 12, 96};
     need_device();
     for (size_t i = 0; i < COUNT_OF(shapes); i++) {
         const struct shape *s = &shapes[i];
@@ -449,7 +462,7 @@ static void test_stream_batches(void **)
         const size_t n_bytes = width_of(&s) * (is_float(s.output) ? 4 : 2);
         s.gather = false;
         c.queue.n_sms = s.n_sms;
-        for (s.rows = 1; s.rows <= STREAM_ROWS; s.rows += 5) {
+        for (s.rows = 1; s.rows <= (s.int8 ? 52 : STREAM_ROWS); s.rows += s.rows < 16 ? 5 : 18) {
             s.actual = s.rows;
             make(&o, &s);
             assert_true(stream_product(&c, &o.p));

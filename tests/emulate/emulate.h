@@ -370,6 +370,23 @@ static inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]
 {
     emulate::mma_bf16(d, a, b, file, line);
 }
+static inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t more)
+{
+    return (x & mask) | more;
+}
+/* Of values of which double holds a b + c. */
+static inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t d = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const auto value = [i](uint32_t pair) {
+            return (double)emulate::bits<float>(pair >> i << 16);
+        };
+        const __nv_bfloat16 one = __double2bfloat16(value(a) * value(b) + value(c));
+        d |= (uint32_t)emulate::bits<uint16_t>(one) << i;
+    }
+    return d;
+}
 static inline void ldmatrix_x4(uint32_t out[4], const void *row, EMULATE_PLACE)
 {
     emulate::ldmatrix(out, row, 4, false, file, line);

@@ -37,6 +37,22 @@ static __device__ __forceinline__ void mma_bf16(float d[4], const uint32_t a[4],
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/* (x & mask) | more, where the compiler would make two instructions of two constants. */
+static __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t more)
+{
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(more));
+    return y;
+}
+
+/* a b + c of pairs of bf16, rounded once. */
+static __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 /* Four 8x8 matrices of 16-bit values from shared memory: lane 8i+j gives the address of
  * row j of matrix i; out[i] of lane l holds row l/4, columns 2(l%4), +1 of matrix i. */
 static __device__ __forceinline__ void ldmatrix_x4(uint32_t out[4], const void *row)

@@ -142,6 +142,15 @@ static __device__ __forceinline__ uint32_t bf16_pair(float low, float high)
     return bits;
 }
 
+/* Bytes 0 and 2 of a word, signed, as bf16: 128 and the low seven bits, less 128 or, where the
+ * sign is set, 256. Exact, as 8 bits fit the mantissa; conversions have a sixteenth of an SM's
+ * lanes. */
+static __device__ __forceinline__ uint32_t bf16_of_bytes(uint32_t word)
+{
+    return fma_bf16x2(and_or(word, 0x007f007f, 0x43004300), 0x3f803f80,
+                      and_or(word, 0x00800080, 0xc300c300));
+}
+
 /* The weights a lane copied for an item, as the second factor of 2 mmas: for columns that piece
  * `piece` of the activations has. */
 template <class W>
@@ -153,10 +162,8 @@ static __device__ __forceinline__ void skinny_weights(uint32_t b[4], uint4 raw, 
     }
     const uint32_t words[2] = {piece ? raw.z : raw.x, piece ? raw.w : raw.y};
 #pragma unroll
-    for (int i = 0; i < 4; i++) { /* exact: 8 bits fit the mantissa */
-        const uint32_t two = words[i / 2] >> 16 * (i % 2);
-        b[i] = bf16_pair((float)(int8_t)two, (float)(int8_t)(two >> 8));
-    }
+    for (int i = 0; i < 4; i++)
+        b[i] = bf16_of_bytes(__byte_perm(words[i / 2], 0, i % 2 ? 0x4342 : 0x4140));
 }
 
 /* Where 16 bytes of normed activations lie: item, piece, row and lane t. Neighbouring items and

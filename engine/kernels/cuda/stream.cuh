@@ -4,9 +4,10 @@
 
 #include "engine/kernels/cuda/fused.cuh"
 
-enum { STREAM_ROWS = 16 }; /* activation rows at most */
+/* Activation rows at most. */
+enum { STREAM_ROWS = 16, STREAM_INT8_ROWS = 64 };
 
-/* p without a norm, for bf16 weights of any size. False: not for this shape. A row's result has
+/* p without a norm, for bf16 or int8 weights of any size. False: not for this shape. A row's result has
  * the same bits whatever the number of rows, but not skinny_product's. */
 bool stream_product(struct cuda *c, const struct product *p);
 
