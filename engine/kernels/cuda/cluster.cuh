@@ -78,7 +78,8 @@ struct cluster_mix {
     int n_latents;                   /* M, at most CLUSTER_LATENTS */
     struct device_slab<float> m, alpha, s;
     const double *frequencies; /* [d/2] */
-    bf16 *ring_k, *ring_v;     /* slabs [H, w, d], w at most CLUSTER_RING_ROWS */
+    void *ring_k, *ring_v;     /* slabs [H, w, d], w at most CLUSTER_RING_ROWS */
+    enum dtype ring_dtype;     /* BF16 or F8_E4M3 */
     int64_t ring_values;       /* of a slot */
     int ring_rows;
     float scale, softcap;

@@ -26,8 +26,20 @@ struct mix_row {
     bool here, begins;
 };
 
-/* ROWS: that a block mixes. ALONE: of up to FEW_ALONE rows, with the output projection. */
-template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> struct mix_shape {
+/* Eight values of a ring as they are loaded. */
+template <class RING> struct ring_eight {
+    typedef uint4 type;
+};
+template <> struct ring_eight<fp8> {
+    typedef uint2 type;
+};
+
+/* RING: bf16 or fp8. ROWS: that a block mixes. ALONE: of up to FEW_ALONE rows, with the output
+ * projection. */
+template <class RING, int D, int HEAD, int WIDTH, int ROWS, bool ALONE> struct mix_shape {
+    typedef RING ring;
+    typedef typename ring_eight<RING>::type eight;
+    static constexpr int RING_VALUE = (int)sizeof(RING); /* bytes */
     static constexpr int DIM = D, BLOCK_ROWS = ROWS;
     static constexpr bool IS_ALONE = ALONE;
     static constexpr int STEP_ROWS = ROWS * CLUSTER_BLOCKS;
@@ -72,8 +84,8 @@ template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> struct mix_shape {
     static_assert(8 * QKV_TILES * 4 <= QKV_K * 2 && STEP_ROWS <= QKV, "place of the sums");
     static constexpr int z = rows + rows_bytes + (ROWS == 1 ? CLUSTER_WARPS * sums_warp * 4 : 0);
     /* What the cluster's blocks send to the block of a row, for each of its rows: logits [blocks,
-     * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key [HEAD] bf16.
-     */
+     * LOGITS], z_squares [blocks], the turned query and v [HEAD] f32, the turned key [HEAD] as the
+     * ring has it, in bf16. */
     static constexpr int row = z + STEP_ROWS * SLICE * 2;
     static constexpr int logits = 0, z_squares = logits + CLUSTER_BLOCKS * LOGITS * 4;
     static constexpr int query = z_squares + CLUSTER_BLOCKS * 4, value = query + HEAD * 4;
@@ -94,7 +106,7 @@ template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> struct mix_shape {
     static constexpr int row_sent = row_bytes - CLUSTER_BLOCKS * LOGITS * 4;
     /* The ring's values [CLUSTER_RING_ROWS, HEAD], values_step from one row's to the other's: those
      * are in the place of weights of q, k and v, when they have been used, behind the sums. */
-    static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * 2;
+    static constexpr int values_bytes = CLUSTER_RING_ROWS * HEAD * RING_VALUE;
     /* Alone, sent to all: [STEP_ROWS, OUT] the head's output, in the place of z: who sends it has
      * received all that others make of z. */
     static constexpr int mixed_came = row_came + (int)sizeof(bulk_barrier);
@@ -139,6 +151,46 @@ static __device__ __forceinline__ void eight(float x[8], uint4 raw)
         x[2 * i] = __uint_as_float(words[i] << 16);
         x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+}
+
+static __device__ __forceinline__ void eight(float x[8], uint2 raw)
+{
+    const uint32_t words[2] = {raw.x, raw.y};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const __nv_fp8x2_storage_t two = (__nv_fp8x2_storage_t)(words[i / 2] >> 16 * (i % 2));
+        const __half2 pair = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
+        const float2 both = __half22float2(pair);
+        x[2 * i] = both.x, x[2 * i + 1] = both.y;
+    }
+}
+
+/* x as a ring has it, to the nearest. */
+static __device__ __forceinline__ void pack_eight(uint4 *to, const float (&x)[8])
+{
+    __nv_bfloat162 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    memcpy(to, pairs, sizeof(pairs));
+}
+
+static __device__ __forceinline__ void pack_eight(uint2 *to, const float (&x)[8])
+{
+    uint32_t words[2] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const __nv_fp8x2_storage_t two = __nv_cvt_float2_to_fp8x2(
+            make_float2(x[2 * i], x[2 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+        words[i / 2] |= (uint32_t)two << 16 * (i % 2);
+    }
+    *to = make_uint2(words[0], words[1]);
+}
+
+/* A turned key's value, as the ring has it. */
+template <class RING> static __device__ __forceinline__ bf16 as_in_ring(float x)
+{
+    return from_float<bf16>(sizeof(RING) == 1 ? to_float(from_float<RING>(x)) : x);
 }
 
 /* ---- before pdl_wait ---- */
@@ -252,7 +304,7 @@ static __device__ __forceinline__ int64_t ring_of(const struct mix_call &c, cons
  * values, and 4 values of every LATENT_GROUPS-th latent; m and alpha of latent lane % HALF of row
  * lane / HALF, in every warp. */
 template <class S> struct held_rows {
-    uint4 key[S::CHUNKS];
+    typename S::eight key[S::CHUNKS];
     float4 s[S::BLOCK_ROWS][S::LATENTS];
     float m, alpha;
 };
@@ -265,18 +317,29 @@ static __device__ __forceinline__ int key_chunk(int j)
     return (2 * (j ^ (key / 2 % 2)) + part) * 8;
 }
 
+static __device__ __forceinline__ void load_eight(uint4 *to, const bf16 *from)
+{
+    *to = load_streaming(from);
+}
+
+static __device__ __forceinline__ void load_eight(uint2 *to, const fp8 *from)
+{
+    *to = __ldg(reinterpret_cast<const uint2 *>(from));
+}
+
 template <class S, int HEAD>
 static __device__ __forceinline__ void hold_key(struct held_rows<S> *h, const struct mix_call &c,
                                                 const struct mix_row &r)
 {
     static_assert(S::CHUNKS % 2 == 0, "chunks change places by pairs");
     const int key = threadIdx.x / 2;
-    const bf16 *const from = c.m.ring_k + ring_of<HEAD>(c, r) + key * HEAD;
+    const typename S::ring *const from =
+        (const typename S::ring *)c.m.ring_k + ring_of<HEAD>(c, r) + key * HEAD;
 #pragma unroll
     for (int j = 0; j < S::CHUNKS; j++) {
-        h->key[j] = make_uint4(0, 0, 0, 0);
+        h->key[j] = {};
         if (key < r.n_keys && key != r.newest)
-            h->key[j] = load_streaming(from + key_chunk(j));
+            load_eight(&h->key[j], from + key_chunk(j));
     }
 }
 
@@ -324,13 +387,13 @@ static __device__ __forceinline__ void hold_gates(struct held_rows<S> *h, const 
 }
 
 /* The values of a row's ring to L2. */
-template <int HEAD>
+template <class S, int HEAD>
 static __device__ __forceinline__ void prefetch_values(const struct mix_call &c,
                                                        const struct mix_row &r)
 {
-    const int i = threadIdx.x * 64;
+    const int i = threadIdx.x * (128 / S::RING_VALUE);
     if (i < r.n_keys * HEAD)
-        prefetch_l2(c.m.ring_v + ring_of<HEAD>(c, r) + i);
+        prefetch_l2((const typename S::ring *)c.m.ring_v + ring_of<HEAD>(c, r) + i);
 }
 
 /* Sines and cosines of 16 rows' positions, for the block's pairs of q and k. Any row of
@@ -360,7 +423,7 @@ static __device__ __forceinline__ void begin_values(const struct mix_row (&rows)
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         n_keys += rows[r].n_keys;
     if (threadIdx.x / WARP == VALUES_THREAD / WARP)
-        bulk_begin(at<bulk_barrier>(shared, S::values_fetched), n_keys * HEAD * (int)sizeof(bf16));
+        bulk_begin(at<bulk_barrier>(shared, S::values_fetched), n_keys * HEAD * S::RING_VALUE);
 }
 
 template <class S, int HEAD>
@@ -368,9 +431,9 @@ static __device__ __forceinline__ void
 copy_values(const struct mix_call &c, const struct mix_row &row, int r, unsigned char *shared)
 {
     if (threadIdx.x == VALUES_THREAD && row.n_keys)
-        bulk_copy(shared + S::values + r * S::values_step, c.m.ring_v + ring_of<HEAD>(c, row),
-                  row.n_keys * HEAD * (int)sizeof(bf16),
-                  at<bulk_barrier>(shared, S::values_fetched));
+        bulk_copy(shared + S::values + r * S::values_step,
+                  (const typename S::ring *)c.m.ring_v + ring_of<HEAD>(c, row),
+                  row.n_keys * HEAD * S::RING_VALUE, at<bulk_barrier>(shared, S::values_fetched));
 }
 
 /* Of two rows: the second's keys and both rows' latents' sums to shared memory, by the thread that
@@ -383,7 +446,7 @@ static __device__ __forceinline__ void copy_past(const struct mix_call &c,
     constexpr int LAST = S::BLOCK_ROWS - 1;
     bulk_barrier *const fetched = at<bulk_barrier>(shared, S::past_fetched);
     const int M = c.m.n_latents, sums_bytes = M * HEAD * (int)sizeof(float);
-    const int keys_bytes = rows[LAST].n_keys * HEAD * (int)sizeof(bf16);
+    const int keys_bytes = rows[LAST].n_keys * HEAD * S::RING_VALUE;
     int n_bytes = keys_bytes;
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
@@ -393,7 +456,9 @@ static __device__ __forceinline__ void copy_past(const struct mix_call &c,
     if (threadIdx.x != VALUES_THREAD)
         return;
     if (keys_bytes)
-        bulk_copy(shared + S::keys, c.m.ring_k + ring_of<HEAD>(c, rows[LAST]), keys_bytes, fetched);
+        bulk_copy(shared + S::keys,
+                  (const typename S::ring *)c.m.ring_k + ring_of<HEAD>(c, rows[LAST]), keys_bytes,
+                  fetched);
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         if (rows[r].here && !rows[r].begins)
@@ -412,7 +477,7 @@ static __device__ __forceinline__ void clear_values(const struct mix_row &row, i
     constexpr int OWN = S::values_bytes / CLUSTER_WARPS;
     static_assert(CLUSTER_RING_ROWS == CLUSTER_WARPS * (int)HALF, "a warp's keys");
     const int first = threadIdx.x / WARP * OWN;
-    const int past = row.n_keys * HEAD * (int)sizeof(bf16);
+    const int past = row.n_keys * HEAD * S::RING_VALUE;
     for (int i = (past > first ? past : first) + threadIdx.x % WARP * 16; i < first + OWN;
          i += WARP * 16)
         *at<uint4>(shared, S::values + r * S::values_step + i) = make_uint4(0, 0, 0, 0);

@@ -52,11 +52,11 @@ static __device__ __forceinline__ void project(const struct mix_call &c, int hea
 }
 
 /* ROWS: that a block mixes; the step has up to ROWS * CLUSTER_BLOCKS, alone up to FEW_ALONE. */
-template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE>
+template <class RING, int D, int HEAD, int WIDTH, int ROWS, bool ALONE>
 static __global__ void __launch_bounds__(CLUSTER_THREADS, FEW_BLOCKS)
     cluster_mix_kernel(const __grid_constant__ struct mix_call c)
 {
-    typedef mix_shape<D, HEAD, WIDTH, ROWS, ALONE> S;
+    typedef mix_shape<RING, D, HEAD, WIDTH, ROWS, ALONE> S;
     static_assert(S::TURNS == 2 && S::TILES % 2 == 0, "two tiles a warp");
     DYNAMIC_SHARED(unsigned char, shared);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -84,7 +84,7 @@ static __global__ void __launch_bounds__(CLUSTER_THREADS, FEW_BLOCKS)
         hold_sums<S, HEAD>(held.s[0], c, rows[0]);
     } else {
         copy_past<S, HEAD>(c, rows, shared);
-        prefetch_values<HEAD>(c, rows[ROWS - 1]); /* later, there is too little room */
+        prefetch_values<S, HEAD>(c, rows[ROWS - 1]); /* later, there is too little room */
     }
     keep_places<S>(rows, shared);
     hold_gates<S>(&held, c, rows);
@@ -155,19 +155,23 @@ bool cluster_has(const struct cluster_shape *s)
            s->rglru_blocks == 8;
 }
 
-template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE> static bool mix_fits(void)
+template <class RING, int ROWS, bool ALONE> static bool mix_fits(void)
 {
-    return cluster_fits((const void *)cluster_mix_kernel<D, HEAD, WIDTH, ROWS, ALONE>,
+    return cluster_fits((const void *)cluster_mix_kernel<RING, 768, 96, 96, ROWS, ALONE>,
                         CLUSTER_BLOCKS, CLUSTER_THREADS,
-                        (size_t)mix_shape<D, HEAD, WIDTH, ROWS, ALONE>::bytes);
+                        (size_t)mix_shape<RING, 768, 96, 96, ROWS, ALONE>::bytes);
+}
+
+template <class RING> static bool mixes_fit(void)
+{
+    return mix_fits<RING, 1, true>() && mix_fits<RING, 1, false>() && mix_fits<RING, 2, false>();
 }
 
 bool cluster_knows(const struct cuda *c, const struct cluster_shape *s)
 {
     const int capability = c->queue.capability;
     return (capability == 90 || capability == 100 || capability == 103) && cluster_has(s) &&
-           mix_fits<768, 96, 96, 1, true>() && mix_fits<768, 96, 96, 1, false>() &&
-           mix_fits<768, 96, 96, 2, false>() && few_mlp_fits();
+           mixes_fit<bf16>() && mixes_fit<fp8>() && few_mlp_fits();
 }
 
 /* Lane (g, t) of a warp with channels 8 tile on: weights of row g, columns 16 k + 8 i + 2 t, + 1.
@@ -220,12 +224,22 @@ void cluster_prepare(struct cuda *c, const struct cluster_shape *s, const struct
            CLUSTER_THREADS, 0, *g, (uint4 *)(constants + s->dim), constants);
 }
 
-template <int D, int HEAD, int WIDTH, int ROWS, bool ALONE>
+template <class RING, int ROWS, bool ALONE>
 static void run_mix(struct cuda *c, const struct mix_call *call)
 {
-    launch_beside(&c->queue, "cluster_mix", cluster_mix_kernel<D, HEAD, WIDTH, ROWS, ALONE>,
+    launch_beside(&c->queue, "cluster_mix", cluster_mix_kernel<RING, 768, 96, 96, ROWS, ALONE>,
                   dim3(MIX_CLUSTERS * CLUSTER_BLOCKS), CLUSTER_BLOCKS, CLUSTER_THREADS,
-                  (size_t)mix_shape<D, HEAD, WIDTH, ROWS, ALONE>::bytes, *call);
+                  (size_t)mix_shape<RING, 768, 96, 96, ROWS, ALONE>::bytes, *call);
+}
+
+template <class RING> static void run_rows(struct cuda *c, const struct mix_call *call)
+{
+    if (c->step.rows <= FEW_ALONE)
+        run_mix<RING, 1, true>(c, call);
+    else if (c->step.rows <= CLUSTER_BLOCKS)
+        run_mix<RING, 1, false>(c, call);
+    else
+        run_mix<RING, 2, false>(c, call);
 }
 
 void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
@@ -234,10 +248,8 @@ void cluster_mix_launch(struct cuda *c, const struct cluster_shape *shape,
     const struct mix_call call = {*m, c->step};
     CHECK(cluster_knows(c, shape) && m->n_latents <= CLUSTER_LATENTS &&
           m->ring_rows <= CLUSTER_RING_ROWS);
-    if (c->step.rows <= FEW_ALONE)
-        run_mix<768, 96, 96, 1, true>(c, &call);
-    else if (c->step.rows <= CLUSTER_BLOCKS)
-        run_mix<768, 96, 96, 1, false>(c, &call);
+    if (m->ring_dtype == DTYPE_F8_E4M3)
+        run_rows<fp8>(c, &call);
     else
-        run_mix<768, 96, 96, 2, false>(c, &call);
+        run_rows<bf16>(c, &call);
 }

@@ -183,7 +183,8 @@ static __device__ __forceinline__ void send_qkv(const struct mix_call &c, int ra
         bf16 low_key[4], high_key[4];
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            low_key[k] = from_float<bf16>(low[k]), high_key[k] = from_float<bf16>(high[k]);
+            low_key[k] = as_in_ring<typename S::ring>(low[k]),
+            high_key[k] = as_in_ring<typename S::ring>(high[k]);
         send_pairs(key, low_key, four, to, came);
         send_pairs(key + HEAD / 2, high_key, four, to, came);
     } else {

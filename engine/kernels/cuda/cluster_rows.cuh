@@ -36,6 +36,31 @@ static __device__ __forceinline__ struct lane_logits take_logits(const struct mi
             (theta[0] + theta[1]) * scale};
 }
 
+/* Eight values of a key, of the row's own as it has come or of one of the ring's. */
+static __device__ __forceinline__ void key_of(float k[8], bool is_newest, const bf16 *newest,
+                                              uint4 old)
+{
+    eight(k, is_newest ? *reinterpret_cast<const uint4 *>(newest) : old);
+}
+static __device__ __forceinline__ void key_of(float k[8], bool is_newest, const bf16 *newest,
+                                              const bf16 *old)
+{
+    eight(k, *reinterpret_cast<const uint4 *>(is_newest ? newest : old));
+}
+static __device__ __forceinline__ void key_of(float k[8], bool is_newest, const bf16 *newest,
+                                              uint2 old)
+{
+    if (is_newest)
+        eight(k, *reinterpret_cast<const uint4 *>(newest));
+    else
+        eight(k, old);
+}
+static __device__ __forceinline__ void key_of(float k[8], bool is_newest, const bf16 *newest,
+                                              const fp8 *old)
+{
+    key_of(k, is_newest, newest, *reinterpret_cast<const uint2 *>(old));
+}
+
 /* Scores of the thread's key, -INFINITY where there is none. */
 template <class S, int HEAD>
 static __device__ __forceinline__ void score(float (&x)[S::BLOCK_ROWS], const struct mix_call &c,
@@ -43,7 +68,7 @@ static __device__ __forceinline__ void score(float (&x)[S::BLOCK_ROWS], const st
                                              const struct held_rows<S> &h, unsigned char *shared)
 {
     const int key = threadIdx.x / 2;
-    const bf16 *const second = at<bf16>(shared, S::keys) + key * HEAD;
+    const typename S::ring *const second = at<typename S::ring>(shared, S::keys) + key * HEAD;
     float4 sum[S::BLOCK_ROWS] = {};
 #pragma unroll
     for (int j = 0; j < S::CHUNKS; j++) {
@@ -57,9 +82,9 @@ static __device__ __forceinline__ void score(float (&x)[S::BLOCK_ROWS], const st
             const float4 high = *reinterpret_cast<const float4 *>(query + 4);
             float k[8];
             if (r == 0)
-                eight(k, is_newest ? *reinterpret_cast<const uint4 *>(newest) : h.key[j]);
+                key_of(k, is_newest, newest, h.key[j]);
             else
-                eight(k, *reinterpret_cast<const uint4 *>(is_newest ? newest : second + i));
+                key_of(k, is_newest, newest, second + i);
             sum[r].x = fmaf(high.x, k[4], fmaf(low.x, k[0], sum[r].x));
             sum[r].y = fmaf(high.y, k[5], fmaf(low.y, k[1], sum[r].y));
             sum[r].z = fmaf(high.z, k[6], fmaf(low.z, k[2], sum[r].z));
@@ -133,16 +158,26 @@ weigh(float (&x)[S::BLOCK_ROWS], const struct lane_logits &logits, bool begins,
 
 /* 8 of the row's new values, as the ring has them. */
 template <class S>
-static __device__ __forceinline__ uint4 new_values(int r, int eighth, unsigned char *shared)
+static __device__ __forceinline__ typename S::eight new_values(int r, int eighth,
+                                                               unsigned char *shared)
 {
     const float4 *const v = at_row<float4, S>(shared, r, S::value) + 2 * eighth;
     const float4 low = v[0], high = v[1];
-    const __nv_bfloat162 pairs[4] = {
-        __floats2bfloat162_rn(low.x, low.y), __floats2bfloat162_rn(low.z, low.w),
-        __floats2bfloat162_rn(high.x, high.y), __floats2bfloat162_rn(high.z, high.w)};
-    uint4 eight_values;
-    memcpy(&eight_values, pairs, sizeof(pairs));
-    return eight_values;
+    typename S::eight packed;
+    pack_eight(&packed, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
+    return packed;
+}
+
+/* The same of its key. */
+static __device__ __forceinline__ void new_key_as(uint4 *to, const uint4 &key)
+{
+    *to = key;
+}
+static __device__ __forceinline__ void new_key_as(uint2 *to, const uint4 &key)
+{
+    float x[8];
+    eight(x, key);
+    pack_eight(to, x);
 }
 
 /* The new values in place of those that leave the rings; each by the warp that reads them. */
@@ -154,7 +189,8 @@ static __device__ __forceinline__ void renew_values(const struct mix_row (&rows)
 #pragma unroll
     for (int r = 0; r < S::BLOCK_ROWS; r++)
         if (rows[r].newest / HALF == warp && lane < S::EIGHTS)
-            at<uint4>(shared, S::values + r * S::values_step + rows[r].newest * HEAD * 2)[lane] =
+            at<typename S::eight>(shared, S::values + r * S::values_step +
+                                              rows[r].newest * HEAD * S::RING_VALUE)[lane] =
                 new_values<S>(r, lane, shared);
     __syncwarp();
 }
@@ -168,7 +204,8 @@ static __device__ __forceinline__ void take_values(const float (&weight)[S::BLOC
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const bool mine = lane < S::VALUE_GROUPS * S::EIGHTS;
     const int group = mine ? lane / S::EIGHTS : 0, first = lane % S::EIGHTS * 8;
-    const bf16 *const values = at<bf16>(shared, S::values) + (warp * HALF + group) * HEAD + first;
+    const typename S::ring *const values =
+        at<typename S::ring>(shared, S::values) + (warp * HALF + group) * HEAD + first;
     float sum[S::BLOCK_ROWS][8] = {};
 #pragma unroll
     for (int j = 0; j < S::VALUES; j++) {
@@ -177,8 +214,9 @@ static __device__ __forceinline__ void take_values(const float (&weight)[S::BLOC
         for (int r = 0; r < S::BLOCK_ROWS; r++) {
             const float share = __shfl_sync(0xffffffffu, weight[r], 2 * key);
             float v[8];
-            eight(v, *reinterpret_cast<const uint4 *>(values + r * (S::values_step / 2) +
-                                                      j * S::VALUE_GROUPS * HEAD));
+            eight(v,
+                  *reinterpret_cast<const typename S::eight *>(
+                      values + r * (S::values_step / S::RING_VALUE) + j * S::VALUE_GROUPS * HEAD));
 #pragma unroll
             for (int i = 0; i < 8; i++)
                 sum[r][i] = fmaf(share, v[i], sum[r][i]);
@@ -330,11 +368,13 @@ keep_rows(const struct mix_call &c, const struct mix_row (&rows)[S::BLOCK_ROWS],
                 __stcg(reinterpret_cast<float4 *>(s + j * S::LATENT_GROUPS * HEAD), h.s[r][j]);
         const int i = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         const int64_t at = ring_of<HEAD>(c, rows[r]) + rows[r].newest * HEAD + i * 8;
+        typename S::ring *const key = (typename S::ring *)c.m.ring_k + at;
+        typename S::ring *const value = (typename S::ring *)c.m.ring_v + at;
         if (warp == 0 && i < S::EIGHTS)
-            *reinterpret_cast<uint4 *>(c.m.ring_k + at) =
-                at_row<uint4, S>(shared, r, S::new_key)[i];
+            new_key_as(reinterpret_cast<typename S::eight *>(key),
+                       at_row<uint4, S>(shared, r, S::new_key)[i]);
         if (warp == 1 && i < S::EIGHTS)
-            *reinterpret_cast<uint4 *>(c.m.ring_v + at) = new_values<S>(r, i, shared);
+            *reinterpret_cast<typename S::eight *>(value) = new_values<S>(r, i, shared);
     }
 }
 

@@ -42,8 +42,9 @@ static bool plain_layer(const struct pass *p)
 static bool for_clusters(const struct pass *p)
 {
     const struct cluster_shape shape = cluster_shape_of(p->config);
+    const enum dtype ring = p->state->slabs[STATE_RING_K].dtype;
     return p->c->step.rows <= CLUSTER_ROWS && plain_layer(p) && cluster_knows(p->c, &shape) &&
-           p->state->slabs[STATE_RING_K].dtype == DTYPE_BF16;
+           (ring == DTYPE_BF16 || ring == DTYPE_F8_E4M3);
 }
 
 static const bf16 *matrix(const struct linear *l)
@@ -92,8 +93,9 @@ static void mix_by_clusters(const struct pass *p, const struct cluster_shape *sh
     m.alpha = float_slab(&slabs[STATE_LATENT_ALPHA]);
     m.s = float_slab(&slabs[STATE_LATENT_S]);
     m.frequencies = (const double *)w->rope->data;
-    m.ring_k = (bf16 *)slabs[STATE_RING_K].buffer->data;
-    m.ring_v = (bf16 *)slabs[STATE_RING_V].buffer->data;
+    m.ring_k = slabs[STATE_RING_K].buffer->data;
+    m.ring_v = slabs[STATE_RING_V].buffer->data;
+    m.ring_dtype = slabs[STATE_RING_K].dtype;
     m.ring_values = slabs[STATE_RING_K].row_values;
     m.ring_rows = (int)config_ring_rows(p->config, p->layer);
     m.scale = (float)p->config->attention_scale;
